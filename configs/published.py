@@ -1,0 +1,52 @@
+"""Every published SANA image transformer: its shape, its size, and how it is meant to be sampled.
+
+Names are those of the Hub repositories (``Efficient-Large-Model/<name>``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sana_jax.models.sana import SanaConfig
+
+
+@dataclass(frozen=True)
+class PublishedTransformer:
+    """One published transformer.
+
+    Attributes:
+        config: its shape.
+        parameters: the exact number of parameters.
+        dtype: the compute dtype it was published for.
+        flow_shift: shift of its sampler's noise schedule; None for SANA-Sprint, whose sampler has none.
+    """
+
+    config: SanaConfig
+    parameters: int
+    dtype: str
+    flow_shift: float | None = 3.0
+
+
+_600M, _1600M = 591_747_872, 1_604_462_752
+
+PUBLISHED_TRANSFORMERS = {
+    "Sana_600M_512px_diffusers": PublishedTransformer(SanaConfig.sana_600m(sample_size=16), _600M, "float16"),
+    "Sana_600M_1024px_diffusers": PublishedTransformer(SanaConfig.sana_600m(), _600M, "float16"),
+    "Sana_1600M_512px_diffusers": PublishedTransformer(SanaConfig.sana_1600m(sample_size=16), _1600M, "float16"),
+    "Sana_1600M_512px_MultiLing_diffusers": PublishedTransformer(
+        SanaConfig.sana_1600m(sample_size=16), _1600M, "float16"
+    ),
+    "Sana_1600M_1024px_diffusers": PublishedTransformer(SanaConfig.sana_1600m(), _1600M, "float16"),
+    "Sana_1600M_1024px_MultiLing_diffusers": PublishedTransformer(SanaConfig.sana_1600m(), _1600M, "float16"),
+    "Sana_1600M_1024px_BF16_diffusers": PublishedTransformer(SanaConfig.sana_1600m(), _1600M, "bfloat16"),
+    "Sana_1600M_2Kpx_BF16_diffusers": PublishedTransformer(SanaConfig.sana_1600m_2k(), _1600M, "bfloat16"),
+    "Sana_1600M_4Kpx_BF16_diffusers": PublishedTransformer(SanaConfig.sana_1600m_4k(), _1600M, "bfloat16", 6.0),
+    "SANA1.5_1.6B_1024px_diffusers": PublishedTransformer(SanaConfig.sana15_1600m(), 1_604_641_952, "bfloat16"),
+    "SANA1.5_4.8B_1024px_diffusers": PublishedTransformer(SanaConfig.sana15_4800m(), 4_721_825_952, "bfloat16"),
+    "Sana_Sprint_0.6B_1024px_diffusers": PublishedTransformer(
+        SanaConfig.sprint_600m(), 593_501_216, "bfloat16", None
+    ),
+    "Sana_Sprint_1.6B_1024px_diffusers": PublishedTransformer(
+        SanaConfig.sprint_1600m(), 1_610_237_472, "bfloat16", None
+    ),
+}

@@ -1,0 +1,38 @@
+"""Two forms for XLA: its own grouped convolution, and shifted multiply-adds.
+
+XLA's CPU backend runs a convolution with one channel per group 10 to 50 times slower than the same sum written as
+kh x kw shifted multiply-adds, which it fuses with whatever surrounds them. GPUs have a library routine for it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import Array, Float
+
+
+def grouped_convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
+    """XLA's convolution with ``feature_group_count = C``."""
+    return jax.lax.conv_general_dilated(
+        x,
+        kernel[:, :, None, :],
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=x.shape[-1],
+    )
+
+
+def shifted_multiply_add(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
+    """Pads once and adds kh x kw weighted views, in ``x``'s dtype. Channels stay last: no transposition."""
+    kernel_height, kernel_width, _ = kernel.shape
+    _, height, width, _ = x.shape
+    padding = [(0, 0), (kernel_height // 2,) * 2, (kernel_width // 2,) * 2, (0, 0)]
+    padded = jnp.pad(x, padding)
+    taps = [
+        padded[:, i : i + height, j : j + width, :] * kernel[i, j]
+        for i in range(kernel_height)
+        for j in range(kernel_width)
+    ]
+    return sum(taps[1:], start=taps[0])

@@ -1,0 +1,80 @@
+"""The autoencoder that does nothing: latents are the pixels. For pictures small enough to model directly."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from kernels.typing import Array, Float
+from sana_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelAutoencoder:
+    """Latents are the picture's own pixels times ``scaling_factor``.
+
+    Args:
+        channels: 1 for gray pictures, 3 for colour.
+        scaling_factor: brings pixels to about unit variance.
+
+    Raises:
+        UserError: other channels, or a scaling factor that is not positive.
+    """
+
+    channels: int
+    scaling_factor: float = 1.0
+
+    spatial_factor: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise UserError(f"channels {self.channels} is not allowed; choose 1 (gray) or 3 (colour)")
+        if not 0 < self.scaling_factor < float("inf"):
+            raise UserError(f"scaling_factor {self.scaling_factor} is not allowed; choose a positive number, such as 1")
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.channels
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of the pictures."""
+        return self.channels
+
+    def encode(self, images: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Pictures in [-1, 1], channels-last, to latents of the same shape."""
+        self._check(images, "images")
+        return images * self.scaling_factor
+
+    def decode(self, latents: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Latents to pictures around [-1, 1], channels-last, not clamped."""
+        self._check(latents, "latents")
+        return latents / self.scaling_factor
+
+    def to_config(self) -> dict[str, Any]:
+        """What ``vae/config.json`` holds."""
+        return {"_class_name": "PixelAutoencoder", **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> PixelAutoencoder:
+        """The inverse of ``to_config``.
+
+        Raises:
+            UserError: a missing or unknown field.
+        """
+        given = {name: value for name, value in config.items() if name != "_class_name"}
+        if "channels" not in given or set(given) - {"channels", "scaling_factor"}:
+            raise UserError(
+                f"PixelAutoencoder configuration has {sorted(given)}; allowed are channels (required) and "
+                "scaling_factor: mend its config.json"
+            )
+        return cls(**given)
+
+    def _check(self, array: Any, name: str) -> None:
+        if array.shape[-1] != self.channels:
+            raise UserError(
+                f"{name} of shape {tuple(array.shape)}; the last axis must be the {self.channels} channels: "
+                "bring them to channels-last"
+            )

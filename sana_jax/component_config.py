@@ -1,0 +1,37 @@
+"""Reads one component's ``config.json`` and makes what its ``_class_name`` names."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sana_jax.errors import UserError
+
+
+def load_from_config(directory: str | pathlib.Path, loaders: Mapping[str, Callable[[dict[str, Any]], Any]]) -> Any:
+    """Reads ``directory/config.json`` and hands it to the loader that its ``_class_name`` names.
+
+    Raises:
+        FileNotFoundError: no ``config.json`` there.
+        UserError: it is not JSON, or names a class that is not among ``loaders``.
+    """
+    path = pathlib.Path(directory) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; a model directory has it: name a directory that python -m train.main has written"
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        name = config["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} is not a component's configuration ({type(error).__name__}: {error}); allowed is a JSON object "
+            "with _class_name: write the model directory again"
+        ) from error
+    if name not in loaders:
+        raise UserError(
+            f"{path} has _class_name {name!r}; allowed here: {', '.join(sorted(loaders))}; choose a model made of these"
+        )
+    return loaders[name](config)

@@ -1,0 +1,139 @@
+"""From noise to latents: two loops over the same sampler step.
+
+``sample_scan`` is one ``jax.lax.scan``, for compiling a whole run. ``sample_loop`` steps on the host, so that progress
+can be shown and a run stopped. Both call ``velocity_fn(latents, timestep)``, which closes over the network, its
+parameters, the prompt and the guidance, and both give the same result.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import Array, Float, Int, PRNGKeyArray
+from sana_jax.diffusion.samplers.base import Sampler, Schedule
+from sana_jax.errors import UserError
+
+VelocityFunction = Callable[[Float[Array, "B *X"], Float[Array, ""]], Float[Array, "B *X"]]
+StepCallback = Callable[[int, float, Float[Array, "B *X"]], bool | None]
+
+
+def step_noise(key: PRNGKeyArray, index: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B *X"]:
+    """Unit normal float32 noise of one step: a function of the key and the step's index alone."""
+    return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+
+
+def sample_scan(
+    sampler: Sampler,
+    schedule: Schedule,
+    velocity_fn: VelocityFunction,
+    latents: Float[Array, "B *X"],
+    key: PRNGKeyArray | None = None,
+    *,
+    noise: Float[Array, "n B *X"] | None = None,
+    start_index: int = 0,
+) -> Any:
+    """Runs all steps as one ``jax.lax.scan``; may itself be jitted, with latents, key or noise traced.
+
+    Args:
+      sampler: one of ``sana_jax.diffusion.samplers``.
+      schedule: ``sampler.schedule(num_inference_steps)``.
+      velocity_fn: (latents, timestep) -> velocity of the latents' shape. Latents are float32; the timestep is a float32
+        scalar, ``schedule.timesteps[i]``.
+      latents: what the run starts from, as ``sampler.init`` takes it.
+      key: seeds the noise of a stochastic sampler (see ``step_noise``); a deterministic one draws nothing from it.
+      noise: the noise itself, unit normal, (n, *latents.shape), in place of ``key``.
+      start_index: first step taken, for runs that start from a partly noised sample.
+
+    Returns:
+      The sampler's last state; its field ``latents`` holds the latents, float32 (``SCM`` also has ``denoised``).
+
+    Raises:
+      UserError: if noise is missing, superfluous or of the wrong shape, or ``start_index`` is not a step.
+    """
+    _check_run(sampler, schedule, latents, key, noise, start_index)
+    schedule = jax.tree.map(jnp.asarray, schedule)
+
+    def body(state, index):
+        timestep = schedule.timesteps[index].astype(jnp.float32)
+        velocity = velocity_fn(state.latents, timestep)
+        injected = _noise(sampler, key, noise, index, state.latents.shape)
+        return sampler.step(schedule, state, index, velocity, injected), None
+
+    steps = jnp.arange(start_index, schedule.num_inference_steps, dtype=jnp.int32)
+    state, _ = jax.lax.scan(body, sampler.init(latents), steps)
+    return state
+
+
+def sample_loop(
+    sampler: Sampler,
+    schedule: Schedule,
+    velocity_fn: VelocityFunction,
+    latents: Float[Array, "B *X"],
+    key: PRNGKeyArray | None = None,
+    on_step: StepCallback | None = None,
+    *,
+    noise: Float[Array, "n B *X"] | None = None,
+    start_index: int = 0,
+) -> Any:
+    """Runs the steps from Python; the sampler's step is jitted, and ``velocity_fn`` is called as it is (jit it).
+
+    Args:
+      sampler: as in ``sample_scan``.
+      schedule: as in ``sample_scan``.
+      velocity_fn: as in ``sample_scan``.
+      latents: as in ``sample_scan``.
+      key: as in ``sample_scan``.
+      on_step: called after every step as (index, timestep, latents) with the latents that the step made; if it returns
+        False, the run ends there.
+      noise: as in ``sample_scan``.
+      start_index: as in ``sample_scan``.
+
+    Returns:
+      The state after the last step taken.
+
+    Raises:
+      UserError: as ``sample_scan``.
+    """
+    _check_run(sampler, schedule, latents, key, noise, start_index)
+    timesteps = [float(timestep) for timestep in schedule.timesteps]
+    schedule = jax.tree.map(jnp.asarray, schedule)
+    state = sampler.init(latents)
+    for index in range(start_index, schedule.num_inference_steps):
+        velocity = velocity_fn(state.latents, jnp.float32(timesteps[index]))
+        injected = _noise(sampler, key, noise, index, state.latents.shape)
+        state = _jitted_step(sampler, schedule, state, index, velocity, injected)
+        if on_step is not None and on_step(index, timesteps[index], state.latents) is False:
+            break
+    return state
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted_step(sampler, schedule, state, index, velocity, noise):
+    return sampler.step(schedule, state, index, velocity, noise)
+
+
+def _noise(sampler, key, noise, index, shape):
+    if not sampler.stochastic:
+        return None
+    return step_noise(key, index, shape) if noise is None else noise[index]
+
+
+def _check_run(sampler, schedule, latents, key, noise, start_index) -> None:
+    name = type(sampler).__name__
+    if sampler.stochastic and (key is None) == (noise is None):
+        raise UserError(f"{name} needs exactly one of key and noise; pass key=jax.random.key(seed)")
+    if not sampler.stochastic and noise is not None:
+        raise UserError(f"{name} is deterministic and takes no noise; leave it out")
+    steps = schedule.num_inference_steps
+    if noise is not None and jnp.shape(noise) != (steps, *jnp.shape(latents)):
+        raise UserError(
+            f"noise of shape {jnp.shape(noise)} does not give every step its own; it must have the shape "
+            f"{(steps, *jnp.shape(latents))}"
+        )
+    if not 0 <= start_index < steps:
+        raise UserError(f"start_index={start_index} is not one of the steps 0 to {steps - 1}; choose one of them")

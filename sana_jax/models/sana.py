@@ -1,0 +1,311 @@
+"""SANA: the image transformer of SANA 0.6B and 1.6B, SANA-1.5 and SANA-Sprint, top to bottom.
+
+Papers: SANA (arXiv 2410.10629), SANA-1.5 (arXiv 2501.18427), SANA-Sprint (arXiv 2503.09641). Field names, parameter
+names and numbers of the configurations are those of the published diffusers checkpoints' ``config.json``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import Array, Float, Int
+from sana_jax.errors import UserError
+from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
+from sana_jax.nn.attention import CrossAttention, LinearSelfAttention, mask_to_bias
+from sana_jax.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, sincos_position_table
+from sana_jax.nn.initializers import scaled_normal, xavier_uniform
+from sana_jax.nn.mix_ffn import GLUMBConv
+from sana_jax.nn.norms import RMSNorm
+from sana_jax.nn.remat import remat_block
+
+QK_NORM = "rms_norm_across_heads"
+CAPTION_NORM_EPSILON = 1e-5
+# The caption norm's scale starts small, so that text steers an untrained network gently.
+CAPTION_NORM_INITIAL_SCALE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaConfig:
+    """Shape of one SANA transformer; the defaults are SANA 1.6B at 1024 px.
+
+    Attributes:
+        in_channels: latent channels in.
+        out_channels: latent channels out; None for as many as come in.
+        num_attention_heads: heads of linear self-attention.
+        attention_head_dim: size of each; heads x size is the width D.
+        num_layers: blocks.
+        num_cross_attention_heads: heads of softmax attention to the caption.
+        cross_attention_head_dim: size of each.
+        cross_attention_dim: width of the projected caption: D.
+        caption_channels: width of the text encoder's output.
+        mlp_ratio: hidden width of the Mix-FFN over D.
+        dropout: 0; the published models have none.
+        attention_bias: whether q, k and v of self-attention have biases.
+        sample_size: latent side the model was trained for; also picks the table of aspect ratios.
+        patch_size: latent pixels per token side.
+        norm_elementwise_affine: False; the layer norms have no parameters.
+        norm_eps: their epsilon.
+        interpolation_scale: None for no position table; otherwise the divisor of its coordinates (2K: 1, 4K: 2).
+        guidance_embeds: whether the guidance scale is an input (SANA-Sprint).
+        guidance_embeds_scale: what the guidance scale is multiplied with before it is embedded.
+        qk_norm: None, or ``rms_norm_across_heads`` in both attentions (SANA-1.5, SANA-Sprint).
+        timestep_scale: what a pipeline multiplies the scheduler's timestep with.
+    """
+
+    in_channels: int = 32
+    out_channels: int | None = 32
+    num_attention_heads: int = 70
+    attention_head_dim: int = 32
+    num_layers: int = 20
+    num_cross_attention_heads: int = 20
+    cross_attention_head_dim: int = 112
+    cross_attention_dim: int = 2240
+    caption_channels: int = 2304
+    mlp_ratio: float = 2.5
+    dropout: float = 0.0
+    attention_bias: bool = False
+    sample_size: int = 32
+    patch_size: int = 1
+    norm_elementwise_affine: bool = False
+    norm_eps: float = 1e-6
+    interpolation_scale: float | None = None
+    guidance_embeds: bool = False
+    guidance_embeds_scale: float = 0.1
+    qk_norm: str | None = None
+    timestep_scale: float = 1.0
+
+    def __post_init__(self):
+        if self.qk_norm not in (None, QK_NORM):
+            raise UserError(f"qk_norm={self.qk_norm!r}: SANA knows None and {QK_NORM!r}")
+        if self.dropout != 0.0:
+            raise UserError(f"dropout={self.dropout}: SANA has no dropout inside its blocks; set it to 0")
+        if self.norm_elementwise_affine:
+            raise UserError("norm_elementwise_affine=True: SANA's layer norms have no parameters; set it to False")
+        if self.cross_attention_dim != self.inner_dim:
+            raise UserError(
+                f"cross_attention_dim={self.cross_attention_dim}: the caption is projected to the width "
+                f"num_attention_heads x attention_head_dim = {self.inner_dim}; set it to that"
+            )
+        if self.interpolation_scale is not None and self.inner_dim % 4:
+            raise UserError(f"width {self.inner_dim}: a position table needs a multiple of 4")
+
+    @property
+    def inner_dim(self) -> int:
+        """Width D of the token stream."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of the Mix-FFN."""
+        return int(self.inner_dim * self.mlp_ratio)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> SanaConfig:
+        """Reads a published ``config.json``: keys that are missing keep the default, unknown ones are an error."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        given = {key: value for key, value in values.items() if not key.startswith("_")}
+        if unknown := sorted(set(given) - known):
+            raise UserError(f"transformer config has unknown fields {unknown}; SANA's are {sorted(known)}")
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a published ``config.json`` has them."""
+        return {"_class_name": "SanaTransformer2DModel", **dataclasses.asdict(self)}
+
+    @classmethod
+    def sana_600m(cls, **changes) -> SanaConfig:
+        """SANA 0.6B at 1024 px; ``sample_size=16`` is the 512 px model."""
+        small = {"num_attention_heads": 36, "num_layers": 28, "num_cross_attention_heads": 16}
+        return cls(**{**small, "cross_attention_head_dim": 72, "cross_attention_dim": 1152, **changes})
+
+    @classmethod
+    def sana_1600m(cls, **changes) -> SanaConfig:
+        """SANA 1.6B at 1024 px; ``sample_size=16`` is the 512 px model."""
+        return cls(**changes)
+
+    @classmethod
+    def sana_1600m_2k(cls) -> SanaConfig:
+        """SANA 1.6B at 2048 px: with a position table."""
+        return cls(sample_size=64, interpolation_scale=1.0)
+
+    @classmethod
+    def sana_1600m_4k(cls) -> SanaConfig:
+        """SANA 1.6B at 4096 px: the 2K table, stretched."""
+        return cls(sample_size=128, interpolation_scale=2.0)
+
+    @classmethod
+    def sana15_1600m(cls) -> SanaConfig:
+        """SANA-1.5 1.6B: q and k are normalised."""
+        return cls(qk_norm=QK_NORM)
+
+    @classmethod
+    def sana15_4800m(cls) -> SanaConfig:
+        """SANA-1.5 4.8B: 60 blocks of the same width."""
+        return cls(qk_norm=QK_NORM, num_layers=60)
+
+    @classmethod
+    def sprint_600m(cls) -> SanaConfig:
+        """SANA-Sprint 0.6B: one to four steps, guidance scale as an input."""
+        return cls.sana_600m(qk_norm=QK_NORM, guidance_embeds=True)
+
+    @classmethod
+    def sprint_1600m(cls) -> SanaConfig:
+        """SANA-Sprint 1.6B."""
+        return cls(qk_norm=QK_NORM, guidance_embeds=True)
+
+
+class SanaBlock(nn.Module):
+    """Linear self-attention, cross-attention, Mix-FFN; the first and the last are modulated and gated by time.
+
+    Cross-attention reads the raw residual stream: it has no norm, no modulation and no gate.
+    """
+
+    config: SanaConfig
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        caption: Float[Array, "B L D"],
+        caption_bias: Float[Array, "B 1 1 L"] | None,
+        time: Float[Array, "B 6 D"],
+        grid: tuple[int, int],
+    ) -> Float[Array, "B N D"]:
+        cfg, batch, features = self.config, x.shape[0], x.shape[-1]
+        qk_norm = cfg.qk_norm is not None
+        table = self.param("scale_shift_table", scaled_normal(features**-0.5), (6, features), jnp.float32)
+        shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation(table, time)
+
+        h = modulated_norm(x, shift_attn, scale_attn, cfg.norm_eps)
+        attn1 = LinearSelfAttention(
+            cfg.num_attention_heads, cfg.attention_head_dim, qk_norm, cfg.attention_bias, self.dtype, name="attn1"
+        )
+        x = gated_residual(x, gate_attn, attn1(h))
+
+        attn2 = CrossAttention(
+            cfg.num_cross_attention_heads, cfg.cross_attention_head_dim, qk_norm, self.dtype, name="attn2"
+        )
+        x = x + attn2(x, caption, caption_bias)
+
+        h = modulated_norm(x, shift_ffn, scale_ffn, cfg.norm_eps).reshape(batch, *grid, features)
+        ff = GLUMBConv(cfg.mlp_hidden, self.dtype, name="ff")
+        return gated_residual(x, gate_ffn, ff(h).reshape(batch, -1, features))
+
+
+class SanaTransformer(nn.Module):
+    """Predicts the flow velocity ``noise - x0`` of a latent picture from its noised form, the time and a caption.
+
+    Parameters of the blocks are stacked on a leading layer axis under ``transformer_blocks``, in both forms below.
+
+    Attributes:
+        config: the shape.
+        dtype: compute dtype; parameters are float32, norms, modulation, softmax and attention sums run in float32.
+        remat: what the backward pass recomputes, by name: see ``sana_jax.nn.remat``.
+        scan_blocks: True compiles one block and scans it; False unrolls the blocks, which is for debugging and for
+            short compiled programs whose weights should not be sliced at run time. Equal outputs.
+    """
+
+    config: SanaConfig
+    dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
+    scan_blocks: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        hidden_states: Float[Array, "B H W C"],
+        encoder_hidden_states: Float[Array, "B L Ctext"],
+        timestep: Float[Array, " B"],
+        guidance: Float[Array, " B"] | None = None,
+        encoder_attention_mask: Int[Array, "B L"] | None = None,
+        controlnet_residuals: Float[Array, "R B N D"] | None = None,
+    ) -> Float[Array, "B H W Cout"]:
+        """Runs the network.
+
+        Args:
+            hidden_states: noised latent, channels-last; height and width are multiples of the patch size.
+            encoder_hidden_states: the text encoder's output.
+            timestep: the time the model was trained on: 0..1000 for SANA and SANA-1.5, 0..1 for Sprint.
+            guidance: guidance scale x ``guidance_embeds_scale``; needed by Sprint, refused by the others.
+            encoder_attention_mask: 1 for caption tokens, 0 for padding; None keeps all.
+            controlnet_residuals: R arrays, the i-th added after block i + 1.
+
+        Returns:
+            The velocity, in the compute dtype.
+        """
+        cfg = self.config
+        if (guidance is not None) != cfg.guidance_embeds:
+            needed = "needs" if cfg.guidance_embeds else "takes no"
+            raise UserError(f"guidance={guidance}: a model with guidance_embeds={cfg.guidance_embeds} {needed} guidance")
+        batch, height, width, _ = hidden_states.shape
+        p = cfg.patch_size
+        if height % p or width % p:
+            raise UserError(f"latent of {height}x{width}: height and width must be multiples of the patch size {p}")
+        grid = (height // p, width // p)
+
+        x = PatchEmbed(cfg.inner_dim, p, self.dtype, name="patch_embed")(hidden_states)
+        if cfg.interpolation_scale is not None:
+            table = sincos_position_table(
+                *grid, cfg.inner_dim, base_size=cfg.sample_size // p, interpolation_scale=cfg.interpolation_scale
+            )
+            x = (x.astype(jnp.float32) + table).astype(self.dtype)
+
+        embedding, time = TimeEmbedding(cfg.inner_dim, cfg.guidance_embeds, self.dtype, name="time_embed")(
+            timestep, guidance
+        )
+        caption = CaptionProjection(cfg.inner_dim, self.dtype, name="caption_projection")(encoder_hidden_states)
+        caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)
+        bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask)
+
+        x = self._blocks(x, caption, bias, time, grid, controlnet_residuals)
+
+        table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
+        shift, scale = modulation(table, embedding[:, None, :])
+        out_channels = cfg.out_channels or cfg.in_channels
+        projection = nn.Dense(p * p * out_channels, dtype=self.dtype, kernel_init=xavier_uniform(), name="proj_out")
+        x = projection(modulated_norm(x, shift, scale, cfg.norm_eps))
+        # Each token holds a (row, column, channel) patch, channels fastest.
+        x = x.reshape(batch, *grid, p, p, out_channels).swapaxes(2, 3)
+        return x.reshape(batch, height, width, out_channels)
+
+    def _blocks(self, x, caption, bias, time, grid, controlnet_residuals):
+        """Runs the blocks over ``x``, adding residual i after block i + 1; sows every block's output."""
+
+        def finish_block(x, layer):
+            if controlnet_residuals is not None:
+                count = controlnet_residuals.shape[0]
+                residual = controlnet_residuals[jnp.clip(layer - 1, 0, count - 1)]
+                x = x + jnp.where((layer >= 1) & (layer <= count), residual, 0).astype(x.dtype)
+            return x
+
+        block_class = remat_block(SanaBlock, self.remat, static_arguments=(5,))
+        layers = self.config.num_layers
+        if self.scan_blocks or self.is_initializing():
+
+            def body(block, x, layer):
+                x = finish_block(block(x, caption, bias, time, grid), layer)
+                block.sow("intermediates", "block_output", x)
+                return x, None
+
+            scan = nn.scan(
+                body,
+                variable_axes={"params": 0, "intermediates": 0},
+                split_rngs={"params": True},
+                length=layers,
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )
+            return scan(block_class(self.config, self.dtype, name="transformer_blocks"), x, jnp.arange(layers))[0]
+
+        stacked = self.variables["params"]["transformer_blocks"]
+        block = block_class(self.config, self.dtype, parent=None)
+        for layer in range(layers):
+            params = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
+            x = finish_block(block.apply({"params": params}, x, caption, bias, time, grid), layer)
+            self.sow("intermediates", "block_output", x)
+        return x

@@ -1,0 +1,78 @@
+"""Checks that pipelines share: arguments before any work is done, values before they become pictures."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Shaped
+from sana_jax.errors import UserError
+from sana_jax.pipelines.sampling_function import is_guided
+
+OUTPUT_TYPES = ("pil", "np", "latent")
+
+
+def check_options(
+    output_type: str,
+    num_images_per_prompt: int,
+    seed: int,
+    latents: Any,
+    scale: float,
+    negatives: tuple[Any, Any, Any],
+    interval: tuple[float, float] | None,
+) -> None:
+    """Raises ``UserError`` for a value that is not allowed, and for arguments that would not be used.
+
+    ``negatives`` are the negative prompt, its embeddings and their mask.
+    """
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(f"output_type {output_type!r} is not allowed; choose one of {', '.join(OUTPUT_TYPES)}")
+    if num_images_per_prompt < 1:
+        raise UserError(f"num_images_per_prompt {num_images_per_prompt} is not allowed; choose 1 or more")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} is not allowed; choose a whole number from 0 to {2**32 - 1}")
+    if latents is not None and seed != 0:
+        raise UserError(f"seed {seed} would not be used, since latents are given; leave one of them out")
+    text, embeds, mask = negatives
+    if text not in ("", [""], ("",)) and embeds is not None:
+        raise UserError("negative_prompt and negative_prompt_embeds: only one is allowed; leave one of them out")
+    if is_guided(scale):
+        return
+    unused = {
+        "negative_prompt": text != "",
+        "negative_prompt_embeds": embeds is not None,
+        "negative_prompt_attention_mask": mask is not None,
+        "guidance_interval": interval is not None,
+    }
+    if any(unused.values()):
+        names = ", ".join(name for name, given in unused.items() if given)
+        raise UserError(
+            f"{names} would not be used with guidance_scale {scale:g}; guidance acts above 1: raise guidance_scale or "
+            f"leave {names} out"
+        )
+
+
+def check_multiple(name: str, value: int, multiple: int) -> None:
+    """Raises ``UserError`` with the nearest allowed sizes unless ``value`` pixels are a multiple of ``multiple``."""
+    if value >= multiple and value % multiple == 0:
+        return
+    below = value // multiple * multiple
+    nearest = [str(size) for size in (below, below + multiple) if size > 0]
+    raise UserError(
+        f"{name} {value} is not allowed; it must be a multiple of {multiple} (the autoencoder's factor times the "
+        f"transformer's patch size): the nearest is {' or '.join(nearest) if value > 0 else multiple}"
+    )
+
+
+def check_finite(stage: str, values: Shaped[Array, "B *X"]) -> None:
+    """Raises ``UserError`` naming the stage if any value is infinite or not a number."""
+    finite = np.asarray(jnp.isfinite(values))
+    if finite.all():
+        return
+    bad = int((~finite.reshape(finite.shape[0], -1).all(axis=1)).sum())
+    raise UserError(
+        f"{stage} gave values that are not finite in {bad} of {finite.shape[0]} pictures; nothing is drawn from them: "
+        "try dtype float32, another guidance_scale, or an earlier checkpoint"
+    )

@@ -1,0 +1,177 @@
+"""Model directories: which networks a model is made of, and how it is sampled by default.
+
+::
+
+    model_index.json                  components and defaults; written last, so its presence means the rest is there
+    transformer/config.json
+    scheduler/scheduler_config.json
+    text_encoder/config.json
+    vae/config.json
+    checkpoints/<step>/               weights, where the directory is a training run
+
+The layout is the one that diffusers publishes in. A training run's directory is a model directory too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from sana_jax.autoencoders import Autoencoder, load_autoencoder
+from sana_jax.diffusion.samplers import Sampler, from_scheduler_config, to_scheduler_config
+from sana_jax.errors import UserError
+from sana_jax.files import atomic_file
+from sana_jax.models.sana import SanaConfig
+from sana_jax.text_encoders import TextEncoder, load_text_encoder
+
+_INDEX = "model_index.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingDefaults:
+    """What a pipeline does where a call leaves it open.
+
+    ``height`` and ``width`` are pixels. ``license`` is printed when the model is used.
+    """
+
+    guidance_scale: float = 4.5
+    num_inference_steps: int = 20
+    height: int = 1024
+    width: int = 1024
+    license: str | None = None
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str) -> SamplingDefaults:
+        """Reads ``defaults`` of an index; ``source`` names it in errors.
+
+        Raises:
+            UserError: a missing or unknown field.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        required = set(fields) - {"license"}
+        if set(values) - set(fields) or required - set(values):
+            raise UserError(
+                f"{source} has {', '.join(sorted(values)) or 'nothing'}; allowed are {', '.join(fields)}, all but "
+                "license required: mend it or write the model directory again"
+            )
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDirectory:
+    """What ``read_model_directory`` finds; weights are read apart from it."""
+
+    path: pathlib.Path
+    transformer_config: SanaConfig
+    sampler: Sampler
+    text_encoder: TextEncoder
+    autoencoder: Autoencoder
+    defaults: SamplingDefaults
+
+
+def write_model_directory(
+    directory: str | os.PathLike[str],
+    *,
+    transformer_config: SanaConfig,
+    sampler: Sampler,
+    text_encoder: TextEncoder,
+    autoencoder: Autoencoder,
+    defaults: SamplingDefaults | Mapping[str, Any],
+) -> None:
+    """Writes the configurations of a model; what else is in the directory stays.
+
+    Each file appears whole or not at all, the index last.
+
+    Raises:
+        UserError: ``defaults`` with missing or unknown fields, or components that do not fit one another.
+    """
+    directory = pathlib.Path(directory)
+    if not isinstance(defaults, SamplingDefaults):
+        defaults = SamplingDefaults.from_dict(defaults, "defaults")
+    _check_fit(transformer_config, text_encoder, autoencoder)
+    parts = {
+        "transformer": ("config.json", {"_class_name": "SanaTransformer2DModel", **transformer_config.to_dict()}),
+        "scheduler": ("scheduler_config.json", to_scheduler_config(sampler)),
+        "text_encoder": ("config.json", text_encoder.to_config()),
+        "vae": ("config.json", autoencoder.to_config()),
+    }
+    for folder, (name, config) in parts.items():
+        _write_json(directory / folder / name, config)
+    _write_json(
+        directory / _INDEX,
+        {
+            "_class_name": "SanaPipeline",
+            **{folder: ["sana_jax", config["_class_name"]] for folder, (_, config) in parts.items()},
+            "defaults": dataclasses.asdict(defaults),
+        },
+    )
+
+
+def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
+    """Reads what ``write_model_directory`` has written.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        UserError: a damaged file, a pipeline of another kind, or components that do not fit one another.
+    """
+    directory = pathlib.Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"model {directory} is not a directory here; allowed is a directory with {_INDEX}: python -m train.main "
+            "makes one, runs/digits"
+        )
+    index = _read_json(directory / _INDEX)
+    if index.get("_class_name") != "SanaPipeline":
+        raise UserError(
+            f"{directory / _INDEX} has _class_name {index.get('_class_name')!r}; allowed is SanaPipeline: choose a "
+            "text-to-image model"
+        )
+    transformer_config = SanaConfig.from_dict(_read_json(directory / "transformer" / "config.json"))
+    text_encoder = load_text_encoder(directory / "text_encoder")
+    autoencoder = load_autoencoder(directory / "vae")
+    _check_fit(transformer_config, text_encoder, autoencoder)
+    return ModelDirectory(
+        path=directory,
+        transformer_config=transformer_config,
+        sampler=from_scheduler_config(_read_json(directory / "scheduler" / "scheduler_config.json")),
+        text_encoder=text_encoder,
+        autoencoder=autoencoder,
+        defaults=SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}"),
+    )
+
+
+def _check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+    if config.caption_channels != text_encoder.embedding_dim:
+        raise UserError(
+            f"transformer caption_channels {config.caption_channels} must be the text encoder's embedding_dim "
+            f"{text_encoder.embedding_dim}: set both alike"
+        )
+    if config.in_channels != autoencoder.latent_channels:
+        raise UserError(
+            f"transformer in_channels {config.in_channels} must be the autoencoder's latent channels "
+            f"{autoencoder.latent_channels}: set both alike"
+        )
+
+
+def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, so its directory is not a model; allowed is a directory that python -m train.main "
+            "has written, such as runs/digits: name that one or train again"
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); allowed is JSON: write the model directory again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; allowed is a JSON object: write it again")
+    return content

@@ -1,0 +1,144 @@
+"""``python -m sana_jax.generate``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_jax import generate
+from sana_jax.errors import UserError, run_command_line
+
+PROMPT = "a handwritten seven"
+
+
+def call(*words) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run_command_line(lambda: generate.main([str(word) for word in words]))
+    return caught.value.code
+
+
+def test_picture_and_what_is_said(run, pipe, tmp_path, capsys):
+    path = tmp_path / "seven.png"
+    assert call("--model", run.directory, "--prompt", PROMPT, "--out", path, "--seed", 3) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[:3]] == ["model", "prompt", "sampling"]
+    assert "ema weights of step 7" in lines[0]
+    assert "CC-BY-4.0" in lines[0]
+    assert PROMPT in lines[1]
+    for part in ("1 x 8x8 pixels", "3 steps of FlowEuler", "guidance 2.5", "seed 3", "float32 on cpu"):
+        assert part in lines[2]
+    assert "compiled in" in lines[3]
+    assert "sampled in" in lines[3]
+    assert str(path) in lines[4]
+    assert "enlarged 16 times from 8x8 to 128x128" in lines[4]
+    with Image.open(path) as image:
+        assert (image.mode, image.size) == ("L", (128, 128))
+        np.testing.assert_array_equal(np.asarray(image)[::16, ::16], np.asarray(pipe(PROMPT, seed=3).images[0]))
+        expected = {"prompt": PROMPT, "seed": "3", "steps": "3", "guidance_scale": "2.5", "weights": "ema"}
+        assert expected.items() <= image.text.items()
+        assert image.text["sampler"].startswith("FlowEuler")
+        assert image.text["model"] == str(run.directory)
+        assert image.text["license"] == "CC-BY-4.0"
+
+
+def test_options_reach_the_pipeline(run, tmp_path, capsys):
+    path = tmp_path / "out.png"
+    words = ["--prompt", PROMPT, "--output", path, "--steps", 2, "--guidance_scale", "1", "--height", 4, "--width", 6]
+    words += ["--weights", "params", "--checkpoint-step", 7, "--dtype", "bfloat16", "--device", "cpu", "--enlarge", 1]
+    assert call("--model", run.directory, *words) == 0
+    text = capsys.readouterr().out
+    for part in ("1 x 4x6 pixels", "2 steps", "guidance 1,", "params weights", "bfloat16"):
+        assert part in text
+    assert "enlarged" not in text
+    with Image.open(path) as image:
+        assert image.size == (6, 4)
+
+
+def test_several_pictures_become_a_sheet(run, tmp_path, capsys):
+    path = tmp_path / "out.png"
+    words = ("--prompt", PROMPT, "--prompt", "a zero", "--num-images", 3, "--output", path, "--steps", 1)
+    assert call("--model", run.directory, *words) == 0
+    assert "a sheet of 6" in capsys.readouterr().out
+    with Image.open(path) as image:
+        assert image.size[0] >= 3 * 128
+        assert 2 * 128 <= image.size[1] < 3 * 128
+        assert image.text["prompt"] == str([PROMPT, "a zero"])
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (("--prompt", "a nine"), ("'nine'", "handwritten")),
+        (("--prompt", ""), ("is empty",)),
+        (("--prompt",), ("--prompt has no text",)),
+        (("--num-images", "0"), ("--num-images 0",)),
+        (("--num-image", "2"), ("unknown option --num-image", "--num-images", "--help")),
+        (("--steps", "few"), ("--steps", "'few'", "an integer")),
+        (("--steps", "0"), ("num_inference_steps=0",)),
+        (("--enlarge", "-1"), ("--enlarge -1",)),
+        (("--output", "out.mp4"), ("'out.mp4'", "out.png")),
+        (("--model", "nowhere"), ("nowhere", "train.main")),
+        (("--weights", "best"), ("'best'", "auto, ema, params")),
+        (("--dtype", "float16"), ("'float16'", "float32, bfloat16")),
+        (("--checkpoint-step", "8"), ("step 8", "7")),
+        (("--negative-prompt", "a", "--guidance-scale", "1"), ("negative_prompt", "not be used")),
+        (("--guidance-interval", "0.5"), ("--guidance-interval", "2 values")),
+        (("--height", "-8"), ("height -8",)),
+        (("--seed", "-1"), ("seed -1",)),
+        (("seven",), ("unexpected 'seven'",)),
+    ],
+)
+def test_mistakes_are_one_line(run, tmp_path, capsys, words, parts):
+    options = {"--model": str(run.directory), "--prompt": PROMPT, "--output": str(tmp_path / "out.png")}
+    rest = [word for name, value in options.items() if name not in words for word in (name, value)]
+    assert call(*words, *rest) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    for part in parts:
+        assert part in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_that_is_not_there():
+    import jax
+
+    if jax.default_backend() == "gpu":
+        assert generate.choose_device("gpu").platform == "gpu"
+    else:
+        with pytest.raises(UserError, match=r"--device gpu.*only cpu"):
+            generate.choose_device("gpu")
+
+
+def test_as_a_program(run):
+    """Exit status and one line without a traceback, from a process of its own; help lists every option."""
+    command = [sys.executable, "-m", "sana_jax.generate"]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    options = ["--model", str(run.directory), "--prompt", "a nine", "--output", "x.png"]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "'nine'" in done.stderr
+    done = subprocess.run([*command, "--help"], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0
+    for option in ("--model", "--prompt", "--output", "--num-images", "--guidance-scale", "--device", "--enlarge"):
+        assert option in done.stdout
+
+
+def test_library_imports_without_what_it_uses_late():
+    """A bare machine has jax, flax, numpy, einops and safetensors only."""
+    blocked = ["PIL", "tqdm", "tyro", "orbax", "jaxtyping", "optax", "tensorboardX", "torch", "transformers", "sklearn"]
+    code = (
+        "import sys\n"
+        f"for name in {blocked!r}: sys.modules[name] = None\n"
+        "import sana_jax, sana_jax.generate, sana_jax.images, sana_jax.command_line, kernels\n"
+        "from sana_jax import SanaPipeline\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
