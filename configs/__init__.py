@@ -1,0 +1,26 @@
+"""Presets: one small Python file per recipe, whose ``CONFIG`` is a ``RunConfig``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+
+from configs.schema import RunConfig
+from sana_jax.errors import UserError
+
+# Preset name -> module. The first is what `python -m train.main` runs without a name.
+PRESETS = {"digits": "configs.digits"}
+DEFAULT_PRESET = "digits"
+
+
+def load_preset(name: str) -> RunConfig:
+    """The configuration of a preset.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"did you mean {close[0]}?" if close else "leave it out for the embedded default"
+        raise UserError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}: {hint}")
+    return importlib.import_module(PRESETS[name]).CONFIG

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from sana_jax.command_line import parse
+from sana_jax.compilation import enable_compilation_cache
+from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.images import automatic_enlargement, check_png_path, enlarge_image, image_grid, save_png
 
@@ -79,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = parse(GenerateConfig, sys.argv[1:] if argv is None else argv, prog=_PROG, aliases=_ALIASES)
     device = choose_device(config.device)
+    enable_compilation_cache()
     with jax.default_device(device):
         generate(config)
     return 0
@@ -109,26 +112,6 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     return _write(config, result, settings)
 
 
-def choose_device(name: str) -> Any:
-    """The JAX device for ``"auto"``, ``"cpu"`` or ``"gpu"``.
-
-    Raises:
-        UserError: ``"gpu"``, and JAX sees none.
-    """
-    if name == "auto":
-        return jax.devices()[0]
-    if name == "cpu":
-        # before JAX first looks for devices this keeps it from taking a GPU's memory
-        jax.config.update("jax_platforms", "cpu")
-    try:
-        return jax.local_devices(backend=name)[0]
-    except RuntimeError as error:
-        raise UserError(
-            f"--device {name}: JAX sees no such device, only {jax.devices()[0].platform}; allowed here are auto and "
-            f"{jax.devices()[0].platform}: leave --device out, or install JAX for this machine's GPU"
-        ) from error
-
-
 def _settings(config: GenerateConfig, pipeline: SanaPipeline) -> dict[str, Any]:
     """What the picture's text chunks say, and the line about sampling with them."""
     defaults = pipeline.defaults
@@ -156,12 +139,13 @@ def _announce(config: GenerateConfig, pipeline: SanaPipeline, settings: dict[str
     interval = config.guidance_interval
     acts = "" if interval is None else f" at noise levels {interval[0]:g} to {interval[1]:g}"
     device = next(iter(jax.tree.leaves(pipeline.params)[0].devices()))
+    place = device.platform if device.device_kind == device.platform else f"{device.platform} ({device.device_kind})"
     negative = f", but not {config.negative_prompt!r}" if config.negative_prompt else ""
     print(f"prompt: {', '.join(map(repr, config.prompt))}{negative}")
     print(
         f"sampling: {len(config.prompt) * config.num_images} x {settings['height']}x{settings['width']} pixels, "
         f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}{acts}, "
-        f"seed {config.seed}, {config.dtype} on {device.platform} ({device.device_kind}); compiling",
+        f"seed {config.seed}, {config.dtype} on {place}; compiling",
         flush=True,
     )
 

@@ -242,7 +242,9 @@ class SanaTransformer(nn.Module):
         cfg = self.config
         if (guidance is not None) != cfg.guidance_embeds:
             needed = "needs" if cfg.guidance_embeds else "takes no"
-            raise UserError(f"guidance={guidance}: a model with guidance_embeds={cfg.guidance_embeds} {needed} guidance")
+            raise UserError(
+                f"guidance={guidance}: a model with guidance_embeds={cfg.guidance_embeds} {needed} guidance"
+            )
         batch, height, width, _ = hidden_states.shape
         p = cfg.patch_size
         if height % p or width % p:

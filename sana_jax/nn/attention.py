@@ -79,9 +79,7 @@ class CrossAttention(nn.Module):
         if self.qk_norm:
             query = RMSNorm(QK_NORM_EPSILON, name="norm_q")(query)
             key = RMSNorm(QK_NORM_EPSILON, name="norm_k")(key)
-        query, key, value = (
-            z.reshape(batch, z.shape[1], self.num_heads, self.head_dim) for z in (query, key, value)
-        )
+        query, key, value = (z.reshape(batch, z.shape[1], self.num_heads, self.head_dim) for z in (query, key, value))
         # The default scale is 1/sqrt(head_dim); logits and softmax are float32 inside.
         attended = jax.nn.dot_product_attention(query, key, value, bias=bias)
         out = nn.Dense(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")

@@ -19,7 +19,10 @@ def timestep_sinusoid(timestep: Float[Array, "*B"], channels: int = 256) -> Floa
     ``timestep`` is taken as it is: no scaling, no truncation.
     """
     half = channels // 2
-    frequencies = jnp.exp(-math.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    # The weights were trained with exponents rounded to float32. At t = 1000 the next rounding, of the exponential, is
+    # already seen in the angle, so it is done here exactly and not by the device's approximation.
+    exponents = np.float32(-math.log(10000.0)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
     angles = timestep.astype(jnp.float32)[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 

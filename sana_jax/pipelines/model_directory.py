@@ -94,7 +94,7 @@ def write_model_directory(
         defaults = SamplingDefaults.from_dict(defaults, "defaults")
     _check_fit(transformer_config, text_encoder, autoencoder)
     parts = {
-        "transformer": ("config.json", {"_class_name": "SanaTransformer2DModel", **transformer_config.to_dict()}),
+        "transformer": ("config.json", transformer_config.to_dict()),
         "scheduler": ("scheduler_config.json", to_scheduler_config(sampler)),
         "text_encoder": ("config.json", text_encoder.to_config()),
         "vae": ("config.json", autoencoder.to_config()),
@@ -150,10 +150,11 @@ def _check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoe
             f"transformer caption_channels {config.caption_channels} must be the text encoder's embedding_dim "
             f"{text_encoder.embedding_dim}: set both alike"
         )
-    if config.in_channels != autoencoder.latent_channels:
+    out_channels = config.out_channels or config.in_channels
+    if not config.in_channels == out_channels == autoencoder.latent_channels:
         raise UserError(
-            f"transformer in_channels {config.in_channels} must be the autoencoder's latent channels "
-            f"{autoencoder.latent_channels}: set both alike"
+            f"transformer in_channels {config.in_channels} and out_channels {out_channels} must be the autoencoder's "
+            f"latent channels {autoencoder.latent_channels}: set all alike"
         )
 
 

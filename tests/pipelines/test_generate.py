@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import generate
+from sana_jax import devices, generate
 from sana_jax.errors import UserError, run_command_line
 
 PROMPT = "a handwritten seven"
@@ -109,10 +109,10 @@ def test_a_gpu_that_is_not_there():
     import jax
 
     if jax.default_backend() == "gpu":
-        assert generate.choose_device("gpu").platform == "gpu"
+        assert devices.choose_device("gpu").platform == "gpu"
     else:
         with pytest.raises(UserError, match=r"--device gpu.*only cpu"):
-            generate.choose_device("gpu")
+            devices.choose_device("gpu")
 
 
 def test_as_a_program(run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
@@ -111,6 +112,11 @@ def test_latents_are_in_the_order_of_pytorch(pipe):
     assert pipe(PROMPT, latents=noise).images[0].size == (16, 8)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def call_transformer(transformer, params, latents, embeds, mask, timestep):
+    return transformer.apply({"params": params}, latents, embeds, timestep, encoder_attention_mask=mask)
+
+
 def by_hand(pipe, scale: float, interval=(0.0, 1.0), steps: int = 3) -> np.ndarray:
     """Euler's steps with the transformer called for each prompt on its own."""
     schedule = pipe.sampler.schedule(steps)
@@ -119,10 +125,8 @@ def by_hand(pipe, scale: float, interval=(0.0, 1.0), steps: int = 3) -> np.ndarr
     for index in range(steps):
         timestep = jnp.full((1,), schedule.timesteps[index])
         positive, negative = (
-            pipe.transformer.apply(
-                {"params": pipe.params}, latents, jnp.asarray(e), timestep, encoder_attention_mask=jnp.asarray(m)
-            )
-            for e, m in encodings
+            call_transformer(pipe.transformer, pipe.params, latents, embeds, mask, timestep)
+            for embeds, mask in encodings
         )
         active = interval[0] <= schedule.sigmas[index] <= interval[1]
         velocity = negative + scale * (positive - negative) if active else positive
@@ -186,7 +190,7 @@ def test_sampling_function_is_what_the_pipeline_does(pipe):
     made = fn(pipe.params, noise, embeds, mask, *null, jax.random.key(0))
     expected = latents_of(pipe, [PROMPT, "a zero"])
     np.testing.assert_allclose(np.transpose(made, (0, 3, 1, 2)), expected, atol=2e-5)
-    unguided = make_sampling_fn(pipe.transformer, pipe.sampler, 3, 1.0)(pipe.params, noise, embeds, mask)
+    unguided = jax.jit(make_sampling_fn(pipe.transformer, pipe.sampler, 3, 1.0))(pipe.params, noise, embeds, mask)
     expected = latents_of(pipe, [PROMPT, "a zero"], guidance_scale=1.0)
     np.testing.assert_allclose(np.transpose(unguided, (0, 3, 1, 2)), expected, atol=1e-4)
 

@@ -1,0 +1,264 @@
+"""What a training run can be told: frozen dataclasses whose every field is an option of ``python -m train.main``.
+
+A nested field ``group.field`` is the option ``--group.field``. Presets (``configs.PRESETS``) are instances of
+``RunConfig``; a run directory's ``config.json`` is one, written out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+from sana_jax.errors import UserError
+from sana_jax.models.sana import SanaConfig
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the network is computed; none of it changes what the network is."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. Parameters, optimizer, norms, softmax and attention sums are float32 always."""
+    remat: Literal["none", "dots", "dots_no_batch", "full"] = "none"
+    """What the backward pass computes again instead of keeping it: from fastest (none) to smallest (full)."""
+    scan_blocks: bool = True
+    """Compile one block and scan it; False unrolls the blocks, for debugging."""
+
+
+@dataclass(frozen=True)
+class DigitsDataConfig:
+    """The 1,797 handwritten digits that ship inside scikit-learn: 8x8 pixels, gray."""
+
+    caption: str = "a handwritten {digit}"
+    """The caption of each picture; {digit} becomes zero, one, ... nine."""
+    embedding_dim: int = 32
+    """Size of a word's vector; the transformer's caption_channels."""
+    max_words: int = 7
+    """Words that a prompt may have."""
+    digits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    """Which digits to train on."""
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """The flow-matching objective (arXiv 2410.10629, section 3.2)."""
+
+    flow_shift: float = 3.0
+    """Bends the noise levels towards noise, in training and in sampling; 1 leaves them alone."""
+    density: Literal["uniform", "logit_normal", "stretched_logit_normal", "mode"] = "logit_normal"
+    """From which density the noise levels are drawn, before the shift."""
+    logit_mean: float = 0.0
+    """Mean of the logit-normal densities."""
+    logit_std: float = 1.0
+    """Standard deviation of the logit-normal densities."""
+    p_low: float | None = None
+    """Lower quantile of the stretched logit-normal density."""
+    p_high: float | None = None
+    """Upper quantile of the stretched logit-normal density."""
+    mode_scale: float | None = None
+    """Scale of the mode density; 1.29 in its paper."""
+    caption_dropout: float = 0.1
+    """Share of captions replaced by the encoding of no text, which classifier-free guidance needs."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with decoupled weight decay, a learning-rate schedule and clipping by the global norm."""
+
+    learning_rate: float = 1e-4
+    """Peak learning rate."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """What the learning rate does after the warm-up: stay, or fall to final_learning_rate at the last step."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    final_learning_rate: float = 0.0
+    """Where cosine and linear schedules end."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.999
+    """Decay of the second moment."""
+    epsilon: float = 1e-10
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    no_decay: tuple[str, ...] = (r".*/bias", r".*/scale", r".*scale_shift_table")
+    """Path patterns (regular expressions that match a parameter's whole path) without weight decay."""
+    clip_norm: float | None = 1.0
+    """Gradients are scaled down to this global norm; None for no clipping."""
+    frozen: tuple[str, ...] = ()
+    """Path patterns of parameters that are not trained."""
+
+
+@dataclass(frozen=True)
+class EmaConfig:
+    """Exponential moving average of the parameters: what sampling uses."""
+
+    enabled: bool = True
+    """Whether to keep one; it costs one more copy of the parameters."""
+    decay: float = 0.9999
+    """Share of the average that stays at each step."""
+    warmup: bool = True
+    """Let the decay start at 0.1 and rise as (1 + step) / (10 + step), so that early weights are forgotten."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; one of them may be -1 for 'the rest'."""
+
+    data: int = -1
+    """Copies of the model, each with its part of the batch."""
+    fsdp: int = 1
+    """Parts that parameters and optimizer state are cut into; the batch is cut along with them."""
+    tensor: int = 1
+    """Parts that the width of each layer is cut into."""
+    context: int = 1
+    """Parts that a sample's tokens are cut into; used by video models."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When the training state is saved, and what is kept."""
+
+    every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """How many of the newest stay."""
+    keep_every: int | None = None
+    """Checkpoints at multiples of this step stay as well."""
+    asynchronous: bool = True
+    """Write in the background while training goes on."""
+
+
+@dataclass(frozen=True)
+class PreviewConfig:
+    """Grids of samples along the way: the same captions and the same noise each time, with the averaged weights."""
+
+    every: int = 1000
+    """Steps between previews; step 0 and the last step always have one. 0 for none at all."""
+    at: tuple[int, ...] = ()
+    """Further steps with a preview."""
+    per_caption: int = 2
+    """Pictures of each caption."""
+    num_inference_steps: int = 20
+    """Sampling steps; the run's directory takes them as its default for sampling."""
+    guidance_scale: float = 4.5
+    """Guidance scale; the run's directory takes it as its default for sampling."""
+    sampler: Literal["dpm_solver", "flow_euler"] = "dpm_solver"
+    """Sampler; the run's directory takes it as its default for sampling."""
+    seed: int = 0
+    """Seed of the noise."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """Where numbers go. metrics.jsonl is always written."""
+
+    every: int = 10
+    """Steps between rows."""
+    sigma_bins: int = 4
+    """Bins of noise level by which the loss is also reported."""
+    tensorboard: bool = True
+    """Write TensorBoard events."""
+    wandb: bool = False
+    """Log to Weights & Biases, if it is installed; never fatal."""
+    wandb_project: str = "sana_jax"
+    """Project name there."""
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Several processes, one per host. Without these, JAX_COORDINATOR_ADDRESS or SLURM's variables are read."""
+
+    coordinator: str | None = None
+    """Address host:port of process 0."""
+    num_processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run."""
+
+    preset: str
+    """The preset it started from."""
+    run_dir: str
+    """Where everything of the run goes."""
+    steps: int
+    """Optimizer steps in all."""
+    transformer: SanaConfig
+    """The network's shape."""
+    data: DigitsDataConfig
+    """What it is trained on."""
+    batch_size: int = 64
+    """Samples per optimizer step, over all devices."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after the other, to save memory."""
+    seed: int = 0
+    """Seed of initialisation, data order, noise and dropout."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What to run on; auto takes the fastest that JAX sees."""
+    nonfinite: Literal["error", "skip"] = "error"
+    """When a loss or gradient is not finite: stop, or leave that step out and go on (at most max_nonfinite times)."""
+    max_nonfinite: int = 20
+    """How many steps may be left out."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+    def __post_init__(self):
+        _require("steps", self.steps, self.steps >= 1, "1 or more")
+        _require("batch-size", self.batch_size, self.batch_size >= 1, "1 or more")
+        _require("accumulation", self.accumulation, self.accumulation >= 1, "1 or more")
+        _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
+        _require("checkpoint.every", self.checkpoint.every, self.checkpoint.every >= 1, "1 or more")
+        _require("checkpoint.keep-last", self.checkpoint.keep_last, self.checkpoint.keep_last >= 1, "1 or more")
+        _require("logging.every", self.logging.every, self.logging.every >= 1, "1 or more")
+        _require("logging.sigma-bins", self.logging.sigma_bins, self.logging.sigma_bins >= 1, "1 or more")
+        _require("preview.every", self.preview.every, self.preview.every >= 0, "0 (none) or more")
+        _require("preview.per-caption", self.preview.per_caption, self.preview.per_caption >= 1, "1 or more")
+        dropout = self.flow.caption_dropout
+        _require("flow.caption-dropout", dropout, 0 <= dropout < 1, "0 up to, not including, 1")
+        _require("flow.flow-shift", self.flow.flow_shift, self.flow.flow_shift > 0, "above 0")
+        _require("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "0 up to, not including, 1")
+        rate = self.optimizer.learning_rate
+        _require("optimizer.learning-rate", rate, 0 < rate < 1, "above 0 and below 1")
+        _require("optimizer.warmup-steps", self.optimizer.warmup_steps, self.optimizer.warmup_steps >= 0, "0 or more")
+
+
+def _require(option: str, value, condition: bool, allowed: str) -> None:
+    if not condition:
+        raise UserError(f"--{option} {value} is not allowed; allowed is {allowed}: change it, or leave it out")
+
+
+# What a resumed run may change: how it is run and watched, not what it computes.
+CHANGEABLE_ON_RESUME = ("steps", "run_dir", "device", "mesh", "checkpoint", "preview", "logging", "distributed")
+
+
+def differing_fields(one: RunConfig, other: RunConfig) -> dict[str, tuple]:
+    """Options outside ``CHANGEABLE_ON_RESUME`` in which two runs differ, with both values."""
+    first, second = (flatten(dataclasses.asdict(config)) for config in (one, other))
+    return {
+        name: (first.get(name), second.get(name))
+        for name in {**first, **second}
+        if first.get(name) != second.get(name) and name.split(".")[0] not in CHANGEABLE_ON_RESUME
+    }
+
+
+def flatten(values: dict, prefix: str = "") -> dict:
+    """Nested dictionaries as one dictionary with dotted names."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,53 @@
+"""Run configurations as JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+from sana_jax.errors import UserError
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dictionaries of JSON-able values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(config_class: type, values: dict[str, Any], source: str, prefix: str = "") -> Any:
+    """Builds a dataclass from nested dictionaries.
+
+    Args:
+        config_class: the dataclass.
+        values: its fields; those with a default may be missing, as in files written by an older version.
+        source: the file, for messages.
+        prefix: where ``values`` lies inside the file.
+
+    Raises:
+        UserError: unknown or missing fields, named with their place in the file.
+    """
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise UserError(
+            f"{source} has the unknown field {prefix}{unknown[0]}; allowed here: {', '.join(fields)}: "
+            "it was written by another version, or edited; mend it or start a new run"
+        )
+    arguments = {name: _value(hints[name], value, source, f"{prefix}{name}.") for name, value in values.items()}
+    try:
+        return config_class(**arguments)
+    except TypeError as error:
+        raise UserError(f"{source} lacks fields: {error}; mend it or start a new run") from error
+
+
+def _value(hint: Any, value: Any, source: str, prefix: str) -> Any:
+    options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    for option in options:
+        if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            return from_dict(option, value, source, prefix)
+        if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
+            return tuple(value)
+    return value

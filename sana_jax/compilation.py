@@ -1,0 +1,86 @@
+"""Compiling ahead of time, with what it takes spoken of, and the persistent compilation cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def enable_compilation_cache() -> str:
+    """Turns JAX's persistent cache on, unless the environment has said where (or that there is none); returns where.
+
+    ``JAX_COMPILATION_CACHE_DIR`` names another directory; ``JAX_ENABLE_COMPILATION_CACHE=0`` turns it off.
+    """
+    if not jax.config.jax_enable_compilation_cache:
+        return "off"
+    if jax.config.jax_compilation_cache_dir is None:
+        home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        # Compiled CPU code uses the machine's own instructions: a home directory shared by unlike machines needs one
+        # cache for each kind.
+        directory = pathlib.Path(home) / "sana_jax" / f"xla-{platform.machine()}-{_cpu_fingerprint()}"
+        jax.config.update("jax_compilation_cache_dir", str(directory))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return jax.config.jax_compilation_cache_dir
+
+
+def compile_ahead(
+    name: str, function: Callable, *arguments: Any, say: Callable[[str], None] = print
+) -> jax.stages.Compiled:
+    """Lowers and compiles a jitted function for abstract arguments, and prints for what, how long and how much memory.
+
+    The result refuses arguments of other shapes, so nothing recompiles in silence.
+
+    Args:
+        name: what it is, for the printed lines.
+        function: a jitted function.
+        arguments: trees of ShapeDtypeStructs (or arrays), the non-static positional arguments.
+        say: prints a line.
+    """
+    say(f"compiling {name} ...")
+    started = time.perf_counter()
+    lowered = function.lower(*arguments)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    ended = time.perf_counter()
+    line = f"compiled {name} in {ended - started:.1f} s (tracing {traced - started:.1f} s)"
+    say(f"{line}; memory per device: {memory_summary(compiled)}")
+    return compiled
+
+
+def memory_summary(compiled: jax.stages.Compiled) -> str:
+    """What a compiled function needs on each device, by the compiler's own analysis."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return "not reported by this backend"
+    arguments = analysis.argument_size_in_bytes
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    temporary = analysis.temp_size_in_bytes
+    return (
+        f"{readable_bytes(arguments + outputs + temporary)} (arguments {readable_bytes(arguments)}, "
+        f"results beside them {readable_bytes(outputs)}, temporary {readable_bytes(temporary)})"
+    )
+
+
+def readable_bytes(count: float) -> str:
+    """A number of bytes with a unit."""
+    for unit in ("B", "kB", "MB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _cpu_fingerprint() -> str:
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        kind = next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+    except OSError:
+        kind = platform.processor()
+    return hashlib.sha256(kind.encode()).hexdigest()[:8]

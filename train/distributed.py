@@ -1,0 +1,66 @@
+"""Joining the processes of a run before JAX looks at any device."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+from configs.schema import DistributedConfig
+from sana_jax.errors import UserError
+
+
+def join_processes(config: DistributedConfig) -> None:
+    """Connects to the run's other processes, if there are any.
+
+    Explicit options come first, then ``JAX_COORDINATOR_ADDRESS`` with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``,
+    then SLURM's variables (one task per host). Without any of them the run has one process.
+
+    Raises:
+        UserError: some but not all of what is needed is given, or the processes do not find one another.
+    """
+    given = (config.coordinator, config.num_processes, config.process_id)
+    if any(value is not None for value in given):
+        names = ("coordinator", "num-processes", "process-id")
+        if missing := [name for name, value in zip(names, given) if value is None]:
+            raise UserError(
+                f"--distributed.{missing[0]} is missing; coordinator, num-processes and process-id go together: give "
+                "all three, or none"
+            )
+        _initialize(*given)
+    elif address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        variables = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        values = [os.environ.get(variable, "") for variable in variables]
+        for variable, value in zip(variables, values):
+            if not value.isdecimal():
+                raise UserError(
+                    f"JAX_COORDINATOR_ADDRESS is set but {variable} is {value!r}; it must be a whole number: export "
+                    "it too, or unset JAX_COORDINATOR_ADDRESS"
+                )
+        _initialize(address, *map(int, values))
+    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        _initialize(None, None, None)  # JAX reads SLURM's variables itself
+
+
+def describe_processes() -> str:
+    """Which devices this run has, for its first lines."""
+    devices = jax.devices()
+    kind = f"{len(devices)} x {devices[0].device_kind}"
+    if jax.process_count() == 1:
+        return kind
+    return f"{kind} over {jax.process_count()} processes"
+
+
+def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if num_processes is not None and not 0 <= process_id < num_processes:
+        raise UserError(
+            f"process id {process_id} is not one of the {num_processes} processes; it must be 0 to {num_processes - 1}"
+        )
+    try:
+        jax.distributed.initialize(coordinator, num_processes, process_id)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"the processes of this run did not find one another at {coordinator or 'the address SLURM gives'}: "
+            f"{reason}; check that process 0 runs there and that the port is open"
+        ) from error

@@ -1,0 +1,84 @@
+"""The flow-matching objective of SANA: predict ``noise - x0`` at a random noise level.
+
+Random draws are made for the whole batch at once and travel with it, so that neither accumulation nor the mesh
+changes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from configs.schema import FlowConfig
+from kernels.typing import Array, Bool, Float, Int, PyTree
+from sana_jax.diffusion.flow import add_noise, flow_matching_loss, noise_level, velocity_target
+from sana_jax.diffusion.timesteps import TimestepDensity, sample_timestep_index
+from sana_jax.models.sana import SanaTransformer
+from train.batch import Batch
+from train.randomness import stream
+
+
+class Draws(NamedTuple):
+    """Everything random about one batch."""
+
+    index: Int[Array, " B"]
+    noise: Float[Array, "B H W C"]
+    drop_caption: Bool[Array, " B"]
+
+
+class SampleLosses(NamedTuple):
+    """Loss and noise level of each sample."""
+
+    loss: Float[Array, " B"]
+    sigma: Float[Array, " B"]
+
+
+@dataclass(frozen=True)
+class FlowMatching:
+    """Mean squared error of the predicted velocity, without weights.
+
+    Attributes:
+        transformer: the network.
+        config: density, shift and caption dropout.
+        null_embeds: the text encoder's encoding of no text (1, L, Ctext), which a dropped caption becomes.
+        null_mask: its mask (1, L).
+    """
+
+    transformer: SanaTransformer
+    config: FlowConfig
+    null_embeds: Float[Array, "1 L Ctext"]
+    null_mask: Int[Array, "1 L"]
+
+    @property
+    def density(self) -> TimestepDensity:
+        """The density of noise levels. Raises UserError for settings that the named density does not read."""
+        c = self.config
+        return TimestepDensity(
+            c.density, c.logit_mean, c.logit_std, p_low=c.p_low, p_high=c.p_high, mode_scale=c.mode_scale
+        )
+
+    def draw(self, seed: int, step: int | Int[Array, ""], latents: Float[Array, "B H W C"]) -> Draws:
+        """What is random at one step, for a whole batch."""
+        batch = latents.shape[0]
+        return Draws(
+            index=sample_timestep_index(stream(seed, step, "timestep"), (batch,), self.density),
+            noise=jax.random.normal(stream(seed, step, "noise"), latents.shape, jnp.float32),
+            drop_caption=jax.random.bernoulli(
+                stream(seed, step, "caption_dropout"), self.config.caption_dropout, (batch,)
+            ),
+        )
+
+    def losses(self, params: PyTree, batch: Batch, draws: Draws) -> SampleLosses:
+        """Each sample's loss, (B,) in float32."""
+        level = noise_level(draws.index, self.config.flow_shift)
+        noisy = add_noise(batch.latents, draws.noise, level.sigma)
+        embeds = jnp.where(draws.drop_caption[:, None, None], self.null_embeds, batch.prompt_embeds)
+        mask = jnp.where(draws.drop_caption[:, None], self.null_mask, batch.prompt_attention_mask)
+        timestep = level.timestep.astype(jnp.float32) * self.transformer.config.timestep_scale
+        velocity = self.transformer.apply({"params": params}, noisy, embeds, timestep, encoder_attention_mask=mask)
+        return SampleLosses(
+            flow_matching_loss(velocity, velocity_target(batch.latents, draws.noise)), level.sigma
+        )

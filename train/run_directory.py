@@ -1,0 +1,116 @@
+"""A run's directory: what is in it, whether a run may use it, and what makes it a model directory.
+
+::
+
+    config.json          the run's configuration
+    metrics.jsonl        a row of numbers every few steps
+    samples/             previews
+    checkpoints/<step>/  training states
+    tensorboard/         events
+    model_index.json ... what ``python -m sana_jax.generate --model`` reads
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jax
+
+from configs.schema import RunConfig, differing_fields
+from configs.serialization import from_dict, to_dict
+from sana_jax.diffusion.samplers import Sampler, make_sampler
+from sana_jax.errors import CheckpointError, UserError
+from sana_jax.files import atomic_file
+from sana_jax.pipelines.model_directory import SamplingDefaults, write_model_directory
+from sana_jax.weights import checkpoint_steps
+
+CONFIG_NAME = "config.json"
+
+
+def read_config(run_dir: Path) -> RunConfig:
+    """The configuration of an existing run.
+
+    Raises:
+        FileNotFoundError: there is no run in that directory.
+        UserError: its file is damaged or of another version.
+    """
+    path = run_dir / CONFIG_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing, so {run_dir} holds no run; name a directory that python -m train.main has written"
+        )
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); mend it or start a new run") from error
+    return from_dict(RunConfig, values, str(path))
+
+
+def require_checkpoint(run_dir: Path) -> None:
+    """Raises ``CheckpointError`` unless the run has a checkpoint to resume from."""
+    if not checkpoint_steps(run_dir / "checkpoints"):
+        raise CheckpointError(
+            f"no checkpoint in {run_dir / 'checkpoints'}: nothing to resume from; start the run from the beginning "
+            f"with --run-dir {run_dir}, or name another run"
+        )
+
+
+def claim(config: RunConfig) -> bool:
+    """Makes sure that the directory may hold this run; returns whether it holds its beginning already.
+
+    Raises:
+        UserError: it holds a run of another configuration, or something that is not a run.
+    """
+    run_dir = Path(config.run_dir)
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir} is a file; name a directory that is new or holds this run")
+    if not (run_dir / CONFIG_NAME).exists():
+        return False
+    differences = differing_fields(read_config(run_dir), config)
+    if differences:
+        shown = "; ".join(f"{name} {old!r} there, {new!r} here" for name, (old, new) in list(differences.items())[:3])
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise UserError(
+            f"{run_dir} holds a run of another configuration: {shown}{more}; name another --run-dir, or continue that "
+            f"run as it is with --resume {run_dir}"
+        )
+    return True
+
+
+def run_sampler(config: RunConfig) -> Sampler:
+    """The sampler of previews, which is also the run's default for sampling."""
+    return make_sampler(config.preview.sampler, flow_shift=config.flow.flow_shift)
+
+
+def write(config: RunConfig, dataset) -> None:
+    """Writes the configuration and what makes the directory a model directory. Process 0 only.
+
+    Raises:
+        UserError: the directory cannot be written to, or the parts do not fit one another.
+    """
+    if jax.process_index() != 0:
+        return
+    run_dir = Path(config.run_dir)
+    factor = dataset.autoencoder.spatial_factor
+    height, width, _ = dataset.latent_shape
+    try:
+        write_model_directory(
+            run_dir,
+            transformer_config=config.transformer,
+            sampler=run_sampler(config),
+            text_encoder=dataset.text_encoder,
+            autoencoder=dataset.autoencoder,
+            defaults=SamplingDefaults(
+                guidance_scale=config.preview.guidance_scale,
+                num_inference_steps=config.preview.num_inference_steps,
+                height=height * factor,
+                width=width * factor,
+            ),
+        )
+        with atomic_file(run_dir / CONFIG_NAME) as file:
+            file.write((json.dumps(to_dict(config), indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            f"cannot write to --run-dir {run_dir} ({error.strerror}); name a directory that can be written to"
+        ) from error

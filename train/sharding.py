@@ -1,0 +1,146 @@
+"""Meshes and where arrays lie on them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from configs.schema import MeshConfig
+from kernels.typing import PyTree
+from sana_jax.errors import UserError
+from sana_jax.models.sharding_rules import Rule
+
+AXES = ("data", "fsdp", "tensor", "context")
+# A batch is cut over both axes: fsdp is data parallelism that also cuts the parameters.
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh over all devices of all processes.
+
+    Raises:
+        UserError: the axes' product is not the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in AXES]
+    shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+    devices = jax.device_count()
+    if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
+        raise UserError(f"mesh {shown}: each axis is 1 or more, and at most one is -1 for the rest; set --mesh.AXIS")
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        if devices % known:
+            raise UserError(
+                f"mesh {shown}: {known} does not divide the {devices} devices; choose axes whose product divides "
+                f"{devices}, such as {_divisors(devices)}"
+            )
+        sizes[sizes.index(-1)] = devices // known
+    if math.prod(sizes) != devices:
+        raise UserError(
+            f"mesh {shown}: the axes' product {math.prod(sizes)} must be the number of devices, {devices}; "
+            f"change --mesh.data (-1 for the rest) or the others"
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:
+    """Raises ``UserError`` unless the batch divides into equal parts for every device and accumulation step."""
+    parts = math.prod(mesh.shape[axis] for axis in BATCH_AXES) * accumulation
+    if batch_size % parts:
+        below, above = batch_size // parts * parts, (batch_size // parts + 1) * parts
+        raise UserError(
+            f"--batch-size {batch_size} does not divide by data x fsdp x accumulation = "
+            f"{mesh.shape['data']} x {mesh.shape['fsdp']} x {accumulation} = {parts}; the nearest that does is "
+            f"{' or '.join(str(size) for size in (below, above) if size > 0)}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis cut over the batch axes."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def parameter_paths(params: PyTree) -> dict[str, jax.ShapeDtypeStruct | jax.Array]:
+    """The leaves of a nested dictionary by path, ``transformer_blocks/attn1/to_q/kernel``."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    return {path_name(path): leaf for path, leaf in leaves}
+
+
+def path_name(path: Sequence) -> str:
+    """A key path as text, joined by slashes."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tuple[PyTree, list[str]]:
+    """The sharding of every parameter, and the paths of those that had to stay whole along an axis.
+
+    A dimension that its axis does not divide stays whole; the caller says so.
+
+    Raises:
+        ValueError: a parameter matches no rule or several, a rule's length is not the parameter's rank, or it uses a
+            mesh axis twice. All such parameters are named at once.
+    """
+    problems, whole = [], []
+
+    def one(path, leaf):
+        name = path_name(path)
+        matches = [axes for pattern, axes in rules if re.fullmatch(pattern, name)]
+        if len(matches) != 1:
+            problems.append(f"{name} matches {len(matches)} rules")
+            return None
+        axes = matches[0]
+        used = [axis for axis in axes if axis is not None]
+        if len(axes) != leaf.ndim or len(set(used)) != len(used):
+            problems.append(f"{name} of rank {leaf.ndim} has the rule {axes}")
+            return None
+        fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)]
+        if any(axis and axis != fit for axis, fit in zip(axes, fitting)):
+            whole.append(name)
+        return NamedSharding(mesh, PartitionSpec(*fitting))
+
+    shardings = jax.tree_util.tree_map_with_path(one, params)
+    if problems:
+        raise ValueError("sharding rules do not fit: " + "; ".join(problems))
+    return shardings, whole
+
+
+def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:
+    """The rows [first, end) of a global batch that this process's devices hold.
+
+    Raises:
+        UserError: they are not one run of rows (a mesh that scatters a process's devices over the batch).
+    """
+    slices = [index[0] for index in sharding.addressable_devices_indices_map((batch_size,)).values()]
+    rows = {row for piece in slices for row in range(*piece.indices(batch_size))}
+    first, end = min(rows), max(rows) + 1
+    if len(rows) != end - first:
+        raise UserError(
+            f"this mesh gives process {jax.process_index()} rows of the batch that are not adjacent; put the axes that "
+            "cut the batch (data, fsdp) across processes, or use one process"
+        )
+    return first, end
+
+
+def to_global(local: PyTree, sharding: NamedSharding, batch_size: int, first_row: int) -> PyTree:
+    """Arrays of this process's rows as global arrays over the mesh."""
+
+    def one(rows):
+        def shard(index):
+            start, stop, _ = index[0].indices(batch_size)
+            return rows[(slice(start - first_row, stop - first_row), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *rows.shape[1:]), sharding, shard)
+
+    return jax.tree.map(one, local)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(d) for d in range(1, number + 1) if number % d == 0)

@@ -1,0 +1,110 @@
+"""One optimizer step as a pure function of (state, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from configs.schema import RunConfig
+from kernels.typing import Array, Bool, Float, PyTree
+from train.batch import Batch
+from train.objectives.flow_matching import Draws, FlowMatching
+from train.optimizers import learning_rate_schedule
+from train.state import TrainState
+
+
+class StepMetrics(NamedTuple):
+    """What a step reports; device arrays, read when a row is written."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    update_norm: Float[Array, ""]
+    param_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    finite: Bool[Array, ""]
+    bin_loss: Float[Array, " K"]
+    """Sum of the samples' losses by bin of noise level."""
+    bin_count: Float[Array, " K"]
+    """Samples in each bin."""
+
+
+def make_train_step(
+    objective: FlowMatching, optimizer: optax.GradientTransformation, config: RunConfig
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The step function; jit it with the state donated.
+
+    Gradients are the mean over the whole batch, whatever the accumulation. A step whose loss or gradient norm is not
+    finite leaves parameters, average and optimizer as they were and reports ``finite=False``.
+    """
+    schedule = learning_rate_schedule(config.optimizer, config.steps)
+
+    def mean_loss(params, batch, draws):
+        losses = objective.losses(params, batch, draws)
+        return losses.loss.mean(), losses
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        draws = objective.draw(config.seed, state.step, batch.latents)
+        loss, losses, grads = accumulate(
+            jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, draws, config.accumulation
+        )
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = state.ema
+        if ema is not None:
+            decay = ema_decay(state.step, config.ema.decay, config.ema.warmup)
+            ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
+        grad_norm = optax.tree_utils.tree_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = TrainState(state.step + 1, params, ema, opt_state)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
+        metrics = StepMetrics(
+            loss=loss,
+            grad_norm=grad_norm,
+            update_norm=optax.tree_utils.tree_norm(updates),
+            param_norm=optax.tree_utils.tree_norm(params),
+            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            finite=finite,
+            bin_loss=losses.loss @ bins,
+            bin_count=bins.sum(0),
+        )
+        return kept._replace(step=new.step), metrics
+
+    return train_step
+
+
+def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: Draws, parts: int):
+    """Loss, per-sample losses and gradient of a batch computed in ``parts`` parts, one after the other.
+
+    Part p takes the rows p, p + parts, ...: every device then finds its share of each part among its own rows.
+    """
+    if parts == 1:
+        (loss, losses), grads = value_and_grad(params, batch, draws)
+        return loss, losses, grads
+
+    def split(array):
+        return array.reshape(array.shape[0] // parts, parts, *array.shape[1:]).swapaxes(0, 1)
+
+    def body(total, part):
+        (loss, losses), grads = value_and_grad(params, *part)
+        return jax.tree.map(jnp.add, total, (loss, grads)), losses
+
+    zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    (loss, grads), losses = jax.lax.scan(body, zeros, jax.tree.map(split, (batch, draws)))
+    loss, grads = jax.tree.map(lambda total: total / parts, (loss, grads))
+    return loss, jax.tree.map(lambda array: array.reshape(-1), losses), grads
+
+
+def ema_decay(step, decay: float, warmup: bool):
+    """The average's decay at a step."""
+    step = jnp.asarray(step, jnp.float32)
+    return jnp.minimum(decay, (1 + step) / (10 + step)) if warmup else jnp.float32(decay)
+
+
+def sigma_bins(sigma: Float[Array, " B"], bins: int) -> Float[Array, "B K"]:
+    """One-hot membership of equal bins of [0, 1]."""
+    return jax.nn.one_hot(jnp.clip(jnp.floor(sigma * bins), 0, bins - 1).astype(jnp.int32), bins)
