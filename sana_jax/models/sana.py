@@ -208,7 +208,8 @@ class SanaTransformer(nn.Module):
         dtype: compute dtype; parameters are float32, norms, modulation, softmax and attention sums run in float32.
         remat: what the backward pass recomputes, by name: see ``sana_jax.nn.remat``.
         scan_blocks: True compiles one block and scans it; False unrolls the blocks, which is for debugging and for
-            short compiled programs whose weights should not be sliced at run time. Equal outputs.
+            short compiled programs whose weights should not be sliced at run time. Equal outputs. Both sow
+            ``block_outputs`` (layers, B, N, D) among the ``intermediates``.
     """
 
     config: SanaConfig
@@ -277,7 +278,7 @@ class SanaTransformer(nn.Module):
         return x.reshape(batch, height, width, out_channels)
 
     def _blocks(self, x, caption, bias, time, grid, controlnet_residuals):
-        """Runs the blocks over ``x``, adding residual i after block i + 1; sows every block's output."""
+        """Runs the blocks over ``x``, adding residual i after block i + 1; sows all blocks' outputs, stacked."""
 
         def finish_block(x, layer):
             if controlnet_residuals is not None:
@@ -286,14 +287,15 @@ class SanaTransformer(nn.Module):
                 x = x + jnp.where((layer >= 1) & (layer <= count), residual, 0).astype(x.dtype)
             return x
 
-        block_class = remat_block(SanaBlock, self.remat, static_arguments=(5,))
+        scanned = self.scan_blocks or self.is_initializing()
+        keep_outputs = self.is_mutable_collection("intermediates")
+        block_class = remat_block(SanaBlock, self.remat, static_arguments=(5,), scanned=scanned)
         layers = self.config.num_layers
-        if self.scan_blocks or self.is_initializing():
+        if scanned:
 
             def body(block, x, layer):
                 x = finish_block(block(x, caption, bias, time, grid), layer)
-                block.sow("intermediates", "block_output", x)
-                return x, None
+                return x, x if keep_outputs else None
 
             scan = nn.scan(
                 body,
@@ -302,12 +304,16 @@ class SanaTransformer(nn.Module):
                 length=layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            return scan(block_class(self.config, self.dtype, name="transformer_blocks"), x, jnp.arange(layers))[0]
-
-        stacked = self.variables["params"]["transformer_blocks"]
-        block = block_class(self.config, self.dtype, parent=None)
-        for layer in range(layers):
-            params = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
-            x = finish_block(block.apply({"params": params}, x, caption, bias, time, grid), layer)
-            self.sow("intermediates", "block_output", x)
+            block = block_class(self.config, self.dtype, name="transformer_blocks")
+            x, outputs = scan(block, x, jnp.arange(layers))
+        else:
+            stacked = self.variables["params"]["transformer_blocks"]
+            block = block_class(self.config, self.dtype, parent=None)
+            outputs = []
+            for layer in range(layers):
+                params = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
+                x = finish_block(block.apply({"params": params}, x, caption, bias, time, grid), layer)
+                outputs.append(x)
+        if keep_outputs:
+            self.sow("intermediates", "block_outputs", outputs if scanned else jnp.stack(outputs))
         return x

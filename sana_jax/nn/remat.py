@@ -16,13 +16,17 @@ REMAT_POLICIES = {
 }
 
 
-def remat_block(block_class: type[nn.Module], policy: str, static_arguments: tuple[int, ...] = ()) -> type[nn.Module]:
+def remat_block(
+    block_class: type[nn.Module], policy: str, static_arguments: tuple[int, ...] = (), *, scanned: bool = True
+) -> type[nn.Module]:
     """Wraps a module class so that its call is rematerialised under the named policy.
 
     Args:
         block_class: the module class.
         policy: a key of ``REMAT_POLICIES``.
         static_arguments: positions of arguments that are not arrays, counting ``self`` as 0.
+        scanned: whether the blocks run inside a scan, where nothing can be commoned up across iterations; elsewhere a
+            barrier keeps the compiler from undoing the rematerialisation.
 
     Raises:
         UserError: for a name that is not in the table.
@@ -31,5 +35,6 @@ def remat_block(block_class: type[nn.Module], policy: str, static_arguments: tup
         raise UserError(f"remat={policy!r}: choose one of {', '.join(REMAT_POLICIES)}")
     if policy == "none":
         return block_class
-    # Inside a scan nothing can be commoned up across iterations, so the barrier against it is left out.
-    return nn.remat(block_class, policy=REMAT_POLICIES[policy], static_argnums=static_arguments, prevent_cse=False)
+    return nn.remat(
+        block_class, policy=REMAT_POLICIES[policy], static_argnums=static_arguments, prevent_cse=not scanned
+    )
