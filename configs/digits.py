@@ -22,7 +22,7 @@ from sana_jax.models.sana import SanaConfig
 CONFIG = RunConfig(
     preset="digits",
     run_dir="runs/digits",
-    steps=800,
+    steps=600,
     transformer=SanaConfig(
         in_channels=1,
         out_channels=1,

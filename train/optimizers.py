@@ -8,7 +8,7 @@ import jax
 import optax
 
 from configs.schema import OptimizerConfig
-from kernels.typing import PyTree
+from kernels.typing import Array, Int, PyTree
 from sana_jax.errors import UserError
 from train.sharding import parameter_paths, path_name
 
@@ -55,6 +55,20 @@ def path_mask(params: PyTree, patterns: tuple[str, ...], option: str, may_be_abs
     return jax.tree_util.tree_map_with_path(
         lambda path, _: any(re.fullmatch(pattern, path_name(path)) for pattern in patterns), params
     )
+
+
+def stop_frozen(params: PyTree, frozen: tuple[str, ...]) -> PyTree:
+    """The same parameters, without gradients for those that are frozen: none is computed, none counts in the norm."""
+    if not frozen:
+        return params
+    mask = path_mask(params, frozen, "optimizer.frozen")
+    return jax.tree.map(lambda leaf, stop: jax.lax.stop_gradient(leaf) if stop else leaf, params, mask)
+
+
+def updates_taken(opt_state: PyTree) -> Int[Array, ""]:
+    """How many updates an optimizer of ``make_optimizer`` has made: steps that were left out do not count."""
+    (_, count), *_ = optax.tree_utils.tree_get_all_with_path(opt_state, "count")
+    return count
 
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> optax.GradientTransformation:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import flax.linen as nn
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -66,6 +68,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis cut over the batch axes."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+@contextlib.contextmanager
+def batch_stays_cut(batch_size: int) -> Iterator[None]:
+    """Networks traced inside keep the batch cut over the batch axes of the mesh in ``jax.set_mesh``.
+
+    Left to itself the compiler may leave the weights where they lie instead, give every device the whole batch and add
+    up partial products: as much communication as there are activations, and no memory saved. So the output of every
+    module is told to keep its first axis cut; the other axes are free, for tensor parallelism. Modules know nothing of
+    it, and their parameters are then gathered where they are used.
+
+    Args:
+        batch_size: arrays whose first axis is of another length are left alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 1:
+        yield
+        return
+
+    def constrain(leaf):
+        if not leaf.shape or leaf.shape[0] != batch_size:
+            return leaf
+        free = (PartitionSpec.UNCONSTRAINED,) * (leaf.ndim - 1)
+        return jax.lax.with_sharding_constraint(leaf, PartitionSpec(BATCH_AXES, *free))
+
+    def interceptor(call, args, kwargs, context):
+        outputs = call(*args, **kwargs)
+        return jax.tree.map(constrain, outputs) if context.method_name == "__call__" else outputs
+
+    with nn.intercept_methods(interceptor):
+        yield
 
 
 def parameter_paths(params: PyTree) -> dict[str, jax.ShapeDtypeStruct | jax.Array]:

@@ -13,7 +13,8 @@ from configs.schema import RunConfig
 from kernels.typing import Array, Bool, Float, PyTree
 from train.batch import Batch
 from train.objectives.flow_matching import Draws, FlowMatching
-from train.optimizers import learning_rate_schedule
+from train.optimizers import learning_rate_schedule, stop_frozen, updates_taken
+from train.sharding import batch_stays_cut
 from train.state import TrainState
 
 
@@ -43,7 +44,9 @@ def make_train_step(
     schedule = learning_rate_schedule(config.optimizer, config.steps)
 
     def mean_loss(params, batch, draws):
-        losses = objective.losses(params, batch, draws)
+        params = stop_frozen(params, config.optimizer.frozen)
+        with batch_stays_cut(batch.latents.shape[0]):
+            losses = objective.losses(params, batch, draws)
         return losses.loss.mean(), losses
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -66,8 +69,8 @@ def make_train_step(
             loss=loss,
             grad_norm=grad_norm,
             update_norm=optax.tree_utils.tree_norm(updates),
-            param_norm=optax.tree_utils.tree_norm(params),
-            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            param_norm=optax.tree_utils.tree_norm(kept.params),
+            learning_rate=jnp.asarray(schedule(updates_taken(state.opt_state)), jnp.float32),
             finite=finite,
             bin_loss=losses.loss @ bins,
             bin_count=bins.sum(0),
@@ -78,7 +81,7 @@ def make_train_step(
 
 
 def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: Draws, parts: int):
-    """Loss, per-sample losses and gradient of a batch computed in ``parts`` parts, one after the other.
+    """Loss, per-sample losses (in the batch's order) and gradient, computed in ``parts`` parts one after the other.
 
     Part p takes the rows p, p + parts, ...: every device then finds its share of each part among its own rows.
     """
@@ -96,7 +99,7 @@ def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: Dr
     zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
     (loss, grads), losses = jax.lax.scan(body, zeros, jax.tree.map(split, (batch, draws)))
     loss, grads = jax.tree.map(lambda total: total / parts, (loss, grads))
-    return loss, jax.tree.map(lambda array: array.reshape(-1), losses), grads
+    return loss, jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(-1), losses), grads
 
 
 def ema_decay(step, decay: float, warmup: bool):

@@ -22,6 +22,8 @@ GRADIENT_TOLERANCE = 1e-5
 # Two compiled forms of one program differ by how their sums are fused.
 SAME_PROGRAM_TOLERANCE = 2e-6
 BF16_FACTOR = 1.5
+# For programs of which only values are wanted, not speed: LLVM's optimiser is most of the compile time.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +49,10 @@ def output_and_gradients_function(variant: str, remat: str = "none", scan_blocks
     """Compiled ``(params, inputs, mask, output_weights[, residuals]) -> output, gradients``."""
     model = SanaTransformer(oracle.jax_config(variant), remat=remat, scan_blocks=scan_blocks)
 
-    @jax.jit
+    # The form that users run is compiled as they compile it.
+    options = {} if (remat, scan_blocks) == ("none", True) else QUICK_COMPILE
+
+    @functools.partial(jax.jit, compiler_options=options)
     def run(params, inputs, mask, output_weights, controlnet_residuals=None):
         wanted = {"params": params} | {name: inputs[name] for name in ("hidden_states", "encoder_hidden_states")}
         if controlnet_residuals is not None:
@@ -67,7 +72,8 @@ def output_and_gradients_function(variant: str, remat: str = "none", scan_blocks
 @functools.cache
 def output_function(variant: str, dtype: jnp.dtype):
     model = SanaTransformer(oracle.jax_config(variant), dtype=dtype)
-    return jax.jit(lambda params, inputs, mask: apply(model, params, inputs, mask))
+    options = QUICK_COMPILE if dtype == jnp.bfloat16 else {}
+    return jax.jit(lambda params, inputs, mask: apply(model, params, inputs, mask), compiler_options=options)
 
 
 def gradient_errors(found: dict, expected: dict, qk_norm: bool) -> dict[str, float]:
@@ -140,10 +146,9 @@ def test_masked_tokens_have_no_effect():
     np.testing.assert_array_equal(before, run(params, inputs.arrays(), oracle.MASK))
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_controlnet_residuals(count):
-    """With four blocks the first and the last get none; gradients reach the residuals too."""
-    variant = "biased"
+def test_controlnet_residuals():
+    """Of four blocks the second and third get one; gradients reach the residuals too."""
+    variant, count = "biased", 2
     config = oracle.jax_config(variant)
     inputs = oracle.draw_inputs(config)
     tokens = oracle.LATENT_SIZE[0] * oracle.LATENT_SIZE[1]
@@ -191,7 +196,7 @@ def test_block_outputs_are_sown_in_both_forms():
     for scan_blocks in (True, False):
         model = SanaTransformer(config, scan_blocks=scan_blocks)
 
-        @jax.jit
+        @functools.partial(jax.jit, compiler_options=QUICK_COMPILE)
         def run(params, hidden_states, caption, timestep, model=model):
             arguments = ({"params": params}, hidden_states, caption, timestep)
             return model.apply(*arguments, mutable=["intermediates"])[1]["intermediates"]
@@ -208,15 +213,13 @@ def test_bfloat16(variant):
     """Our error against float32 is at most 1.5 times PyTorch's, with float32 and with bfloat16 parameters."""
     inputs, params = oracle.draw_inputs(oracle.jax_config(variant)), oracle.params_for(variant)
     exact = oracle.torch_output(variant, inputs, oracle.MASK, torch.float32)
-    allowed = BF16_FACTOR * oracle.relative_error(
-        oracle.torch_output(variant, inputs, oracle.MASK, torch.bfloat16), exact
-    )
+    theirs = oracle.relative_error(oracle.torch_output(variant, inputs, oracle.MASK, torch.bfloat16), exact)
     run = output_function(variant, jnp.bfloat16)
     for params_dtype in (jnp.float32, jnp.bfloat16):
         cast = jax.tree.map(lambda leaf, dtype=params_dtype: leaf.astype(dtype), params)
         found = run(cast, inputs.arrays(), oracle.MASK)
         assert found.dtype == jnp.bfloat16
-        assert 1e-3 < oracle.relative_error(found, exact) <= allowed
+        assert 1e-3 < oracle.relative_error(found, exact) <= BF16_FACTOR * theirs
 
 
 @pytest.mark.parametrize("weights", ["fresh", "zero"])

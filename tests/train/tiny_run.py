@@ -62,15 +62,12 @@ class TinyRun:
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, self.plan.abstract), replicated(self.mesh))
         return jax.jit(self.step_function, donate_argnums=0, out_shardings=shardings)
 
-    def abstract_batch(self):
-        """Shapes and shardings of a batch."""
-        rows = jax.eval_shape(lambda: self.dataset_rows())
-        sharding = batch_sharding(self.mesh)
-        return jax.tree.map(lambda row: jax.ShapeDtypeStruct(row.shape, row.dtype, sharding=sharding), rows)
-
-    def dataset_rows(self):
-        """One batch on the host, always the same."""
-        return make_dataset(self.config.data).batch(jnp.arange(self.config.batch_size))
+    def compiled_step(self):
+        """The step, compiled for this run's shapes."""
+        start = self.loader.position()
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), self.next_batch())
+        self.loader.restore(start)
+        return self.jitted_step().lower(self.plan.abstract, batch).compile()
 
     def next_batch(self):
         """The next batch, on the devices."""
