@@ -229,9 +229,20 @@ class RunConfig:
         _require("flow.caption-dropout", dropout, 0 <= dropout < 1, "0 up to, not including, 1")
         _require("flow.flow-shift", self.flow.flow_shift, self.flow.flow_shift > 0, "above 0")
         _require("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "0 up to, not including, 1")
-        rate = self.optimizer.learning_rate
-        _require("optimizer.learning-rate", rate, 0 < rate < 1, "above 0 and below 1")
-        _require("optimizer.warmup-steps", self.optimizer.warmup_steps, self.optimizer.warmup_steps >= 0, "0 or more")
+        steps = self.preview.num_inference_steps
+        _require("preview.num-inference-steps", steps, steps >= 1, "1 or more")
+        _require("preview.guidance-scale", self.preview.guidance_scale, self.preview.guidance_scale >= 0, "0 or more")
+        _require("max-nonfinite", self.max_nonfinite, self.max_nonfinite >= 0, "0 or more")
+        o = self.optimizer
+        _require("optimizer.learning-rate", o.learning_rate, 0 < o.learning_rate < 1, "above 0 and below 1")
+        final = o.final_learning_rate
+        _require("optimizer.final-learning-rate", final, 0 <= final < 1, "0 up to, not including, 1")
+        _require("optimizer.warmup-steps", o.warmup_steps, o.warmup_steps >= 0, "0 or more")
+        _require("optimizer.beta1", o.beta1, 0 <= o.beta1 < 1, "0 up to, not including, 1")
+        _require("optimizer.beta2", o.beta2, 0 <= o.beta2 < 1, "0 up to, not including, 1")
+        _require("optimizer.epsilon", o.epsilon, o.epsilon > 0, "above 0")
+        _require("optimizer.weight-decay", o.weight_decay, o.weight_decay >= 0, "0 or more")
+        _require("optimizer.clip-norm", o.clip_norm, o.clip_norm is None or o.clip_norm > 0, "above 0, or None")
 
 
 def _require(option: str, value, condition: bool, allowed: str) -> None:
@@ -240,7 +251,10 @@ def _require(option: str, value, condition: bool, allowed: str) -> None:
 
 
 # What a resumed run may change: how it is run and watched, not what it computes.
-CHANGEABLE_ON_RESUME = ("steps", "run_dir", "device", "mesh", "checkpoint", "preview", "logging", "distributed")
+CHANGEABLE_ON_RESUME = (
+    *("steps", "run_dir", "device", "nonfinite", "max_nonfinite"),
+    *("mesh", "checkpoint", "preview", "logging", "distributed"),
+)
 
 
 def differing_fields(one: RunConfig, other: RunConfig) -> dict[str, tuple]:

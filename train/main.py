@@ -1,4 +1,4 @@
-"""Trains a model: ``python -m train.main [PRESET] [--field.sub value ...]`` or ``python -m train.main --resume RUN_DIR``.
+"""Trains a model: ``python -m train.main [PRESET] [--field.sub value ...]`` or ``... --resume RUN_DIR``.
 
 Read top to bottom: configuration, devices and mesh, data, model and state, compilation, restore, loop.
 """
@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 import sys
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
+
+if __name__ == "__main__":  # before the imports that take seconds, so that a signal finds someone listening
+    from train.preemption import StopRequest
+
+    STOP = StopRequest()
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import sana_jax
 from configs import DEFAULT_PRESET, PRESETS, load_preset
@@ -35,22 +43,22 @@ from train.objectives.flow_matching import FlowMatching
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
-from train.state import TrainState, parameter_count, plan_state
-from train.step import make_train_step
+from train.state import StatePlan, TrainState, parameter_count, plan_state
+from train.step import StepMetrics, make_train_step
 
 PROG = "python -m train.main"
 # Steps that may be queued on the devices before the host waits for the oldest.
 STEPS_IN_FLIGHT = 2
 
 
-def read_command_line(argv: Sequence[str]) -> tuple[RunConfig, bool]:
-    """The run that a command line describes, and whether it must exist already.
+def read_command_line(argv: Sequence[str]) -> RunConfig:
+    """The run that a command line describes.
 
     Raises:
         UserError, FileNotFoundError: one line about what is wrong with it.
     """
     argv = list(argv)
-    if argv and argv[0] == "--resume" or any(word.startswith("--resume=") for word in argv[:1]):
+    if argv and argv[0].partition("=")[0] == "--resume":
         head = argv.pop(0)
         run_dir = head.partition("=")[2] or (argv.pop(0) if argv and not argv[0].startswith("--") else "")
         if not run_dir:
@@ -60,23 +68,29 @@ def read_command_line(argv: Sequence[str]) -> tuple[RunConfig, bool]:
         saved = dataclasses.replace(saved, run_dir=run_dir)
         config = parse(RunConfig, argv, default=saved, prog=f"{PROG} --resume {run_dir}")
         if config.run_dir != run_dir:
-            raise UserError(f"--run-dir {config.run_dir} with --resume {run_dir}: a run stays where it is; leave it out")
-        return config, True
-    if "--resume" in argv:
+            raise UserError(
+                f"--run-dir {config.run_dir} with --resume {run_dir}: a run stays where it is; leave --run-dir out"
+            )
+        return config
+    if any(word.partition("=")[0] == "--resume" for word in argv):
         raise UserError(f"--resume comes first: {PROG} --resume RUN_DIR [--field.sub value ...]")
     name = argv.pop(0) if argv and not argv[0].startswith("-") else DEFAULT_PRESET
     prog = f"{PROG} [{'|'.join(PRESETS)}]"
     config = parse(RunConfig, argv, default=load_preset(name), prog=prog)
     if config.preset != name:
-        raise UserError(f"--preset {config.preset}: the preset is the first word, not an option: {PROG} {config.preset}")
-    return config, False
+        raise UserError(
+            f"--preset {config.preset}: the preset is the first word, not an option: {PROG} {config.preset}"
+        )
+    return config
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status."""
-    config, _ = read_command_line(sys.argv[1:] if argv is None else argv)
-    stop = StopRequest()
-    return train(config, stop)
+def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Runs the command; returns its exit status. Without ``stop`` it listens to signals itself, until it returns."""
+    config = read_command_line(sys.argv[1:] if argv is None else argv)
+    if stop is not None:
+        return train(config, stop)
+    with closing(StopRequest()) as stop:
+        return train(config, stop)
 
 
 def train(config: RunConfig, stop: StopRequest) -> int:
@@ -84,16 +98,16 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     # ---- devices and mesh --------------------------------------------------------------------------------------------
     prefer_device(config.device)
     join_processes(config.distributed)
+    stop.listen()  # joining gives SIGTERM to JAX
     choose_device(config.device)
     cache = enable_compilation_cache()
-    is_first = jax.process_index() == 0
-    say = (lambda line: print(line, flush=True)) if is_first else (lambda line: None)
+    say = _print_line if jax.process_index() == 0 else (lambda line: None)
     mesh = make_mesh(config.mesh)
     jax.set_mesh(mesh)
     check_batch(config.batch_size, config.accumulation, mesh)
     continuing = run_directory.claim(config)
     say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")
-    say(f"run: {config.preset}, {config.steps} steps of {config.batch_size} in {config.run_dir}; compiled code: {cache}")
+    say(f"run: {config.preset}, {config.steps} steps of {config.batch_size} in {config.run_dir}; compiled code {cache}")
 
     # ---- data --------------------------------------------------------------------------------------------------------
     dataset = make_dataset(config.data)
@@ -113,66 +127,77 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         f"computed in {compute.dtype}, remat {compute.remat}"
     )
     if plan.whole and mesh.size > 1:
-        say(f"sharding: {len(plan.whole)} parameters stay whole where an axis does not divide them: {plan.whole[0]} ...")
+        say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
+    run_directory.check_parts(config, dataset)
     null_embeds, null_mask = dataset.text_encoder.null_encoding()
     objective = FlowMatching(transformer, config.flow, jnp.asarray(null_embeds), jnp.asarray(null_mask))
-    run_directory.write(config, dataset)
+    previewer = Previewer(config, dataset, transformer, mesh, stop.writing)
+    store = _open_store(config)
+    run = Run(config, stop, store, loader, previewer, say)
+    newest = store.latest_step()
+    if newest is not None and newest >= config.steps and not previewer.missing(newest):
+        run.finish(newest, newest)
+        return 0
 
     # ---- compilation -------------------------------------------------------------------------------------------------
-    step_function = jax.jit(
-        make_train_step(objective, plan.optimizer, config),
-        donate_argnums=0,
-        out_shardings=(jax.tree.map(lambda leaf: leaf.sharding, plan.abstract), replicated(mesh)),
-    )
-    first_batch = dataset.batch(jnp.zeros(config.batch_size, int))
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, plan.abstract), replicated(mesh))
+    step_function = make_train_step(objective, plan.optimizer, config)
+    step_function = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
+    first_batch = dataset.batch(np.zeros(config.batch_size, int))
     abstract_batch = jax.tree.map(
         lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows_sharding), first_batch
     )
-    shape = "x".join(map(str, first_batch.latents.shape))
-    train_step = compile_ahead(f"the train step for latents {shape}", step_function, plan.abstract, abstract_batch, say=say)
-    previewer = Previewer(config, dataset, transformer, mesh)
-    sampled = plan.abstract.params if plan.abstract.ema is None else plan.abstract.ema
+    name = f"the train step for latents {'x'.join(map(str, first_batch.latents.shape))}"
+    train_step = compile_ahead(name, step_function, plan.abstract, abstract_batch, say=say)
     if config.preview.every:
-        previewer.compile(sampled, say)
+        previewer.compile(plan.abstract.params if plan.abstract.ema is None else plan.abstract.ema, say)
 
     # ---- restore -----------------------------------------------------------------------------------------------------
-    store = CheckpointStore(
-        Path(config.run_dir) / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        asynchronous=config.checkpoint.asynchronous,
-    )
-    if continuing and store.latest_step() is not None:
-        restored = store.restore(plan.abstract.params, plan.abstract.ema, plan.abstract.opt_state)
-        loader.restore(restored.data_position)
-        count = jax.device_put(jnp.asarray(restored.step, jnp.int32), replicated(mesh))
-        state = TrainState(count, restored.params, restored.ema, restored.opt_state)
-        say(f"resumed at step {restored.step} of {config.steps}")
+    if newest is not None:
+        state = _restore(store, plan, loader)
+        say(f"resumed at step {newest} of {config.steps}")
     else:
-        state = plan.initialize()
-    run = Run(config, stop, store, loader, previewer, say)
+        if continuing:
+            say(f"{config.run_dir} has no checkpoint yet: starting at step 0")
+        state = compile_ahead("the first state", plan.initialize, say=say)()
+    with stop.writing:
+        run_directory.write(config, dataset)
+
+    # ---- loop --------------------------------------------------------------------------------------------------------
     with store:
-        return run.loop(state, train_step, lambda batch: to_global(batch, rows_sharding, config.batch_size, rows[0]))
+        status = run.loop(state, train_step, lambda batch: to_global(batch, rows_sharding, config.batch_size, rows[0]))
+    stop.nothing_to_lose = True
+    return status
 
 
 class Run:
     """The loop and what happens along it: previews, rows, checkpoints, stopping."""
 
-    def __init__(self, config, stop, store, loader, previewer, say):
+    def __init__(
+        self,
+        config: RunConfig,
+        stop: StopRequest,
+        store: CheckpointStore,
+        loader: Loader,
+        previewer: Previewer,
+        say: Callable[[str], None],
+    ):
         self.config, self.stop, self.store, self.loader = config, stop, store, loader
         self.previewer, self.say = previewer, say
-        self.started = time.perf_counter()
+        self.writer: MetricsWriter | None = None
         self.nonfinite = 0
+        self.unchecked: list[tuple[int, StepMetrics]] = []
         self.images_per_second: list[float] = []
 
     def loop(self, state: TrainState, train_step, to_devices) -> int:
         """Steps to the end, or to a request to stop; returns the exit status."""
+        self.started = time.perf_counter()
         config, step = self.config, int(state.step)
         first = step
-        self.writer = MetricsWriter(Path(config.run_dir), config.logging, to_dict(config), step)
+        self.writer = MetricsWriter(Path(config.run_dir), config.logging, to_dict(config), step, self.stop.writing)
         progress = self.progress = Progress(step, config.steps)
         self.say = progress.say
-        if step == 0:
+        if self.previewer.missing(step):  # at step 0, or where the run was interrupted before it
             self.preview(state, step)
         window, in_flight, window_started = [], deque(), time.perf_counter()
         try:
@@ -182,6 +207,7 @@ class Run:
                 state, metrics = train_step(state, batch)
                 step += 1
                 window.append(metrics)
+                self.unchecked.append((step, metrics))
                 in_flight.append(metrics.loss)
                 if len(in_flight) > STEPS_IN_FLIGHT:
                     in_flight.popleft().block_until_ready()
@@ -196,12 +222,15 @@ class Run:
                 stopping = self.stop.agreed() if at_row or jax.process_count() == 1 else False
                 pause = time.perf_counter()
                 due = step % config.checkpoint.every == 0 or step == config.steps or stopping
+                if at_row or due:
+                    self.check_finite()
                 if due:
                     self.save(state, step)
                 if self.previewer.due(step) and not stopping:
                     self.preview(state, step)
                     stopping = self.stop.agreed()
                     if stopping and not due:
+                        self.check_finite()
                         self.save(state, step)
                 progress.pause(time.perf_counter() - pause)
                 if at_row:
@@ -212,7 +241,7 @@ class Run:
                     self.store.wait()
                     progress.say(
                         f"stopped by {self.stop.signal.name} after step {step} of {config.steps}; everything is saved, "
-                        f"continue with: {_python()} -m train.main --resume {config.run_dir}"
+                        f"continue with: {_python()} -m train.main --resume {shlex.quote(config.run_dir)}"
                     )
                     return exit_status(self.stop.signal)
             self.store.wait()
@@ -222,28 +251,45 @@ class Run:
         self.finish(first, step)
         return 0
 
-    def row(self, step: int, window: list, seconds: float) -> None:
-        """Writes and shows a row; deals with steps that were not finite."""
+    def row(self, step: int, window: list[StepMetrics], seconds: float) -> None:
+        """Writes and shows a row."""
         values = summarise(window, len(window) * self.config.batch_size, seconds)
         self.writer.write(step, values)
         self.progress.row(step, values)
         if "images_per_second" in values:
             self.images_per_second.append(values["images_per_second"])
-        bad = [step - len(window) + 1 + i for i, metrics in enumerate(window) if not bool(metrics.finite)]
+
+    def check_finite(self) -> None:
+        """Stops at steps that were not finite, or says that they were left out. Before every save.
+
+        Raises:
+            UserError: there was one, or more of them than may be left out.
+        """
+        bad = [(step, metrics) for step, metrics in self.unchecked if not bool(metrics.finite)]
+        self.unchecked = []
         if not bad:
             return
+        config = self.config
         self.nonfinite += len(bad)
-        what = f"loss {float(window[-1].loss):g}, gradient norm {float(window[-1].grad_norm):g}"
+        step, metrics = bad[0]
+        what = f"loss {float(metrics.loss):g}, gradient norm {float(metrics.grad_norm):g}"
+        if config.nonfinite == "skip" and self.nonfinite <= config.max_nonfinite:
+            steps = ", ".join(str(step) for step, _ in bad)
+            self.say(f"warning: left out step {steps}: loss or gradient not finite (at {step}: {what})")
+            return
+        self.store.wait()
         newest = self.store.latest_step()
-        if self.config.nonfinite == "error" or self.nonfinite > self.config.max_nonfinite:
-            policy = "" if self.config.nonfinite == "error" else f", the {self.nonfinite}th (--max-nonfinite)"
-            raise UserError(
-                f"the loss or gradient is not finite at step {bad[0]}{policy} ({what} at step {step}); no such step "
-                f"was applied, and the last checkpoint is "
-                f"{'none' if newest is None else newest}: lower --optimizer.learning-rate, or leave such steps out "
-                "with --nonfinite skip"
-            )
-        self.progress.say(f"warning: left out step {', '.join(map(str, bad))}, whose loss or gradient is not finite")
+        if config.nonfinite == "skip":
+            allowed = f"{self.nonfinite} steps by now, --max-nonfinite allows {config.max_nonfinite}"
+            advice = "allow more of them"
+        else:
+            allowed, advice = "--nonfinite error allows none", "leave such steps out with --nonfinite skip"
+        raise UserError(
+            f"the loss or gradient at step {step} is not finite ({what}; {allowed}) and was not applied; "
+            + ("no checkpoint was saved yet: " if newest is None else f"checkpoint {newest} is good: resume it and ")
+            + f"{advice}, or start another --run-dir with a lower --optimizer.learning-rate than "
+            f"{config.optimizer.learning_rate:g}"
+        )
 
     def save(self, state: TrainState, step: int) -> None:
         """Saves the state unless it is saved already."""
@@ -270,27 +316,53 @@ class Run:
 
     def finish(self, first: int, step: int) -> None:
         """The last lines of a run."""
-        config, seconds = self.config, time.perf_counter() - self.started
+        config = self.config
         notes = []
         if self.nonfinite:
             notes.append(f"{self.nonfinite} steps left out (not finite)")
         if self.previewer.failures:
             notes.append(f"{self.previewer.failures} previews failed")
-        if self.writer.failures:
+        if self.writer is not None and self.writer.failures:
             notes.append(f"no longer logging to {', '.join(dict.fromkeys(self.writer.failures))}")
         if first == step:
-            self.say(f"nothing left to do: {config.run_dir} is at step {step} of {config.steps}; more with --steps N")
+            notes.insert(0, "train on with a larger --steps")
+            self.say(
+                f"nothing left to do: {config.run_dir} is at step {step} of {config.steps}"
+                + "".join(f"; {note}" for note in notes)
+            )
         else:
             speed = sorted(self.images_per_second)[len(self.images_per_second) // 2]
+            seconds = time.perf_counter() - self.started
             self.say(
                 f"trained {step - first} steps in {clock(seconds)}, median {speed:.0f} images/s"
                 + "".join(f"; {note}" for note in notes)
             )
-        prompt = self.previewer.example_prompt
+        model, prompt = shlex.quote(config.run_dir), shlex.quote(self.previewer.example_prompt)
         self.say(
             f"everything is in {config.run_dir} (pictures in {config.run_dir}/samples); draw one with:\n"
-            f'  {_python()} -m sana_jax.generate --model {config.run_dir} --prompt "{prompt}" --out picture.png'
+            f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt} --out picture.png"
         )
+
+
+def _open_store(config: RunConfig) -> CheckpointStore:
+    return CheckpointStore(
+        Path(config.run_dir) / "checkpoints",
+        keep_last=config.checkpoint.keep_last,
+        keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+    )
+
+
+def _restore(store: CheckpointStore, plan: StatePlan, loader: Loader) -> TrainState:
+    """The newest checkpoint, with the loader set to its place in the data."""
+    restored = store.restore(plan.abstract.params, plan.abstract.ema, plan.abstract.opt_state)
+    loader.restore(restored.data_position)
+    step = jax.device_put(jnp.asarray(restored.step, jnp.int32), plan.abstract.step.sharding)
+    return TrainState(step, restored.params, restored.ema, restored.opt_state)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
 
 
 def _mesh_text(mesh) -> str:
@@ -305,4 +377,4 @@ def _python() -> str:
 
 
 if __name__ == "__main__":
-    run_command_line(main)
+    run_command_line(lambda: main(stop=STOP))

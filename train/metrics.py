@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +23,16 @@ def cut_rows(path: Path, step: int) -> int:
     """Drops the rows past ``step`` (and a torn last line) from a metrics file; returns how many. Atomic."""
     if not path.exists():
         return 0
+    text = path.read_text()
     kept, dropped = [], 0
-    for line in path.read_text().splitlines():
+    for line in text.splitlines():
         try:
             keep = json.loads(line)["step"] <= step
         except (ValueError, KeyError, TypeError):
             keep = False
         kept += [line] * keep
         dropped += not keep
-    if dropped:
+    if dropped or not text.endswith("\n"):
         temporary = path.with_name(f".{path.name}.tmp")
         temporary.write_text("".join(f"{line}\n" for line in kept))
         os.replace(temporary, path)
@@ -40,16 +43,26 @@ class MetricsWriter:
     """Writes rows of numbers to every destination; only process 0 writes anything.
 
     A destination other than the file is never fatal: if it fails it is named once and left out from then on.
+    ``writing`` is held while the rows past ``start_step`` are cut, so that nothing ends the process in between.
     """
 
-    def __init__(self, run_dir: Path, config: LoggingConfig, run_config: dict[str, Any], start_step: int):
+    def __init__(
+        self,
+        run_dir: Path,
+        config: LoggingConfig,
+        run_config: dict[str, Any],
+        start_step: int,
+        writing: AbstractContextManager,
+    ):
         self.failures: list[str] = []
         self._file = self._tensorboard = self._wandb = None
         if jax.process_index() != 0:
             return
         self._path = run_dir / "metrics.jsonl"
-        if dropped := cut_rows(self._path, start_step):
-            print(f"metrics.jsonl: dropped {dropped} rows past step {start_step}")
+        with writing:
+            dropped = cut_rows(self._path, start_step)
+        if dropped:
+            print(f"metrics.jsonl: dropped {dropped} rows past step {start_step}", flush=True)
         self._file = self._path.open("a")
         if config.tensorboard:
             self._tensorboard = self._attempt("TensorBoard", lambda: _open_tensorboard(run_dir, start_step))
@@ -66,7 +79,7 @@ class MetricsWriter:
         self._file.flush()
         if self._tensorboard is not None and not self._attempt(
             "TensorBoard",
-            lambda: all([self._tensorboard.add_scalar(name, value, step) or True for name, value in values.items()]),
+            lambda: [self._tensorboard.add_scalar(name, value, step) for name, value in values.items()],
         ):
             self._tensorboard = None
         if self._wandb is not None and not self._attempt(
@@ -96,7 +109,7 @@ class MetricsWriter:
         except Exception as error:
             reason = " ".join(str(error).split())
             self.failures.append(name)
-            print(f"warning: {name} failed and is left out from here on: {type(error).__name__}: {reason}")
+            print(f"warning: {name} failed and is left out from here on: {type(error).__name__}: {reason}", flush=True)
             return None
 
 
@@ -110,7 +123,9 @@ def _open_wandb(run_dir: Path, config: LoggingConfig, run_config: dict[str, Any]
     import wandb
 
     name = run_dir.name
-    return wandb.init(project=config.wandb_project, name=name, id=name, dir=str(run_dir), config=run_config, resume="allow")
+    return wandb.init(
+        project=config.wandb_project, name=name, id=name, dir=str(run_dir), config=run_config, resume="allow"
+    )
 
 
 def summarise(window: Sequence[StepMetrics], images: int, seconds: float) -> dict[str, float]:
@@ -130,7 +145,7 @@ def summarise(window: Sequence[StepMetrics], images: int, seconds: float) -> dic
         loss = np.sum([step.bin_loss for step in finite], axis=0)
         count = np.sum([step.bin_count for step in finite], axis=0)
         edges = np.linspace(0, 1, len(count) + 1)
-        for i, (low, high) in enumerate(zip(edges, edges[1:])):
+        for i, (low, high) in enumerate(itertools.pairwise(edges)):
             if count[i]:
                 row[f"loss_sigma_{low:.2f}_{high:.2f}"] = float(loss[i] / count[i])
     row["nonfinite_steps"] = float(len(steps) - len(finite))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import jax
@@ -22,10 +23,16 @@ from train.sharding import replicated
 
 
 class Previewer:
-    """Draws ``samples/step_<step>.png``: one column per caption, one row per noise."""
+    """Draws ``samples/step_<step>.png``: one column per caption, one row per noise.
 
-    def __init__(self, config: RunConfig, dataset, transformer: SanaTransformer, mesh: Mesh):
+    ``writing`` is held while a file is written, so that nothing ends the process in between.
+    """
+
+    def __init__(
+        self, config: RunConfig, dataset, transformer: SanaTransformer, mesh: Mesh, writing: AbstractContextManager
+    ):
         self.failures = 0
+        self._writing = writing
         self._config, self._dataset, self._mesh = config, dataset, mesh
         self._transformer = transformer
         self._sample: Callable | None = None
@@ -43,6 +50,19 @@ class Previewer:
             return False
         return step % preview.every == 0 or step in preview.at or step == self._config.steps
 
+    def path(self, step: int) -> Path:
+        """Where the preview of a step is."""
+        return Path(self._config.run_dir) / "samples" / f"step_{step:06d}.png"
+
+    def missing(self, step: int) -> bool:
+        """Whether a preview belongs to this step and is not there. The same on every process."""
+        missing = self.due(step) and not self.path(step).exists()
+        if jax.process_count() == 1:
+            return missing
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.broadcast_one_to_all(np.asarray(missing)))
+
     def compile(self, abstract_params: PyTree, say: Callable[[str], None]) -> None:
         """Compiles sampling ahead of time."""
         preview = self._config.preview
@@ -58,9 +78,7 @@ class Previewer:
             self._transformer, run_sampler(self._config), preview.num_inference_steps, preview.guidance_scale
         )
         name = f"sampling of {rows} previews ({height}x{width} latents, {preview.num_inference_steps} steps)"
-        compiled = compile_ahead(
-            name, jax.jit(sampling, out_shardings=everywhere), abstract_params, *inputs, say=say
-        )
+        compiled = compile_ahead(name, jax.jit(sampling, out_shardings=everywhere), abstract_params, *inputs, say=say)
         self._sample = lambda params: compiled(params, *inputs)
 
     def draw(self, step: int, params: PyTree, writer: MetricsWriter, say: Callable[[str], None]) -> Path | None:
@@ -74,9 +92,10 @@ class Previewer:
             finite = np.isfinite(images).all()
             if not finite:
                 raise FloatingPointError("samples are not finite")
-            path = Path(self._config.run_dir) / "samples" / f"step_{step:06d}.png"
+            path = self.path(step)
             grid = self._grid((images / 2 + 0.5).clip(0, 1))
-            save_png(path, grid, metadata={"step": step, "seed": self._config.preview.seed})
+            with self._writing:
+                save_png(path, grid, metadata={"step": step, "seed": self._config.preview.seed})
             writer.write_image(step, "samples", grid)
             say(f"preview: {path} ({time.perf_counter() - started:.1f} s)")
             return path

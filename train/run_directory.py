@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -22,10 +23,22 @@ from configs.serialization import from_dict, to_dict
 from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_file
-from sana_jax.pipelines.model_directory import SamplingDefaults, write_model_directory
+from sana_jax.pipelines.model_directory import SamplingDefaults, check_fit, write_model_directory
 from sana_jax.weights import checkpoint_steps
 
 CONFIG_NAME = "config.json"
+# What else a run puts into its directory. None of it may be there before a run is.
+NAMES = (
+    "metrics.jsonl",
+    "samples",
+    "checkpoints",
+    "tensorboard",
+    "model_index.json",
+    "transformer",
+    "scheduler",
+    "text_encoder",
+    "vae",
+)
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -44,6 +57,8 @@ def read_config(run_dir: Path) -> RunConfig:
         values = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error}); mend it or start a new run") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds a {type(values).__name__}, not a JSON object; mend it or start a new run")
     return from_dict(RunConfig, values, str(path))
 
 
@@ -57,15 +72,22 @@ def require_checkpoint(run_dir: Path) -> None:
 
 
 def claim(config: RunConfig) -> bool:
-    """Makes sure that the directory may hold this run; returns whether it holds its beginning already.
+    """Makes sure that the directory may hold this run; returns whether it holds its beginning already. Writes nothing.
 
     Raises:
-        UserError: it holds a run of another configuration, or something that is not a run.
+        UserError: it cannot be written to, or holds a run of another configuration, or a model that is not a run.
     """
     run_dir = Path(config.run_dir)
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f"--run-dir {run_dir} is a file; name a directory that is new or holds this run")
+    if not config.run_dir or (run_dir.exists() and not run_dir.is_dir()):
+        kind = "is a file" if config.run_dir else "is empty"
+        raise UserError(f"--run-dir {config.run_dir!r} {kind}; name a directory that is new or holds this run")
+    _check_writable(run_dir)
     if not (run_dir / CONFIG_NAME).exists():
+        if found := [name for name in NAMES if (run_dir / name).exists()]:
+            raise UserError(
+                f"--run-dir {run_dir} holds {', '.join(found)} but no {CONFIG_NAME}, so it is not a run, and training "
+                "would overwrite it; name a directory that is new or holds this run"
+            )
         return False
     differences = differing_fields(read_config(run_dir), config)
     if differences:
@@ -78,9 +100,27 @@ def claim(config: RunConfig) -> bool:
     return True
 
 
+def _check_writable(run_dir: Path) -> None:
+    """Asked before minutes of compiling; the folder itself is made when there is something to put into it."""
+    folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
+    if not folder.is_dir():
+        raise UserError(f"--run-dir {run_dir} lies in {folder}, which is a file; name a place for a directory")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(
+            f"cannot write to --run-dir {run_dir} (no permission to write in {folder}); name a directory that can be "
+            "written to"
+        )
+
+
 def run_sampler(config: RunConfig) -> Sampler:
     """The sampler of previews, which is also the run's default for sampling."""
     return make_sampler(config.preview.sampler, flow_shift=config.flow.flow_shift)
+
+
+def check_parts(config: RunConfig, dataset) -> None:
+    """Raises ``UserError`` if the network, the data's encoders and the sampler do not make a model."""
+    check_fit(config.transformer, dataset.text_encoder, dataset.autoencoder)
+    run_sampler(config)
 
 
 def write(config: RunConfig, dataset) -> None:
@@ -95,6 +135,9 @@ def write(config: RunConfig, dataset) -> None:
     factor = dataset.autoencoder.spatial_factor
     height, width, _ = dataset.latent_shape
     try:
+        # first of all, since it says whose directory this is
+        with atomic_file(run_dir / CONFIG_NAME) as file:
+            file.write((json.dumps(to_dict(config), indent=2) + "\n").encode())
         write_model_directory(
             run_dir,
             transformer_config=config.transformer,
@@ -108,8 +151,6 @@ def write(config: RunConfig, dataset) -> None:
                 width=width * factor,
             ),
         )
-        with atomic_file(run_dir / CONFIG_NAME) as file:
-            file.write((json.dumps(to_dict(config), indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(
             f"cannot write to --run-dir {run_dir} ({error.strerror}); name a directory that can be written to"

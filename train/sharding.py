@@ -119,7 +119,7 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tu
 
     Raises:
         ValueError: a parameter matches no rule or several, a rule's length is not the parameter's rank, or it uses a
-            mesh axis twice. All such parameters are named at once.
+            mesh axis twice or one that is not there. All such parameters are named at once.
     """
     problems, whole = [], []
 
@@ -133,6 +133,9 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tu
         used = [axis for axis in axes if axis is not None]
         if len(axes) != leaf.ndim or len(set(used)) != len(used):
             problems.append(f"{name} of rank {leaf.ndim} has the rule {axes}")
+            return None
+        if unknown := [axis for axis in used if axis not in mesh.shape]:
+            problems.append(f"{name} has the rule {axes}: the mesh has no axis {unknown[0]}")
             return None
         fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)]
         if any(axis and axis != fit for axis, fit in zip(axes, fitting)):

@@ -26,7 +26,7 @@ SANA: tuple[Rule, ...] = (
     (r"(time_embed/(timestep|guidance)_embedder|caption_projection)/linear_1/bias", ("tensor",)),
     (r"(time_embed/(timestep|guidance)_embedder|caption_projection)/linear_2/kernel", ("tensor", "fsdp")),
     # Six vectors per sample come of it: cut by its output, they would be scattered over the devices.
-    (r"time_embed/linear/kernel", ("tensor", "fsdp")),
+    (r"time_embed/linear/kernel", ("fsdp", None)),
     (r"proj_out/kernel", ("fsdp", None)),
     (r"(patch_embed/proj|(time_embed/.*|caption_projection)/linear_2|time_embed/linear|proj_out)/bias", (None,)),
     (r"caption_norm/scale", (None,)),

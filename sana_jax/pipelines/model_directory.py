@@ -92,7 +92,7 @@ def write_model_directory(
     directory = pathlib.Path(directory)
     if not isinstance(defaults, SamplingDefaults):
         defaults = SamplingDefaults.from_dict(defaults, "defaults")
-    _check_fit(transformer_config, text_encoder, autoencoder)
+    check_fit(transformer_config, text_encoder, autoencoder)
     parts = {
         "transformer": ("config.json", transformer_config.to_dict()),
         "scheduler": ("scheduler_config.json", to_scheduler_config(sampler)),
@@ -133,7 +133,7 @@ def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
     transformer_config = SanaConfig.from_dict(_read_json(directory / "transformer" / "config.json"))
     text_encoder = load_text_encoder(directory / "text_encoder")
     autoencoder = load_autoencoder(directory / "vae")
-    _check_fit(transformer_config, text_encoder, autoencoder)
+    check_fit(transformer_config, text_encoder, autoencoder)
     return ModelDirectory(
         path=directory,
         transformer_config=transformer_config,
@@ -144,7 +144,8 @@ def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
     )
 
 
-def _check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+def check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+    """Raises ``UserError`` for components that do not fit one another."""
     if config.caption_channels != text_encoder.embedding_dim:
         raise UserError(
             f"transformer caption_channels {config.caption_channels} must be the text encoder's embedding_dim "
