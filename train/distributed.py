@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import jax
 
@@ -38,7 +39,7 @@ def join_processes(config: DistributedConfig) -> None:
                     "it too, or unset JAX_COORDINATOR_ADDRESS"
                 )
         _initialize(address, *map(int, values))
-    elif int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+    elif os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in os.environ:
         _initialize(None, None, None)  # JAX reads SLURM's variables itself
 
 
@@ -52,10 +53,15 @@ def describe_processes() -> str:
 
 
 def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    if num_processes is not None and num_processes < 1:
+        raise UserError(f"a run of {num_processes} processes; there are 1 or more: mend the number")
     if num_processes is not None and not 0 <= process_id < num_processes:
         raise UserError(
-            f"process id {process_id} is not one of the {num_processes} processes; it must be 0 to {num_processes - 1}"
+            f"process id {process_id} is not one of the {num_processes} processes; it must be 0 to {num_processes - 1}: "
+            "give each process its own"
         )
+    if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
+        raise UserError(f"the coordinator {coordinator!r} is not host:port; write it like 10.0.0.1:1234")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:

@@ -219,16 +219,18 @@ class Run:
                     self.row(step, window, time.perf_counter() - window_started)
                     window = []
                 # Where there are several processes they ask one another at rows only.
-                stopping = self.stop.agreed() if at_row or jax.process_count() == 1 else False
+                asks = at_row or jax.process_count() == 1
+                stopping = asks and self.stop.agreed()
                 pause = time.perf_counter()
                 due = step % config.checkpoint.every == 0 or step == config.steps or stopping
                 if at_row or due:
                     self.check_finite()
                 if due:
                     self.save(state, step)
-                if self.previewer.due(step) and not stopping:
-                    self.preview(state, step)
-                    stopping = self.stop.agreed()
+                if not stopping:
+                    if self.previewer.due(step):
+                        self.preview(state, step)
+                    stopping = asks and self.stop.agreed()  # it may have come during the save or the preview
                     if stopping and not due:
                         self.check_finite()
                         self.save(state, step)
@@ -292,9 +294,7 @@ class Run:
         )
 
     def save(self, state: TrainState, step: int) -> None:
-        """Saves the state unless it is saved already."""
-        if self.store.latest_step() == step:
-            return
+        """Saves the state."""
         record = self.store.save(
             step,
             params=state.params,
@@ -309,10 +309,9 @@ class Run:
         )
 
     def preview(self, state: TrainState, step: int) -> None:
-        """Draws samples, if they are due."""
-        if self.previewer.due(step):
-            params = state.params if state.ema is None else state.ema
-            self.previewer.draw(step, params, self.writer, self.progress.say)
+        """Draws samples."""
+        params = state.params if state.ema is None else state.ema
+        self.previewer.draw(step, params, self.writer, self.progress.say)
 
     def finish(self, first: int, step: int) -> None:
         """The last lines of a run."""

@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
@@ -40,9 +40,9 @@ class StopRequest:
 
     def listen(self) -> None:
         """Takes over the signals; once more after ``jax.distributed`` has taken SIGTERM for itself."""
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
             signal.signal(number, lambda *_: None)  # without a handler of Python's the pipe stays silent
-        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
 
     def close(self) -> None:
         """Gives the signals back, for programs that go on after a run."""

@@ -73,16 +73,22 @@ def plan_state(config: RunConfig, transformer: SanaTransformer, rules: tuple[Rul
         ema=of_params if config.ema.enabled else None,
         opt_state=optax.tree_utils.tree_map_params(
             optimizer,
-            lambda _, sharding: sharding,
+            # a frozen parameter has a MaskedNode, which is no leaf, in the place of its moments
+            lambda leaf, sharding: leaf if _is_masked(leaf) else sharding,
             abstract.opt_state,
             of_params,
             transform_non_params=lambda _: everywhere,
+            is_leaf=_is_masked,
         ),
     )
     abstract = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract, shardings
     )
     return StatePlan(optimizer, abstract, jax.jit(init_state, out_shardings=shardings), whole)
+
+
+def _is_masked(leaf) -> bool:
+    return isinstance(leaf, optax.MaskedNode)
 
 
 def parameter_count(params: PyTree) -> int:

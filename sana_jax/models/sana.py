@@ -177,6 +177,7 @@ class SanaBlock(nn.Module):
         time: Float[Array, "B 6 D"],
         grid: tuple[int, int],
     ) -> Float[Array, "B N D"]:
+        """Runs the block on the ``grid`` (height, width) of tokens; all blocks are given the same ``time``."""
         cfg, batch, features = self.config, x.shape[0], x.shape[-1]
         qk_norm = cfg.qk_norm is not None
         table = self.param("scale_shift_table", scaled_normal(features**-0.5), (6, features), jnp.float32)
@@ -207,8 +208,8 @@ class SanaTransformer(nn.Module):
         config: the shape.
         dtype: compute dtype; parameters are float32, norms, modulation, softmax and attention sums run in float32.
         remat: what the backward pass recomputes, by name: see ``sana_jax.nn.remat``.
-        scan_blocks: True compiles one block and scans it; False unrolls the blocks, which is for debugging and for
-            short compiled programs whose weights should not be sliced at run time. Equal outputs. Both sow
+        scan_blocks: True compiles one block and scans it; False unrolls the blocks, for debugging: it compiles for
+            longer, and XLA then keeps a copy of every block's weights beside the stacked ones. Equal outputs. Both sow
             ``block_outputs`` (layers, B, N, D) among the ``intermediates``.
     """
 

@@ -36,6 +36,7 @@ class LinearSelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        """Attends from every token to every token."""
         batch, tokens, features = x.shape
         inner = self.num_heads * self.head_dim
 
@@ -68,6 +69,7 @@ class CrossAttention(nn.Module):
         caption: Float[Array, "B L E"],
         bias: Float[Array, "B 1 1 L"] | None = None,
     ) -> Float[Array, "B N D"]:
+        """Attends to the caption; ``bias`` is added to the logits (see ``mask_to_bias``)."""
         batch, tokens, features = x.shape
         inner = self.num_heads * self.head_dim
 

@@ -57,6 +57,7 @@ class TimestepEmbedder(nn.Module):
 
     @nn.compact
     def __call__(self, timestep: Float[Array, " B"]) -> Float[Array, "B D"]:
+        """Embeds one number per sample."""
         normal = scaled_normal(0.02)
         last = nn.initializers.zeros if self.zero_output else normal
         hidden = timestep_sinusoid(timestep).astype(self.dtype)
@@ -79,6 +80,7 @@ class TimeEmbedding(nn.Module):
     def __call__(
         self, timestep: Float[Array, " B"], guidance: Float[Array, " B"] | None
     ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
+        """Embeds the timestep and, where the model takes it, the guidance scale."""
         embedding = TimestepEmbedder(self.features, self.dtype, name="timestep_embedder")(timestep)
         if self.guidance_embeds:
             guidance_embedder = TimestepEmbedder(self.features, self.dtype, zero_output=True, name="guidance_embedder")
@@ -95,6 +97,7 @@ class CaptionProjection(nn.Module):
 
     @nn.compact
     def __call__(self, caption: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
+        """Projects every caption token."""
         normal = scaled_normal(0.02)
         hidden = nn.Dense(self.features, dtype=self.dtype, kernel_init=normal, name="linear_1")(caption)
         hidden = jax.nn.gelu(hidden, approximate=True)
@@ -110,6 +113,7 @@ class PatchEmbed(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B N D"]:
+        """Cuts the latent into patches, row by row, and projects each to a token."""
         batch, height, width, channels = x.shape
         p = self.patch_size
         patches = x.reshape(batch, height // p, p, width // p, p, channels).swapaxes(2, 3)

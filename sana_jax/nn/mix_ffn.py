@@ -22,6 +22,7 @@ class GLUMBConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
+        """Mixes channels, and each token with its eight neighbours."""
         features, wide = x.shape[-1], 2 * self.hidden
         x = nn.Dense(
             wide,
@@ -45,6 +46,7 @@ class DepthwiseConv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Convolves every channel with its own kernel, zero outside the picture."""
         init = torch_uniform(9)
         kernel = self.param("kernel", init, (3, 3, x.shape[-1]), jnp.float32)
         bias = self.param("bias", init, (x.shape[-1],), jnp.float32)

@@ -31,5 +31,6 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... C"]:
+        """Normalises the last axis."""
         scale = self.param("scale", nn.initializers.constant(self.initial_scale), (x.shape[-1],), jnp.float32)
         return rms_norm(x, scale, self.epsilon)

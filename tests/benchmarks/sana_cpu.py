@@ -204,7 +204,10 @@ def torch_seconds(sides: dict[str, int], repetitions: int, threads: int) -> dict
         name: torch.randn(1, CONFIG.in_channels, side, side, generator=generator) for name, side in sides.items()
     }
     functions = {name: functools.partial(forward, latent) for name, latent in latents.items()}
-    return time_interleaved(functions, repetitions, wait=lambda result: result)
+    # The same products as beside our network: by their two times one sees whether the machine's speed has changed.
+    for name, side in sides.items():
+        functions[f"{name}_products"] = network_products_function(side)
+    return time_interleaved(functions, repetitions, jax.block_until_ready)
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
@@ -257,6 +260,8 @@ def measure_network(repetitions: int = 5, scan_blocks: bool = True, torch_thread
         ours = timings[f"network_{pixels}"]
         ratios[f"network {pixels} px / products"] = paired_ratio(ours, timings[f"network_{pixels}_products"])
         ratios[f"network {pixels} px / torch"] = ratio(ours, timings[f"torch_{pixels}"])
+        products = [timings[f"{name}_{pixels}_products"] for name in ("network", "torch")]
+        ratios[f"machine beside network / machine beside torch, {pixels} px"] = ratio(*products)
     return {"timings": timings, "compilation": compilation, "ratios": ratios}
 
 

@@ -33,6 +33,8 @@ OPTIONS = {
     "steps": f"{STEPS}",
     "optimizer.schedule": "constant",
     "optimizer.warmup-steps": "2",
+    # With a smaller one the sign of a gradient that is nothing but rounding makes a whole update.
+    "optimizer.epsilon": "1e-3",
     "logging.every": f"{ROW_EVERY}",
     "checkpoint.every": f"{SAVE_EVERY}",
     "checkpoint.keep-last": "9",
@@ -199,7 +201,9 @@ def in_this_process(cache: Path) -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": 0.1,
         "jax_disable_most_optimizations": True,
     }
-    before = {name: jax.config.read(name) for name in wanted}
+    optimizations_off = "jax_disable_most_optimizations"  # a flag without an attribute
+    before = {name: getattr(jax.config, name) for name in wanted if name != optimizations_off}
+    before[optimizations_off] = jax.config.read(optimizations_off)
     # leaving it puts back the mesh that was set before, whatever has been set inside
     with jax.set_mesh(jax.make_mesh((1,), ("none",), devices=jax.devices()[:1])):
         for name, value in wanted.items():

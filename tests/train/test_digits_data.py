@@ -50,8 +50,9 @@ def test_some_digits():
     [
         ({"digits": ()}, "the data would be empty"),
         ({"digits": (1, 10)}, "name one or more of 0 to 9"),
-        ({"caption": "a digit"}, "has no {digit}"),
-        ({"caption": "{digit} {colour}"}, "--data.caption"),
+        ({"caption": "a digit"}, "must have {digit}"),
+        ({"caption": "{digit} {colour}"}, "no other braces"),
+        ({"caption": "{digit"}, "must have {digit}"),
         ({"caption": "a b c d e f g {digit}"}, "--data.max-words"),
     ],
 )

@@ -58,7 +58,8 @@ def test_killed_and_resumed_is_the_straight_run_bit_for_bit(cache, straight, tmp
     run_dir = tmp_path / "run"
     start_and_kill(cache, run_dir, delay=0.05)
     steps = saved_steps(run_dir)
-    assert steps and steps[-1] < STEPS
+    assert steps
+    assert steps[-1] < STEPS
     assert exact_rows(run_dir) == exact_rows(straight)[: len(rows(run_dir))]
 
     # what other interruptions leave: a half-written checkpoint, rows past it, a torn last row
@@ -103,11 +104,7 @@ def test_another_number_of_devices_gives_the_same_run_to_rounding(cache, straigh
     have, want = saved_state(run_dir, STEPS), saved_state(straight, STEPS)
     assert have.keys() == want.keys()
     for name in want:
-        # Adam divides by the root of the second moment: where a gradient is nearly zero, its rounding counts
-        np.testing.assert_allclose(have[name], want[name], rtol=2e-3, atol=2e-4, err_msg=name)
-    distance = sum(float(np.sum((have[name] - want[name]) ** 2)) for name in want if name.startswith("params"))
-    length = sum(float(np.sum(want[name] ** 2)) for name in want if name.startswith("params"))
-    assert (distance / length) ** 0.5 < 1e-5
+        np.testing.assert_allclose(have[name], want[name], rtol=1e-4, atol=1e-5, err_msg=name)
     assert saved_progress(run_dir, STEPS)["data_position"] == saved_progress(straight, STEPS)["data_position"]
     for row, expected in zip(exact_rows(run_dir), exact_rows(straight), strict=True):
         assert row == pytest.approx(expected, rel=1e-4)

@@ -26,8 +26,10 @@ def load_images(digits: tuple[int, ...]) -> tuple[Float[np.ndarray, "S 8 8 1"], 
     from sklearn.datasets import load_digits
 
     if not digits or not set(digits) <= set(range(10)):
-        raise UserError(f"--data.digits {' '.join(map(str, digits)) or '(none)'}: the data would be empty or unknown; "
-                        "name one or more of 0 to 9")
+        raise UserError(
+            f"--data.digits {' '.join(map(str, digits)) or '(none)'}: the data would be empty or unknown; "
+            "name one or more of 0 to 9"
+        )
     source = load_digits()
     chosen = np.isin(source.target, digits)
     images = (source.images[chosen].astype(np.float32) / 8.0 - 1.0)[..., None]
@@ -41,10 +43,20 @@ class DigitsData:
     config: DigitsDataConfig
 
     def __post_init__(self):
-        if "{digit}" not in self.config.caption:
+        caption, most = self.config.caption, self.config.max_words
+        try:
+            shown = caption.format(digit=NAMES[0])
+        except (LookupError, ValueError):
+            shown = caption
+        if "{digit}" not in caption or shown == caption:
             raise UserError(
-                f"--data.caption {self.config.caption!r} has no {{digit}}, so all captions would be alike; "
+                f"--data.caption {caption!r} must have {{digit}}, which becomes the digit's name, and no other braces; "
                 "write it like 'a handwritten {digit}'"
+            )
+        if len(shown.split()) > most:
+            raise UserError(
+                f"--data.caption {caption!r} has {len(shown.split())} words, --data.max-words allows {most}; shorten "
+                "the one or raise the other"
             )
 
     @cached_property

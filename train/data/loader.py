@@ -65,6 +65,11 @@ class Loader(Iterator[Batch]):
         Raises:
             CheckpointError: it is a position in another sequence.
         """
+        if not isinstance(position, dict) or "iterator" not in position:
+            raise CheckpointError(
+                f"the checkpoint's data position is {str(position)[:80]}, which is no position of this loader's; resume "
+                "from another checkpoint, or start a new run"
+            )
         fingerprint = {name: position.get(name) for name in self._fingerprint}
         if fingerprint != self._fingerprint:
             raise CheckpointError(

@@ -1,0 +1,167 @@
+"""Real processes that find one another on this machine, through the command line."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.schema import DistributedConfig
+from sana_jax import UserError
+from train.distributed import join_processes
+
+ROOT = Path(__file__).parents[2]
+TINY = (
+    "--device cpu --batch-size 16 --transformer.num-layers 1 --transformer.num-attention-heads 4 "
+    "--transformer.attention-head-dim 8 --transformer.num-cross-attention-heads 2 --transformer.cross-attention-head-dim "
+    "16 --transformer.cross-attention-dim 32 --optimizer.schedule constant --optimizer.warmup-steps 1 --logging.every 1 "
+    "--no-logging.tensorboard --preview.every 0 --checkpoint.every 2"
+).split()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(arguments: list[str], **variables: str) -> subprocess.Popen:
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "XLA_FLAGS"))}
+    environment = inherited | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables
+    command = [sys.executable, "-m", "train.main", *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+
+
+def finish(*processes: subprocess.Popen, status: int = 0) -> list[tuple[str, str]]:
+    outputs = []
+    try:
+        for process in processes:
+            outputs.append(process.communicate(timeout=300))
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (out, err) in zip(processes, outputs):
+        assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err[-3000:]}"
+    return outputs
+
+
+def two_by_options(arguments: list[str]) -> list[subprocess.Popen]:
+    options = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", "2"]
+    return [start([*arguments, *options, "--distributed.process-id", str(index)]) for index in range(2)]
+
+
+def two_by_environment(arguments: list[str]) -> list[subprocess.Popen]:
+    variables = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    return [start(arguments, **variables, JAX_PROCESS_ID=str(index)) for index in range(2)]
+
+
+def rows(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory) -> list[dict]:
+    run_dir = tmp_path_factory.mktemp("one") / "run"
+    finish(start([*TINY, "--steps", "4", "--run-dir", str(run_dir)]))
+    return rows(run_dir)
+
+
+def assert_same_run(got: list[dict], expected: list[dict]) -> None:
+    assert [row["step"] for row in got] == [1, 2, 3, 4]
+    for row, reference in zip(got, expected):
+        assert row["loss"] == pytest.approx(reference["loss"], rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(reference["grad_norm"], rel=1e-5)
+        assert row["param_norm"] == pytest.approx(reference["param_norm"], rel=1e-5)
+
+
+def test_two_processes_with_half_the_batch_each(one_process, tmp_path):
+    run_dir = tmp_path / "run"
+    (out, _), (silent, _) = finish(
+        *two_by_options([*TINY, "--steps", "2", "--mesh.data", "2", "--run-dir", str(run_dir)])
+    )
+    assert "over 2 processes, mesh data=2" in out
+    assert silent == ""  # only the first process prints
+    assert rows(run_dir)[-1]["step"] == 2
+
+    # resumed by two processes that are told of one another by the environment
+    (out, _), (silent, _) = finish(*two_by_environment(["--resume", str(run_dir), "--steps", "4"]))
+    assert "resumed at step 2 of 4" in out
+    assert silent == ""
+    assert_same_run(rows(run_dir), one_process)
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_two_processes_with_half_the_parameters_each(one_process, tmp_path):
+    run_dir = tmp_path / "run"
+    mesh = ["--mesh.data", "1", "--mesh.fsdp", "2"]
+    (out, _), (silent, _) = finish(*two_by_options([*TINY, "--steps", "2", *mesh, "--run-dir", str(run_dir)]))
+    assert "over 2 processes, mesh fsdp=2" in out
+    assert silent == ""
+
+    # resumed by one process
+    ((out, _),) = finish(start(["--resume", str(run_dir), "--steps", "4", "--mesh.fsdp", "1"]))
+    assert "resumed at step 2 of 4" in out
+    assert_same_run(rows(run_dir), one_process)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"coordinator": "127.0.0.1:1"}, "--distributed.num-processes is missing"),
+        ({"num_processes": 2, "process_id": 0}, "--distributed.coordinator is missing"),
+        ({"coordinator": "127.0.0.1:1", "num_processes": 2}, "--distributed.process-id is missing"),
+        ({"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": 2}, "process id 2 .* must be 0 to 1"),
+        ({"coordinator": "127.0.0.1:1", "num_processes": 2, "process_id": -1}, "process id -1 .* must be 0 to 1"),
+        ({"coordinator": "127.0.0.1:1", "num_processes": 0, "process_id": 0}, "0 processes; .* 1 or more"),
+        ({"coordinator": "127.0.0.1", "num_processes": 2, "process_id": 1}, "'127.0.0.1' is not host:port"),
+    ],
+)
+def test_options_that_do_not_fit(given, message):
+    with pytest.raises(UserError, match=message):
+        join_processes(DistributedConfig(**given))
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "JAX_NUM_PROCESSES is ''"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_PROCESS_ID is ''"),
+        ({"JAX_NUM_PROCESSES": "two", "JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES is 'two'"),
+        ({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "2"}, "process id 2"),
+    ],
+)
+def test_variables_that_do_not_fit(monkeypatch, variables, message):
+    for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1", **variables}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=message):
+        join_processes(DistributedConfig())
+
+
+def test_without_any_of_them_there_is_one_process(monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_NTASKS", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    join_processes(DistributedConfig())
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    join_processes(DistributedConfig())
+
+
+def test_a_port_that_is_taken(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        options = ["--distributed.coordinator", address, "--distributed.num-processes", "1"]
+        arguments = [*TINY, *options, "--distributed.process-id", "0", "--run-dir", str(tmp_path / "run")]
+        ((_, err),) = finish(start(arguments), status=2)
+    assert "did not find one another" in err
+    assert "Traceback" not in err
