@@ -2,8 +2,9 @@
 
     make train                      # or: python -m train.main
 
-The network code is that of the 1.6B model with small widths and 2x2 patches; pictures are pixels, captions a word
-each. Measured figures (time, loss, how many digits an SVM recognises) are in BUILD_NOTES.md.
+The network code is that of the 1.6B model with small widths and 2x2 patches; pictures are pixels, captions a vector
+per word. Expect a few minutes on two CPU cores, a loss near 0.39, and all samples read as the digit asked for by a
+support vector machine; BUILD_NOTES.md has the measurements.
 """
 
 from __future__ import annotations

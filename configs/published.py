@@ -43,9 +43,7 @@ PUBLISHED_TRANSFORMERS = {
     "Sana_1600M_4Kpx_BF16_diffusers": PublishedTransformer(SanaConfig.sana_1600m_4k(), _1600M, "bfloat16", 6.0),
     "SANA1.5_1.6B_1024px_diffusers": PublishedTransformer(SanaConfig.sana15_1600m(), 1_604_641_952, "bfloat16"),
     "SANA1.5_4.8B_1024px_diffusers": PublishedTransformer(SanaConfig.sana15_4800m(), 4_721_825_952, "bfloat16"),
-    "Sana_Sprint_0.6B_1024px_diffusers": PublishedTransformer(
-        SanaConfig.sprint_600m(), 593_501_216, "bfloat16", None
-    ),
+    "Sana_Sprint_0.6B_1024px_diffusers": PublishedTransformer(SanaConfig.sprint_600m(), 593_501_216, "bfloat16", None),
     "Sana_Sprint_1.6B_1024px_diffusers": PublishedTransformer(
         SanaConfig.sprint_1600m(), 1_610_237_472, "bfloat16", None
     ),

@@ -237,12 +237,25 @@ class RunConfig:
         _require("optimizer.learning-rate", o.learning_rate, 0 < o.learning_rate < 1, "above 0 and below 1")
         final = o.final_learning_rate
         _require("optimizer.final-learning-rate", final, 0 <= final < 1, "0 up to, not including, 1")
+        falls = o.schedule != "constant"
+        _require(
+            "optimizer.final-learning-rate", final, falls or final == 0, "0 where --optimizer.schedule is constant"
+        )
+        _require("optimizer.final-learning-rate", final, final <= o.learning_rate, f"0 to the peak, {o.learning_rate}")
         _require("optimizer.warmup-steps", o.warmup_steps, o.warmup_steps >= 0, "0 or more")
         _require("optimizer.beta1", o.beta1, 0 <= o.beta1 < 1, "0 up to, not including, 1")
         _require("optimizer.beta2", o.beta2, 0 <= o.beta2 < 1, "0 up to, not including, 1")
         _require("optimizer.epsilon", o.epsilon, o.epsilon > 0, "above 0")
         _require("optimizer.weight-decay", o.weight_decay, o.weight_decay >= 0, "0 or more")
         _require("optimizer.clip-norm", o.clip_norm, o.clip_norm is None or o.clip_norm > 0, "above 0, or None")
+        context = self.mesh.context
+        _require(
+            "mesh.context", context, context == 1, "1 for networks of pictures, which do not cut a sample's tokens"
+        )
+        at = " ".join(map(str, self.preview.at))
+        _require("preview.at", at, self.preview.every > 0 or not at, "none where --preview.every is 0")
+        width, wanted = self.data.embedding_dim, self.transformer.caption_channels
+        _require("data.embedding-dim", width, width == wanted, f"--transformer.caption-channels, which is {wanted}")
 
 
 def _require(option: str, value, condition: bool, allowed: str) -> None:

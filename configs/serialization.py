@@ -43,11 +43,24 @@ def from_dict(config_class: type, values: dict[str, Any], source: str, prefix: s
 
 def _value(hint: Any, value: Any, source: str, prefix: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    if value is None and type(None) in options:
-        return None
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             return from_dict(option, value, source, prefix)
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
-            return tuple(value)
-    return value
+            element = typing.get_args(option)[0]
+            return tuple(_value(element, item, source, prefix) for item in value)
+        if _fits(option, value):
+            return value
+    allowed = " or ".join(getattr(option, "__name__", str(option).removeprefix("typing.")) for option in options)
+    raise UserError(
+        f"{source}: {prefix.removesuffix('.')} is {value!r}; allowed is {allowed}: mend it or start a new run"
+    )
+
+
+def _fits(option: Any, value: Any) -> bool:
+    """Whether a JSON value is one of a field's type. A whole number also stands for a float."""
+    if typing.get_origin(option) is typing.Literal:
+        return value in typing.get_args(option)
+    if option is float:
+        return type(value) in (int, float)
+    return option is Any or type(value) is option

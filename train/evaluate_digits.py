@@ -63,6 +63,7 @@ class Figures:
         recognised_by_digit: the same for each digit.
         real_held_out: share of held-out real digits that it reads rightly, when trained on the rest.
         spread: mean distance of two samples of one caption over that of two real digits, averaged over captions.
+        least_spread: the same for the caption where it is smallest: one collapsed digit shows here.
         nearest: smallest distance of a sample to a training picture, over the mean such distance among real digits.
         copies: samples that equal a training picture once they are brought to its 17 gray levels.
     """
@@ -72,6 +73,7 @@ class Figures:
     recognised_by_digit: dict[int, float]
     real_held_out: float
     spread: float
+    least_spread: float
     nearest: float
     copies: int
 
@@ -101,6 +103,7 @@ def measure(
         recognised_by_digit={int(d): float(right[asked == d].mean()) for d in digits},
         real_held_out=float(held_out),
         spread=float(np.mean(spread)),
+        least_spread=float(np.min(spread)),
         nearest=float(to_training.min() / among_real.min(1).mean()),
         copies=int(copies),
     )
@@ -137,9 +140,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     figures = evaluate(config)
     print(f"samples                            {figures.samples}")
     print(f"recognised as the digit asked for  {figures.recognised:.1%}")
-    print("  by digit                         " + " ".join(f"{d}:{r:.0%}" for d, r in figures.recognised_by_digit.items()))
+    by_digit = " ".join(f"{digit}:{share:.0%}" for digit, share in figures.recognised_by_digit.items())
+    print(f"  by digit                         {by_digit}")
     print(f"real digits recognised (held out)  {figures.real_held_out:.1%}")
-    print(f"spread within a caption / real     {figures.spread:.2f}")
+    print(f"spread within a caption / real     {figures.spread:.2f} (least: {figures.least_spread:.2f})")
     print(f"nearest training picture / real    {figures.nearest:.2f}")
     print(f"copies of training pictures        {figures.copies}")
     if config.json:

@@ -318,9 +318,9 @@ class Run:
         config = self.config
         notes = []
         if self.nonfinite:
-            notes.append(f"{self.nonfinite} steps left out (not finite)")
+            notes.append(f"steps left out, not finite: {self.nonfinite}")
         if self.previewer.failures:
-            notes.append(f"{self.previewer.failures} previews failed")
+            notes.append(f"previews that failed: {self.previewer.failures}")
         if self.writer is not None and self.writer.failures:
             notes.append(f"no longer logging to {', '.join(dict.fromkeys(self.writer.failures))}")
         if first == step:

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -77,21 +77,20 @@ class MetricsWriter:
         row = {name: value if np.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps({"step": step, **row}) + "\n")
         self._file.flush()
-        if self._tensorboard is not None and not self._attempt(
+        self._tensorboard = self._send(
             "TensorBoard",
-            lambda: [self._tensorboard.add_scalar(name, value, step) for name, value in values.items()],
-        ):
-            self._tensorboard = None
-        if self._wandb is not None and not self._attempt(
-            "Weights & Biases", lambda: self._wandb.log(values, step=step) or True
-        ):
-            self._wandb = None
+            self._tensorboard,
+            lambda events: [events.add_scalar(name, value, step) for name, value in values.items()],
+        )
+        self._wandb = self._send("Weights & Biases", self._wandb, lambda run: run.log(values, step=step))
 
     def write_image(self, step: int, name: str, image: Any) -> None:
         """A PIL image, to the destinations that show pictures."""
-        if self._tensorboard is not None:
-            pixels = np.asarray(image.convert("RGB"))
-            self._attempt("TensorBoard", lambda: self._tensorboard.add_image(name, pixels, step, dataformats="HWC"))
+        self._tensorboard = self._send(
+            "TensorBoard",
+            self._tensorboard,
+            lambda events: events.add_image(name, np.asarray(image.convert("RGB")), step, dataformats="HWC"),
+        )
 
     def close(self) -> None:
         """Flushes everything."""
@@ -102,6 +101,12 @@ class MetricsWriter:
             self._attempt("TensorBoard", self._tensorboard.close)
         if self._wandb is not None:
             self._attempt("Weights & Biases", self._wandb.finish)
+
+    def _send(self, name: str, destination: Any, action: Callable[[Any], Any]) -> Any:
+        """The destination after ``action``; None if there is none, or if it failed just now, which is said."""
+        if destination is None:
+            return None
+        return self._attempt(name, lambda: (action(destination), destination)[1])
 
     def _attempt(self, name: str, action) -> Any:
         try:
@@ -116,7 +121,7 @@ class MetricsWriter:
 def _open_tensorboard(run_dir: Path, start_step: int):
     from tensorboardX import SummaryWriter
 
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step or None)
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
 
 def _open_wandb(run_dir: Path, config: LoggingConfig, run_config: dict[str, Any]):

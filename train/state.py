@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from configs.schema import RunConfig
 from kernels.typing import Array, Int, PyTree
-from sana_jax.models.sana import SanaTransformer
+from sana_jax.models.sana import SanaTransformer, init_params
 from sana_jax.models.sharding_rules import Rule
 from train.optimizers import make_optimizer
 from train.randomness import stream
@@ -47,19 +47,14 @@ def plan_state(config: RunConfig, transformer: SanaTransformer, rules: tuple[Rul
         UserError: optimizer settings that do not fit the parameters.
     """
 
-    def init_params():
-        c = transformer.config
-        latents = jnp.zeros((1, c.patch_size, c.patch_size, c.in_channels))
-        guidance = jnp.zeros(1) if c.guidance_embeds else None
-        key = stream(config.seed, 0, "parameters")
-        caption = jnp.zeros((1, 1, c.caption_channels))
-        return transformer.init(key, latents, caption, jnp.zeros(1), guidance)["params"]
+    def initial_params() -> PyTree:
+        return init_params(transformer, stream(config.seed, 0, "parameters"))
 
-    abstract_params = jax.eval_shape(init_params)
+    abstract_params = jax.eval_shape(initial_params)
     optimizer = make_optimizer(config.optimizer, config.steps, abstract_params)
 
     def init_state() -> TrainState:
-        params = init_params()
+        params = initial_params()
         # A copy, because the step's buffers are donated and two trees must not share one.
         ema = jax.tree.map(jnp.copy, params) if config.ema.enabled else None
         return TrainState(jnp.zeros((), jnp.int32), params, ema, optimizer.init(params))

@@ -35,7 +35,7 @@ def relu_linear_attention(
     Raises:
         ValueError: if ``implementation`` is not one of ``IMPLEMENTATIONS``.
     """
-    name = implementation or "xla"
+    name = "xla" if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r}: choose one of {sorted(IMPLEMENTATIONS)}, or None to pick one")
     return IMPLEMENTATIONS[name](query, key, value, epsilon)

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels.typing import Array, Float, Int
+from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, LinearSelfAttention, mask_to_bias
@@ -80,8 +80,16 @@ class SanaConfig:
     timestep_scale: float = 1.0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type in ("int", "int | None") and value is not None and value < 1:
+                raise UserError(f"transformer.{field.name}={value} is not allowed; allowed is 1 or more: change it")
+        if self.mlp_hidden < 1:
+            raise UserError(
+                f"transformer.mlp_ratio={self.mlp_ratio} leaves no hidden channel; 2.5 is the published one"
+            )
         if self.qk_norm not in (None, QK_NORM):
-            raise UserError(f"qk_norm={self.qk_norm!r}: SANA knows None and {QK_NORM!r}")
+            raise UserError(f"qk_norm={self.qk_norm!r} is not known; choose None or {QK_NORM!r}")
         if self.dropout != 0.0:
             raise UserError(f"dropout={self.dropout}: SANA has no dropout inside its blocks; set it to 0")
         if self.norm_elementwise_affine:
@@ -92,7 +100,10 @@ class SanaConfig:
                 f"num_attention_heads x attention_head_dim = {self.inner_dim}; set it to that"
             )
         if self.interpolation_scale is not None and self.inner_dim % 4:
-            raise UserError(f"width {self.inner_dim}: a position table needs a multiple of 4")
+            raise UserError(
+                f"width {self.inner_dim}: a position table needs a multiple of 4; change the heads, or leave "
+                "interpolation_scale out"
+            )
 
     @property
     def inner_dim(self) -> int:
@@ -110,7 +121,9 @@ class SanaConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         given = {key: value for key, value in values.items() if not key.startswith("_")}
         if unknown := sorted(set(given) - known):
-            raise UserError(f"transformer config has unknown fields {unknown}; SANA's are {sorted(known)}")
+            raise UserError(
+                f"transformer config has unknown fields {unknown}; SANA's are {sorted(known)}: take the unknown ones out"
+            )
         return cls(**given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -157,6 +170,15 @@ class SanaConfig:
     def sprint_1600m(cls) -> SanaConfig:
         """SANA-Sprint 1.6B."""
         return cls(qk_norm=QK_NORM, guidance_embeds=True)
+
+
+def init_params(transformer: SanaTransformer, key: PRNGKeyArray) -> PyTree:
+    """Parameters for training from scratch; under ``jax.eval_shape`` their shapes alone."""
+    config = transformer.config
+    latents = jnp.zeros((1, config.patch_size, config.patch_size, config.in_channels))
+    caption = jnp.zeros((1, 1, config.caption_channels))
+    guidance = jnp.zeros(1) if config.guidance_embeds else None
+    return transformer.init(key, latents, caption, jnp.zeros(1), guidance)["params"]
 
 
 class SanaBlock(nn.Module):
@@ -250,7 +272,9 @@ class SanaTransformer(nn.Module):
         batch, height, width, _ = hidden_states.shape
         p = cfg.patch_size
         if height % p or width % p:
-            raise UserError(f"latent of {height}x{width}: height and width must be multiples of the patch size {p}")
+            raise UserError(
+                f"latent of {height}x{width}: height and width must be multiples of the patch size {p}; crop or pad it"
+            )
         grid = (height // p, width // p)
 
         x = PatchEmbed(cfg.inner_dim, p, self.dtype, name="patch_embed")(hidden_states)

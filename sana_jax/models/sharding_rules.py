@@ -1,8 +1,10 @@
 """How each network's parameters are cut over a mesh: ordered (path pattern, axis per dimension) pairs, as data.
 
-A pattern matches a parameter's whole path; every parameter matches exactly one. Axes: ``fsdp`` cuts the dimension that
-is contracted before use, ``tensor`` cuts heads and hidden width, so that each half of a pair of products (q/k/v and
-out, inverted and point) needs one reduction. Blocks are stacked: their first dimension is the layer.
+A pattern matches a parameter's whole path; every parameter matches exactly one. Blocks are stacked: their first
+dimension is the layer. Axes: ``fsdp`` cuts a dimension that is gathered before use; ``tensor`` cuts the width of
+attention and of the Mix-FFN, so that the second product of each pair (out, point) ends in one reduction. Two costs of
+``tensor``: the Mix-FFN's value and gate lie on one axis, so their product exchanges activations between the devices
+that hold the halves; and where the axis does not divide the number of heads (70 or 36, 20 or 16), heads are gathered.
 """
 
 from __future__ import annotations

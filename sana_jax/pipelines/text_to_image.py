@@ -1,4 +1,4 @@
-"""Text to image: ``SanaPipeline``, and the sampling function that it shares with training previews."""
+"""Text to image: ``SanaPipeline``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sana_jax.diffusion.samplers import SCM, Sampler, Schedule
 from sana_jax.diffusion.sampling import sample_loop, sample_scan
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.images import to_pil
-from sana_jax.models.sana import SanaTransformer
+from sana_jax.models.sana import SanaTransformer, init_params
 from sana_jax.pipelines.checks import check_finite, check_multiple, check_options
 from sana_jax.pipelines.model_directory import SamplingDefaults, read_model_directory, write_model_directory
-from sana_jax.pipelines.sampling_function import guided_velocity, initial_latents, is_guided, make_sampling_fn
+from sana_jax.pipelines.sampling_function import guided_velocity, initial_latents, is_guided
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights import load_checkpoint_params, load_params, save_params
 
@@ -30,7 +30,7 @@ OutputType = Literal["pil", "np", "latent"]
 StepEndCallback = Callable[["SanaPipeline", int, float, dict[str, Any]], Any]
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-__all__ = ["SanaPipeline", "SanaPipelineOutput", "abstract_params", "make_sampling_fn"]
+__all__ = ["SanaPipeline", "SanaPipelineOutput", "abstract_params"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,11 +370,7 @@ class SanaPipeline:
 
 def abstract_params(transformer: SanaTransformer, dtype: Any = jnp.float32) -> PyTree:
     """Shapes of a transformer's parameters, as ``ShapeDtypeStruct``s of ``dtype``; nothing is computed."""
-    config = transformer.config
-    latents = jax.ShapeDtypeStruct((1, 2 * config.patch_size, 2 * config.patch_size, config.in_channels), jnp.float32)
-    embeds = jax.ShapeDtypeStruct((1, 2, config.caption_channels), jnp.float32)
-    timestep = jax.ShapeDtypeStruct((1,), jnp.float32)
-    shapes = jax.eval_shape(transformer.init, jax.random.key(0), latents, embeds, timestep)["params"]
+    shapes = jax.eval_shape(lambda: init_params(transformer, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
 
 

@@ -1,26 +1,18 @@
 """Every published SANA image transformer, built abstractly, has exactly the published number of parameters."""
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from configs.published import PUBLISHED_TRANSFORMERS
 from sana_jax.errors import UserError
-from sana_jax.models.sana import SanaConfig, SanaTransformer
-
-
-def abstract_params(config: SanaConfig):
-    guidance = jnp.zeros(1) if config.guidance_embeds else None
-    latent = jnp.zeros((1, 2 * config.patch_size, 2 * config.patch_size, config.in_channels))
-    caption = jnp.zeros((1, 3, config.caption_channels))
-    model = SanaTransformer(config)
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), latent, caption, jnp.zeros(1), guidance))["params"]
+from sana_jax.models.sana import SanaConfig, SanaTransformer, init_params
 
 
 @pytest.mark.parametrize("name", PUBLISHED_TRANSFORMERS)
 def test_parameter_count(name):
     published = PUBLISHED_TRANSFORMERS[name]
-    count = sum(leaf.size for leaf in jax.tree.leaves(abstract_params(published.config)))
+    shapes = jax.eval_shape(lambda: init_params(SanaTransformer(published.config), jax.random.key(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     assert count == published.parameters
 
 

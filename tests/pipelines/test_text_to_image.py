@@ -17,8 +17,7 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines import text_to_image
 from sana_jax.pipelines.model_directory import read_model_directory, write_model_directory
-from sana_jax.pipelines.sampling_function import initial_latents
-from sana_jax.pipelines.text_to_image import make_sampling_fn
+from sana_jax.pipelines.sampling_function import initial_latents, make_sampling_fn
 from tests.pipelines.tiny_model import STEP, random_params, tiny_config, write_run
 
 PROMPT = "a handwritten seven"

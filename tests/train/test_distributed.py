@@ -16,12 +16,35 @@ from sana_jax import UserError
 from train.distributed import join_processes
 
 ROOT = Path(__file__).parents[2]
-TINY = (
-    "--device cpu --batch-size 16 --transformer.num-layers 1 --transformer.num-attention-heads 4 "
-    "--transformer.attention-head-dim 8 --transformer.num-cross-attention-heads 2 --transformer.cross-attention-head-dim "
-    "16 --transformer.cross-attention-dim 32 --optimizer.schedule constant --optimizer.warmup-steps 1 --logging.every 1 "
-    "--no-logging.tensorboard --preview.every 0 --checkpoint.every 2"
-).split()
+TINY = [
+    "--device",
+    "cpu",
+    "--batch-size",
+    "16",
+    "--transformer.num-layers",
+    "1",
+    "--transformer.num-attention-heads",
+    "4",
+    "--transformer.attention-head-dim",
+    "8",
+    "--transformer.num-cross-attention-heads",
+    "2",
+    "--transformer.cross-attention-head-dim",
+    "16",
+    "--transformer.cross-attention-dim",
+    "32",
+    "--optimizer.schedule",
+    "constant",
+    "--optimizer.warmup-steps",
+    "1",
+    "--logging.every",
+    "1",
+    "--logging.no-tensorboard",
+    "--preview.every",
+    "0",
+    "--checkpoint.every",
+    "2",
+]
 
 
 def free_port() -> int:

@@ -87,7 +87,7 @@ def assert_says(line: str, *parts: str) -> None:
         ({"data__digits": ""}, ["--data.digits (none)", "0 to 9"]),
         ({"data__digits": "3 12"}, ["--data.digits 3 12", "0 to 9"]),
         ({"data__caption": "a digit"}, ["--data.caption 'a digit'", "{digit}", "'a handwritten {digit}'"]),
-        ({"data__embedding_dim": 16}, ["caption_channels 32", "16"]),
+        ({"data__embedding_dim": 16}, ["--data.embedding-dim 16", "32"]),
         ({"device": "gpu"}, ["--device gpu", "only cpu", "leave --device out"]),
         ({"device": "tpu"}, ["--device", "'tpu'", "auto, cpu, gpu"]),
     ],
@@ -145,7 +145,7 @@ def test_a_directory_that_is_a_file_or_cannot_be_written(here, capfd, tmp_path):
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self") or os.access("/proc/nothing", os.F_OK), reason="needs /proc")
-def test_a_directory_that_refuses(here, capfd):
+def test_a_directory_that_refuses(straight, here, capfd):
     status, _, err = call(capfd, *tiny("/proc/run", steps=3, preview__every=0))
     assert status == 2
     assert_says(the_error(err), "cannot write to --run-dir /proc/run", "that can be written to")
@@ -215,7 +215,7 @@ def test_a_truncated_checkpoint(here, capfd, copied):
 # -- while it runs -----------------------------------------------------------------------------------------------------
 
 
-def test_a_disk_that_is_full_while_saving(cache, run_dir):
+def test_a_disk_that_is_full_while_saving(straight, cache, run_dir):
     # larger than the logs, smaller than the arrays
     options = tiny(run_dir, checkpoint__every=2, steps=6, preview__every=0)
     _, err = run(cache, *options, hook=["files_stay_below", "60000"], status=2)
@@ -263,7 +263,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(here, capfd, copied,
     assert 2 <= len(left_out) < 16
     for step in left_out:
         assert f"warning: left out step {step}: loss or gradient not finite" in out
-    assert f"; {len(left_out)} steps left out (not finite)" in out
+    assert f"; steps left out, not finite: {len(left_out)}" in out
     assert all(np.isfinite(array).all() for array in saved_state(copied, 40).values())
 
 

@@ -152,7 +152,7 @@ def test_the_same_command_on_a_finished_run_has_nothing_to_do(straight, here, ca
 # -- what may fail without stopping a run ------------------------------------------------------------------------------
 
 
-def test_failing_previews_and_logs_are_said_counted_and_not_fatal(here, capfd, tmp_path, monkeypatch):
+def test_failing_previews_and_logs_are_said_counted_and_not_fatal(straight, here, capfd, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
     run_dir = tmp_path / "run"
 
@@ -169,7 +169,7 @@ def test_failing_previews_and_logs_are_said_counted_and_not_fatal(here, capfd, t
         assert line.startswith(
             f"warning: the preview at step {step} failed, training goes on: RuntimeError: the decoder"
         )
-    assert "; 2 previews failed; no longer logging to Weights & Biases" in out
+    assert "; previews that failed: 2; no longer logging to Weights & Biases" in out
     assert saved_steps(run_dir) == [4]
     # once it works again, the same command draws the picture that is missing, and nothing else
     monkeypatch.undo()
@@ -181,7 +181,7 @@ def test_failing_previews_and_logs_are_said_counted_and_not_fatal(here, capfd, t
     assert pixels(run_dir, 4).std() > 5
 
 
-def test_a_folder_for_previews_that_cannot_be_written(here, capfd, tmp_path):
+def test_a_folder_for_previews_that_cannot_be_written(straight, here, capfd, tmp_path):
     run_dir = tmp_path / "run"
     assert call(capfd, *tiny(run_dir, steps=3, preview__every=0))[0] == 0
     assert not (run_dir / "samples").exists()
@@ -189,5 +189,5 @@ def test_a_folder_for_previews_that_cannot_be_written(here, capfd, tmp_path):
     status, out, err = call(capfd, "--resume", str(run_dir), "--steps", "4", "--preview.every", "4")
     assert status == 0, err
     assert "warning: the preview at step 4 failed, training goes on" in out
-    assert "; 1 previews failed" in out
+    assert "; previews that failed: 1" in out
     assert saved_steps(run_dir) == [3, 4]

@@ -37,7 +37,9 @@ def test_streams_are_functions_of_seed_step_and_name():
     assert numbers(1, 2, "noise") == base
     assert numbers(1, jnp.int32(2), "noise") == base
     assert np.asarray(jax.jit(lambda step: jax.random.key_data(stream(1, step, "noise")))(2)).tolist() == base
-    assert len({tuple(numbers(*a)) for a in [(1, 2, "noise"), (2, 1, "noise"), (1, 3, "noise"), (1, 2, "timestep")]}) == 4
+    assert (
+        len({tuple(numbers(*a)) for a in [(1, 2, "noise"), (2, 1, "noise"), (1, 3, "noise"), (1, 2, "timestep")]}) == 4
+    )
 
 
 def test_draws_repeat_at_the_same_step_and_differ_at_another(run):
@@ -72,7 +74,11 @@ def test_a_dropped_caption_becomes_the_encoding_of_no_text_and_its_mask(run):
     objective.losses({}, batch, draws._replace(drop_caption=drop))
     null_embeds, null_mask = map(np.asarray, (objective.null_embeds, objective.null_mask))
     for row in range(16):
-        embeds, mask = (null_embeds[0], null_mask[0]) if drop[row] else (batch.prompt_embeds[row], batch.prompt_attention_mask[row])
+        embeds, mask = (
+            (null_embeds[0], null_mask[0])
+            if drop[row]
+            else (batch.prompt_embeds[row], batch.prompt_attention_mask[row])
+        )
         assert np.array_equal(spy.embeds[row], embeds)
         assert np.array_equal(spy.mask[row], mask)
     assert not np.array_equal(null_mask[0], batch.prompt_attention_mask[0])

@@ -62,9 +62,13 @@ def test_a_mesh_changes_nothing_but_rounding(runs, mesh):
         np.testing.assert_allclose(many[f"metrics/{name}"], one[f"metrics/{name}"], rtol=LOSS_TOLERANCE, err_msg=name)
     assert np.array_equal(many["metrics/bin_count"], one["metrics/bin_count"])
 
+    # The moments are sums of gradients and agree to rounding. Parameters follow moment over root of moment, which scales
+    # the rounding of the smallest gradients up, so they are held to a share of the way they have come.
+    way = one["metrics/learning_rate"].sum()
     for name, expected in parts_of(one, "state/").items():
         difference = np.abs(many[f"state/{name}"] - expected).max()
-        assert difference <= 2e-5 * np.abs(expected).max(), f"{name}: {difference}"
+        allowed = 2e-3 * way if name.startswith(("params", "ema")) else 2e-5 * np.abs(expected).max()
+        assert difference <= allowed, f"{name}: {difference}"
 
 
 def cut_into(run: dict, prefix: str) -> dict[str, float]:

@@ -48,7 +48,9 @@ def test_the_average_and_frozen_parameters_cost_no_memory_that_is_not_needed():
     def size(tree):
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
-    with_average, without = (tiny_run(tiny_config(ema=EmaConfig(enabled=enabled))).plan.abstract for enabled in (True, False))
+    with_average, without = (
+        tiny_run(tiny_config(ema=EmaConfig(enabled=enabled))).plan.abstract for enabled in (True, False)
+    )
     assert size(with_average.ema) == parameter_count(with_average.params)
     assert without.ema is None
 

@@ -130,7 +130,9 @@ def test_the_average_follows_its_formula(step, state, batch):
     for count in range(3):
         now, _ = step(now, batch)
         decay = min(0.9, (1 + count) / (10 + count))
-        expected = jax.tree.map(lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new, np.float64), expected, now.params)
+        expected = jax.tree.map(
+            lambda old, new, d=decay: d * old + (1 - d) * np.asarray(new, np.float64), expected, now.params
+        )
     for average, reference in zip(jax.tree.leaves(now.ema), jax.tree.leaves(expected)):
         np.testing.assert_allclose(average, reference, rtol=1e-5, atol=1e-7)
 
@@ -216,5 +218,3 @@ def test_the_state_is_donated(run, batch):
     assert compiled.memory_analysis().alias_size_in_bytes >= sum(
         leaf.nbytes for leaf in jax.tree.leaves((state.params, state.opt_state)) if leaf.ndim
     )
-
-

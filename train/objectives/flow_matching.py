@@ -79,6 +79,4 @@ class FlowMatching:
         mask = jnp.where(draws.drop_caption[:, None], self.null_mask, batch.prompt_attention_mask)
         timestep = level.timestep.astype(jnp.float32) * self.transformer.config.timestep_scale
         velocity = self.transformer.apply({"params": params}, noisy, embeds, timestep, encoder_attention_mask=mask)
-        return SampleLosses(
-            flow_matching_loss(velocity, velocity_target(batch.latents, draws.noise)), level.sigma
-        )
+        return SampleLosses(flow_matching_loss(velocity, velocity_target(batch.latents, draws.noise)), level.sigma)

@@ -1,0 +1,34 @@
+"""What holds for every test: on the CPU unless a GPU is asked for, shapes checked, GPU tests counted where there is none."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+# Before JAX looks for devices. `JAX_PLATFORMS=cuda pytest` runs on a GPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# One cache of compiled programs for a whole session: its workers and the programs that tests start share it.
+_OWN_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _OWN_CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sana-jax-tests-")
+
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Every annotated shape and dtype of these packages is checked at every call, and names of axes must agree.
+install_import_hook(["kernels", "sana_jax.diffusion", "sana_jax.nn"], "beartype.beartype")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    needing = [item for item in items if item.get_closest_marker("gpu")]
+    if needing and jax.default_backend() not in ("gpu", "cuda", "rocm"):
+        config.hook.pytest_deselected(items=needing)
+        items[:] = [item for item in items if item not in needing]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _OWN_CACHE is not None:
+        shutil.rmtree(_OWN_CACHE, ignore_errors=True)
