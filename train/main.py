@@ -40,6 +40,7 @@ from train.data import Loader, make_dataset
 from train.distributed import describe_processes, join_processes
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.objectives.flow_matching import FlowMatching
+from train.optimizers import learning_rate_schedule
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
@@ -154,8 +155,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
 
     # ---- restore -----------------------------------------------------------------------------------------------------
     if newest is not None:
-        state = _restore(store, plan, loader)
-        say(f"resumed at step {newest} of {config.steps}")
+        state = _restore(config, store, plan, loader, say)
     else:
         if continuing:
             say(f"{config.run_dir} has no checkpoint yet: starting at step 0")
@@ -352,10 +352,22 @@ def _open_store(config: RunConfig) -> CheckpointStore:
     )
 
 
-def _restore(store: CheckpointStore, plan: StatePlan, loader: Loader) -> TrainState:
+def _restore(
+    config: RunConfig, store: CheckpointStore, plan: StatePlan, loader: Loader, say: Callable[[str], None]
+) -> TrainState:
     """The newest checkpoint, with the loader set to its place in the data."""
     restored = store.restore(plan.abstract.params, plan.abstract.ema, plan.abstract.opt_state)
     loader.restore(restored.data_position)
+    say(f"resumed at step {restored.step} of {config.steps}")
+    steps_then = restored.config["steps"]
+    then, now = (
+        float(learning_rate_schedule(config.optimizer, steps)(restored.step)) for steps in (steps_then, config.steps)
+    )
+    if then != now:
+        say(
+            f"--steps {config.steps} instead of {steps_then} stretches the {config.optimizer.schedule} schedule: the "
+            f"learning rate here is {now:.3g}, where it would have been {then:.3g}"
+        )
     step = jax.device_put(jnp.asarray(restored.step, jnp.int32), plan.abstract.step.sharding)
     return TrainState(step, restored.params, restored.ema, restored.opt_state)
 

@@ -122,7 +122,7 @@ class SanaConfig:
         given = {key: value for key, value in values.items() if not key.startswith("_")}
         if unknown := sorted(set(given) - known):
             raise UserError(
-                f"transformer config has unknown fields {unknown}; SANA's are {sorted(known)}: take the unknown ones out"
+                f"transformer config has unknown fields {unknown}; SANA's are {sorted(known)}: remove the others"
             )
         return cls(**given)
 
