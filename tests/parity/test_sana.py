@@ -33,6 +33,7 @@ def _exact_products():
 
 
 def apply(model: SanaTransformer, params: dict, inputs: dict, mask, controlnet_residuals=None) -> jax.Array:
+    inputs, mask = jax.tree.map(jnp.asarray, (inputs, mask))
     return model.apply(
         {"params": params},
         inputs["hidden_states"],
@@ -258,7 +259,7 @@ def test_latent_must_divide_into_patches(height, width):
         apply(SanaTransformer(config), oracle.params_for("patch-2"), inputs, oracle.MASK)
 
 
-@pytest.mark.parametrize("timesteps", [[0.0, 0.5, 1.0], [1, 500, 999, 1000]])
+@pytest.mark.parametrize("timesteps", [[0.0, 0.5, 1.0], [1.0, 412.5, 999.0, 1000.0]])
 def test_timestep_sinusoid(timesteps):
     expected = get_timestep_embedding(torch.tensor(timesteps), 256, flip_sin_to_cos=True, downscale_freq_shift=0)
     found = jax.jit(timestep_sinusoid)(jnp.asarray(timesteps))

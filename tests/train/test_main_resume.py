@@ -140,10 +140,10 @@ def test_a_run_without_a_checkpoint_starts_again(cache, straight, tmp_path, capf
 @pytest.mark.timeout(1800)
 def test_killed_again_and_again(cache, straight, tmp_path):
     moments = random.Random(0)
-    for _ in range(6):
+    for _ in range(4):
         run_dir = tmp_path / "run"
         start_and_kill(cache, run_dir, delay=moments.uniform(0, 0.6))
-        for _ in range(3):  # and while it starts, restores, steps, saves
+        for _ in range(2):  # and while it starts, restores, steps, saves
             training = start(cache, "--resume", str(run_dir))
             time.sleep(moments.uniform(3, 14))
             training.send(signal.SIGKILL)
