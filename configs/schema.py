@@ -71,7 +71,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     """What the learning rate does after the warm-up: stay, or fall to final_learning_rate at the last step."""
     warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0."""
+    """Steps over which the learning rate rises from 0; a tenth of a run that would end before that, which is said."""
     final_learning_rate: float = 0.0
     """Where cosine and linear schedules end."""
     beta1: float = 0.9

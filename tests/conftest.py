@@ -1,4 +1,4 @@
-"""What holds for every test: on the CPU unless a GPU is asked for, shapes checked, GPU tests counted where there is none."""
+"""What holds for every test: the CPU unless a GPU is asked for, shapes checked, GPU tests counted where none is."""
 
 from __future__ import annotations
 

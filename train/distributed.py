@@ -57,7 +57,7 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
         raise UserError(f"a run of {num_processes} processes; there are 1 or more: mend the number")
     if num_processes is not None and not 0 <= process_id < num_processes:
         raise UserError(
-            f"process id {process_id} is not one of the {num_processes} processes; it must be 0 to {num_processes - 1}: "
+            f"process id {process_id} is not one of {num_processes} processes; allowed is 0 to {num_processes - 1}: "
             "give each process its own"
         )
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):

@@ -40,7 +40,7 @@ from train.data import Loader, make_dataset
 from train.distributed import describe_processes, join_processes
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.objectives.flow_matching import FlowMatching
-from train.optimizers import learning_rate_schedule
+from train.optimizers import learning_rate_schedule, warmup_steps
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
@@ -127,6 +127,8 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         f"model: {parameter_count(plan.abstract.params):,} parameters in {config.transformer.num_layers} blocks, "
         f"computed in {compute.dtype}, remat {compute.remat}"
     )
+    if (warmup := warmup_steps(config.optimizer, config.steps)) != config.optimizer.warmup_steps:
+        say(f"warm-up: {warmup} steps, not {config.optimizer.warmup_steps}, since the run has {config.steps} steps")
     if plan.whole and mesh.size > 1:
         say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
     run_directory.check_parts(config, dataset)

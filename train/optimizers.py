@@ -13,17 +13,17 @@ from sana_jax.errors import UserError
 from train.sharding import parameter_paths, path_name
 
 
-def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Linear warm-up from 0, then constant, or a fall to ``final_learning_rate`` at ``steps``.
+def warmup_steps(config: OptimizerConfig, steps: int) -> int:
+    """The steps of warm-up in a run of ``steps``: as configured, or a tenth of a run that would end before that.
 
-    Raises:
-        UserError: the warm-up does not end before the run does.
+    A preset can then be tried with a few ``--steps``; whoever starts the run says that the warm-up is shorter.
     """
-    peak, warmup = config.learning_rate, config.warmup_steps
-    if warmup >= steps:
-        raise UserError(
-            f"--optimizer.warmup-steps {warmup} must be below --steps {steps}; shorten the warm-up or train longer"
-        )
+    return config.warmup_steps if config.warmup_steps < steps else steps // 10
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Linear warm-up from 0, then constant, or a fall to ``final_learning_rate`` at ``steps``."""
+    peak, warmup = config.learning_rate, warmup_steps(config, steps)
     rest = steps - warmup
     after = {
         "constant": lambda: optax.constant_schedule(peak),

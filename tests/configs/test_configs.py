@@ -3,6 +3,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import itertools
 import json
 import typing
 
@@ -38,7 +39,7 @@ def test_presets_load_and_know_their_name(name):
 
 
 def test_a_preset_that_is_not_there():
-    with pytest.raises(UserError, match="unknown preset 'digit'.*did you mean digits"):
+    with pytest.raises(UserError, match=r"unknown preset 'digit'.*did you mean digits"):
         load_preset("digit")
     assert DEFAULT_PRESET in PRESETS
 
@@ -95,7 +96,7 @@ def test_every_option_has_help(config_class):
     assert config_class.__doc__
     body = ast.parse(inspect.getsource(config_class)).body[0].body
     described = set()
-    for statement, after in zip(body, body[1:]):
+    for statement, after in itertools.pairwise(body):
         is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
         if isinstance(statement, ast.AnnAssign) and is_text and len(after.value.value) > 10:
             described.add(statement.target.id)

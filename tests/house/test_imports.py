@@ -35,8 +35,7 @@ def imported(source: str, package: str) -> list[tuple[int, str]]:
             base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
             found.append((node.lineno, ".".join(part for part in (base, node.module) if part)))
         elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
-            if node.args and isinstance(node.args[0], ast.Constant):
-                found.append((node.lineno, node.args[0].value))
+            found += [(node.lineno, name.value) for name in node.args[:1] if isinstance(name, ast.Constant)]
     return found
 
 
@@ -135,7 +134,8 @@ sys.meta_path.insert(0, Refuse())
 for package in sys.argv[2:]:
     module = importlib.import_module(package)
     print(package, "imported")
-missing = [name for name in ("PIL", "tqdm", "tyro", "jaxtyping", "orbax", "optax", "grain", "torch") if name in sys.modules]
+absent = ("PIL", "tqdm", "tyro", "jaxtyping", "orbax", "optax", "grain", "torch")
+missing = [name for name in absent if name in sys.modules]
 print("loaded:", missing)
 import sana_jax.models.sana, sana_jax.diffusion.flow, sana_jax.diffusion.samplers, sana_jax.diffusion.timesteps
 import sana_jax.pipelines.text_to_image, kernels.linear_attention, kernels.depthwise_conv

@@ -31,7 +31,7 @@ STEPS = 4
 
 def main() -> None:
     config = tiny_config(mesh=mesh_config(**AXES), accumulation=ACCUMULATION)
-    # Where linear attention's ReLU switches a channel off, its gradient is nothing but the rounding of sums that cancel,
+    # Where linear attention's ReLU switches a channel off, its gradient is but the rounding of sums that cancel,
     # about 1e-13. Adam would scale that up to whole steps, were its epsilon not far above it.
     config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, epsilon=1e-8))
     run = tiny_run(config)

@@ -58,5 +58,4 @@ def test_some_digits():
 )
 def test_settings_that_give_no_data(change, message):
     with pytest.raises(UserError, match=message):
-        data = make_dataset(DigitsDataConfig(**change))
-        data.batch(np.arange(2))
+        make_dataset(DigitsDataConfig(**change)).batch(np.arange(2))

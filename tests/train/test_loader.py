@@ -78,7 +78,7 @@ def test_a_position_restores_exactly_on_any_number_of_processes(before):
 
 @pytest.mark.parametrize("other", [{"samples": 11}, {"seed": 1}, {"batch_size": 5}])
 def test_a_position_in_another_sequence(other):
-    with pytest.raises(CheckpointError, match="data position belongs to .*resume with the run's own data"):
+    with pytest.raises(CheckpointError, match=r"data position belongs to .*resume with the run's own data"):
         loader(**other).restore(loader().position())
 
 

@@ -67,7 +67,6 @@ def assert_says(line: str, *parts: str) -> None:
         ({"steps": "many"}, ["--steps", "'many'", "an integer", "--help"]),
         ({"steps": 2.5}, ["--steps", "'2.5'", "an integer", "--help"]),
         ({"batch_size": 0}, ["--batch-size 0", "1 or more"]),
-        ({"optimizer__warmup_steps": 24}, ["--optimizer.warmup-steps 24", "--steps 24", "shorten"]),
         ({"optimizer__learning_rate": 0}, ["--optimizer.learning-rate 0", "above 0 and below 1"]),
         ({"optimizer__learning_rate": "fast"}, ["--optimizer.learning-rate", "'fast'", "a number"]),
         ({"optimizer__clip_norm": -1}, ["--optimizer.clip-norm -1", "above 0, or None"]),

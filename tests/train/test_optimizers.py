@@ -8,7 +8,14 @@ import pytest
 
 from configs.schema import OptimizerConfig
 from sana_jax import UserError
-from train.optimizers import learning_rate_schedule, make_optimizer, path_mask, stop_frozen, updates_taken
+from train.optimizers import (
+    learning_rate_schedule,
+    make_optimizer,
+    path_mask,
+    stop_frozen,
+    updates_taken,
+    warmup_steps,
+)
 
 
 def rates(steps: int, **settings) -> list[float]:
@@ -37,9 +44,11 @@ def test_cosine_schedule_against_its_formula():
     assert values == pytest.approx([0.25, 0.5, 0.75, 1, *fall], abs=1e-6)
 
 
-def test_warm_up_that_does_not_end():
-    with pytest.raises(UserError, match="warmup-steps 5 must be below --steps 5"):
-        learning_rate_schedule(OptimizerConfig(warmup_steps=5), 5)
+def test_a_warm_up_longer_than_the_run_is_a_tenth_of_it():
+    config = OptimizerConfig(warmup_steps=50)
+    assert [warmup_steps(config, steps) for steps in (51, 50, 30, 1)] == [50, 5, 3, 0]
+    rates_of_short_run = [float(learning_rate_schedule(config, 20)(step)) for step in range(3)]
+    assert rates_of_short_run == pytest.approx([0.5e-4, 1e-4, 1e-4])
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------

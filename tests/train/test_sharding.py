@@ -62,7 +62,7 @@ def test_a_mesh_changes_nothing_but_rounding(runs, mesh):
         np.testing.assert_allclose(many[f"metrics/{name}"], one[f"metrics/{name}"], rtol=LOSS_TOLERANCE, err_msg=name)
     assert np.array_equal(many["metrics/bin_count"], one["metrics/bin_count"])
 
-    # The moments are sums of gradients and agree to rounding. Parameters follow moment over root of moment, which scales
+    # The moments are sums of gradients and agree to rounding. Parameters follow moment over root moment, which scales
     # the rounding of the smallest gradients up, so they are held to a share of the way they have come.
     way = one["metrics/learning_rate"].sum()
     for name, expected in parts_of(one, "state/").items():
@@ -118,7 +118,7 @@ def collectives(program: str) -> list[tuple[str, tuple[int, ...]]]:
 
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8"])
 def test_devices_exchange_weights_and_gradients_never_activations(runs, mesh):
-    shapes = {path: part for path, part in parts_of(runs[mesh], "initial/").items()}
+    shapes = dict(parts_of(runs[mesh], "initial/"))
     weights = {part.size for part in shapes.values()} | {part[0].size for part in shapes.values() if part.ndim}
     exchanged = collectives(runs[mesh]["report"]["program"])
     kinds = {kind for kind, _ in exchanged}

@@ -67,7 +67,7 @@ class Loader(Iterator[Batch]):
         """
         if not isinstance(position, dict) or "iterator" not in position:
             raise CheckpointError(
-                f"the checkpoint's data position is {str(position)[:80]}, which is no position of this loader's; resume "
+                f"the checkpoint's data position is {str(position)[:80]}, no position of this loader's; resume "
                 "from another checkpoint, or start a new run"
             )
         fingerprint = {name: position.get(name) for name in self._fingerprint}
