@@ -26,7 +26,7 @@ import numpy as np
 
 import sana_jax
 from configs import DEFAULT_PRESET, PRESETS, load_preset
-from configs.schema import RunConfig
+from configs.schema import DistributedConfig, RunConfig
 from configs.serialization import to_dict
 from sana_jax.command_line import parse
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
@@ -66,7 +66,8 @@ def read_command_line(argv: Sequence[str]) -> RunConfig:
             raise UserError(f"--resume has no value; it takes a run directory: {PROG} --resume runs/{DEFAULT_PRESET}")
         saved = run_directory.read_config(Path(run_dir))
         run_directory.require_checkpoint(Path(run_dir))
-        saved = dataclasses.replace(saved, run_dir=run_dir)
+        # Which processes there are belongs to a start, not to the run: other hosts may continue it.
+        saved = dataclasses.replace(saved, run_dir=run_dir, distributed=DistributedConfig())
         config = parse(RunConfig, argv, default=saved, prog=f"{PROG} --resume {run_dir}")
         if config.run_dir != run_dir:
             raise UserError(
