@@ -31,7 +31,7 @@ STEPS = 4
 
 def main() -> None:
     config = tiny_config(mesh=mesh_config(**AXES), accumulation=ACCUMULATION)
-    # Adam's update is a gradient over its own size, which scales the rounding of the smallest gradients up to whole steps
+    # Adam's update is a gradient over its own size, which scales the smallest gradients' rounding up to whole steps
     # (where linear attention's ReLU switches a channel off they are nothing but rounding). With an epsilon above the
     # gradients it is in proportion to them: rounding stays rounding over several steps.
     optimizer = dataclasses.replace(config.optimizer, epsilon=1e-3, learning_rate=1e-2)
