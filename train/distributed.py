@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 
 import jax
 
@@ -62,6 +63,8 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
         )
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(f"the coordinator {coordinator!r} is not host:port; write it like 10.0.0.1:1234")
+    if process_id == 0:
+        _require_free_port(int(coordinator.rpartition(":")[2]))
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
@@ -70,3 +73,15 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
             f"the processes of this run did not find one another at {coordinator or 'the address SLURM gives'}: "
             f"{reason}; check that process 0 runs there and that the port is open"
         ) from error
+
+
+def _require_free_port(port: int) -> None:
+    """Asks before JAX does, whose coordinator takes the whole process down if the port is not to be had."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except (OSError, OverflowError) as error:
+            raise UserError(
+                f"process 0 cannot listen on port {port} of this machine ({error}); name another"
+            ) from error

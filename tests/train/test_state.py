@@ -19,7 +19,7 @@ def run() -> TinyRun:
 
 @pytest.fixture(scope="module")
 def state(run):
-    return run.plan.initialize()
+    return run.initialize()
 
 
 def test_the_state_is_what_was_planned(run, state):
