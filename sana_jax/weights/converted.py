@@ -1,0 +1,86 @@
+"""One component's weights as a directory of their own: what a converted model directory holds."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+from kernels.typing import PyTree
+from sana_jax.errors import CheckpointError
+from sana_jax.weights.manifest import MANIFEST_NAME, find_damage, write_manifest
+from sana_jax.weights.messages import one_line
+from sana_jax.weights.quiet import TEMPORARY_MARK, quiet_failed_writes, quiet_orbax, remove_partial
+from sana_jax.weights.trees import (
+    disk_shortage,
+    mismatch_error,
+    restore_tree,
+    tree_bytes,
+    tree_differences,
+    tree_handler,
+)
+
+
+def save_params(directory: str | os.PathLike, params: PyTree) -> int:
+    """Writes one component's weights as a new directory: under a temporary name first, then renamed.
+
+    Args:
+      directory: must not exist yet, or be empty; its parents are made.
+      params: nested dict of arrays.
+
+    Returns:
+      Bytes on disk.
+
+    Raises:
+      CheckpointError: the directory has something in it, the disk is too small, or a write failed; nothing is left.
+    """
+    import orbax.checkpoint as ocp
+
+    if jax.process_count() > 1:
+        raise ValueError(f"save_params is for a single process, not one of {jax.process_count()}")
+    quiet_orbax()
+    quiet_failed_writes()
+    final = Path(directory).absolute()
+    if final.exists() and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(f"{directory} exists already; delete it or name another directory")
+    if shortage := disk_shortage(final, tree_bytes(params)):
+        raise CheckpointError(f"not writing {directory}: {shortage}; free some space or name another disk")
+    temporary = final.with_name(f".{final.name}.half-written")
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with ocp.Checkpointer(tree_handler()) as checkpointer:
+            checkpointer.save(temporary, args=ocp.args.PyTreeSave(params), force=True)
+        written = write_manifest(temporary, [e.name for e in temporary.iterdir() if not _is_bookkeeping(e.name)])
+        os.replace(temporary, final)
+    except BaseException as error:
+        for left in (temporary, temporary.with_name(temporary.name + TEMPORARY_MARK)):
+            remove_partial(left)
+        if not isinstance(error, Exception):
+            raise
+        raise CheckpointError(
+            f"writing {directory} failed: {one_line(error)}; nothing was left there, free some space or name another "
+            "disk, and try again"
+        ) from error
+    return written
+
+
+def load_params(directory: str | os.PathLike, abstract_params: PyTree) -> PyTree:
+    """Reads what ``save_params`` wrote; shardings and casts as in ``load_checkpoint_params``.
+
+    Raises:
+      FileNotFoundError: there is no such directory.
+      CheckpointError: files are damaged, or the tree does not fit.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no directory of weights {path}")
+    if problem := find_damage(path):
+        raise CheckpointError(f"the weights in {path} are damaged: {problem}; delete them and convert again")
+    if differences := tree_differences(path, abstract_params, cast=True):
+        raise mismatch_error(path, differences, "convert the checkpoint that belongs to this configuration")
+    return restore_tree(path, abstract_params)
+
+
+def _is_bookkeeping(name: str) -> bool:
+    return name in ("_CHECKPOINT_METADATA", "commit_success.txt", MANIFEST_NAME)

@@ -1,0 +1,298 @@
+"""Safetensors files: one tensor at a time, and nothing of the header believed.
+
+The safetensors library maps a whole file into memory or builds a whole file in it. Reading and writing a tensor at a
+time keeps a conversion's memory near the size of the weights. A file is untrusted input: sizes, offsets and types are
+checked before anything is allocated. Format: 8 bytes length (little endian), a JSON header, the tensors' bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
+
+import ml_dtypes
+import numpy as np
+
+from sana_jax.errors import CheckpointError
+from sana_jax.files import atomic_file
+from sana_jax.weights.messages import first_few
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # bytes; what the format allows
+_LFS_POINTER = b"version https://git-lfs"
+_AGAIN = "download or copy it again"
+
+
+class TensorInfo(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time.
+
+    ``location`` names the source in messages; ``tensors`` says what there is.
+    """
+
+    location: str
+    tensors: Mapping[str, TensorInfo]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, in memory of its own."""
+        ...
+
+
+class _Place(NamedTuple):
+    file: Path
+    offset: int
+
+
+class SafetensorsSource:
+    """The tensors of one file, or of all shards of an index.
+
+    Attributes:
+        location: the file or the index.
+        tensors: name -> dtype and shape.
+        metadata: the headers' ``__metadata__``, strings to strings.
+
+    Raises:
+        FileNotFoundError: the file, or a shard that the index names, is missing.
+        CheckpointError: a file is not whole, or not what its header says.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        path = Path(path)
+        self.location = str(path)
+        self.metadata: dict[str, str] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        self._places: dict[str, _Place] = {}
+        if path.suffix != ".json":
+            self._add_file(path)
+            return
+        shards: dict[Path, set[str]] = {}
+        for name, shard in _read_index(path).items():
+            shards.setdefault(path.parent / shard, set()).add(name)
+        for shard in sorted(shards):
+            self._add_file(shard)
+        promised = set().union(*shards.values())
+        if promised != set(self.tensors):
+            odd = sorted(promised ^ set(self.tensors))
+            raise CheckpointError(
+                f"{path} and its shards name different tensors: {first_few(odd, 'tensors')}; {_AGAIN}"
+            )
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor.
+
+        Raises:
+            KeyError: there is none of this name.
+            CheckpointError: the file has become shorter, or the tensor holds values that are not finite.
+        """
+        dtype, shape = self.tensors[name]
+        file, offset = self._places[name]
+        count = int(np.prod(shape, dtype=np.int64))
+        array = np.fromfile(file, dtype, count, offset=offset)
+        if array.size != count:
+            raise CheckpointError(f"{file} ends within the tensor {name}; {_AGAIN}")
+        if not _all_finite(array):
+            raise CheckpointError(
+                f"the tensor {name} of {file} has values that are not finite, which no good checkpoint has; {_AGAIN}"
+            )
+        return array.reshape(shape)
+
+    def _add_file(self, path: Path) -> None:
+        header, start = read_header(path)
+        self.metadata.update(header.pop("__metadata__", {}))
+        for name, entry in header.items():
+            if name in self.tensors:
+                raise CheckpointError(f"the tensor {name} is in {self._places[name].file} and in {path}; {_AGAIN}")
+            self.tensors[name] = TensorInfo(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            self._places[name] = _Place(path, start + entry["data_offsets"][0])
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """A file's checked header, ``__metadata__`` included, and where its tensors' bytes begin.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: the header does not describe the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights file {path} is missing; {_AGAIN}")
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        prefix = file.read(len(_LFS_POINTER))
+        if prefix == _LFS_POINTER:
+            raise CheckpointError(f"{path} is a pointer to the weights, not the weights: fetch them with git lfs pull")
+        length = int.from_bytes(prefix[:8], "little")
+        if size < 8 or length > min(_LONGEST_HEADER, size - 8):
+            raise CheckpointError(
+                f"{path} ({size} bytes) is not a whole safetensors file: its header would be {length} bytes; {_AGAIN}"
+            )
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        _check_header(header, size - 8 - length)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file: {error}; {_AGAIN}") from error
+    return header, 8 + length
+
+
+def _check_header(header: Any, data_bytes: int) -> None:
+    """Raises ``ValueError`` unless the entries are well formed and fill the data without gap or overlap."""
+    if not isinstance(header, dict):
+        raise ValueError("its header is not a JSON object")
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its __metadata__ is not strings")
+    spans = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+            raise ValueError(f"its entry of {name!r} is not dtype, shape and data_offsets")
+        if entry["dtype"] not in DTYPES:
+            raise ValueError(f"{name!r} has dtype {entry['dtype']!r}, allowed are {', '.join(DTYPES)}")
+        shape, offsets = entry["shape"], entry["data_offsets"]
+        if not _whole_numbers(shape) or not _whole_numbers(offsets) or len(offsets) != 2:
+            raise ValueError(f"shape {shape!r} or data_offsets {offsets!r} of {name!r} are not whole numbers")
+        count = 1
+        for length in shape:
+            count *= length
+        if offsets[1] - offsets[0] != count * DTYPES[entry["dtype"]].itemsize:
+            raise ValueError(f"{name!r} of shape {shape} does not fill its {offsets[1] - offsets[0]} bytes")
+        spans.append((*offsets, name))
+    end = 0
+    for begin, stop, name in sorted(spans):
+        if begin != end:
+            raise ValueError(f"{name!r} begins at byte {begin} and not at {end}")
+        end = stop
+    if end != data_bytes:
+        raise ValueError(f"its tensors take {end} bytes, and there are {data_bytes}")
+
+
+def _whole_numbers(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**62 for value in values)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """An index's ``weight_map``: tensor -> file name beside the index."""
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        items = list(weight_map.items())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"the index {path} is missing; {_AGAIN}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not an index of weights ({type(error).__name__}); {_AGAIN}") from error
+    for name, shard in items:
+        # A name with a directory in it could reach any file of the machine.
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{path} says that {name!r} is in {shard!r}; allowed is the name of a .safetensors file beside it: "
+                "do not use this directory"
+            )
+    return dict(items)
+
+
+def find_weights_file(directory: Path, stem: str, variant: str | None = None) -> Path:
+    """The weights file of a component's directory, or the index of its shards.
+
+    Args:
+        directory: for example ``transformer``.
+        stem: ``diffusion_pytorch_model`` (diffusers) or ``model`` (transformers).
+        variant: ``bf16``, ``fp16``, ...; None takes the plain files, or the one variant that is there.
+
+    Raises:
+        FileNotFoundError: none is there, or several variants and none is chosen.
+    """
+    found = {}
+    for path in sorted(directory.glob(f"{stem}*")) if directory.is_dir() else []:
+        parts = path.name.removeprefix(stem).split(".")
+        if parts[0] == "" and parts[-1] == "safetensors" and len(parts) in (2, 3):
+            found[parts[1] if len(parts) == 3 else ""] = path
+        elif parts[:3] == ["", "safetensors", "index"] and parts[-1] == "json" and len(parts) in (4, 5):
+            found[parts[3] if len(parts) == 5 else ""] = path
+    wanted = variant or ""
+    if variant is None and "" not in found and len(found) == 1:
+        return next(iter(found.values()))
+    if wanted in found:
+        return found[wanted]
+    seen = ", ".join(name or "plain" for name in found) or "none"
+    name = f"{stem}{'.' + variant if variant else ''}.safetensors"
+    raise FileNotFoundError(
+        f"{directory} has no {name}, nor an index of shards; variants that are there: {seen}. Choose one of them, or "
+        "download the weights"
+    )
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    infos: Mapping[str, TensorInfo],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes one file, a tensor at a time, under a temporary name first.
+
+    Args:
+        path: the file.
+        infos: what is going to be written, in this order.
+        tensors: the same names in the same order, with their arrays; read lazily.
+        metadata: goes into the header.
+
+    Raises:
+        ValueError: the tensors are not those of ``infos``.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    end = 0
+    for name, (dtype, shape) in infos.items():
+        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_file(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        _write_tensors(file, iter(infos.items()), tensors)
+
+
+def _write_tensors(
+    file: BinaryIO, infos: Iterator[tuple[str, TensorInfo]], tensors: Iterable[tuple[str, np.ndarray]]
+) -> None:
+    for name, array in tensors:
+        expected, info = next(infos, (None, None))
+        if name != expected or info != TensorInfo(array.dtype, array.shape):
+            raise ValueError(f"{name} {array.dtype}{array.shape} was to be {expected} {info}")
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    if left := next(infos, None):
+        raise ValueError(f"{left[0]} was not given")
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """Whether no value is infinite or NaN, in a few MB of memory beside the array."""
+    if array.dtype.kind in "iub":
+        return True
+    flat = array.reshape(-1)
+    for begin in range(0, flat.size, 1 << 22):
+        part = flat[begin : begin + (1 << 22)]
+        if array.dtype == ml_dtypes.bfloat16:
+            finite = ((part.view(np.uint16) & 0x7F80) != 0x7F80).all()
+        else:
+            finite = np.isfinite(part).all()
+        if not finite:
+            return False
+    return True

@@ -1,0 +1,1 @@
+"""The tensor names of published checkpoints, one file per family, as diffusers and transformers write them."""
