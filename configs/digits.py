@@ -23,7 +23,7 @@ from sana_jax.models.sana import SanaConfig
 CONFIG = RunConfig(
     preset="digits",
     run_dir="runs/digits",
-    steps=600,
+    steps=700,
     transformer=SanaConfig(
         in_channels=1,
         out_channels=1,

@@ -1,16 +1,21 @@
 """The SANA family of linear-attention diffusion transformers in JAX and Flax."""
 
+import importlib
+
 from sana_jax.errors import CheckpointError, UserError
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "SanaPipeline", "UserError"]
+_PIPELINES = {
+    "SanaControlNetPipeline": "sana_jax.pipelines.controlnet",
+    "SanaPipeline": "sana_jax.pipelines.text_to_image",
+    "SanaSprintPipeline": "sana_jax.pipelines.sprint",
+}
+__all__ = ["CheckpointError", "SanaControlNetPipeline", "SanaPipeline", "SanaSprintPipeline", "UserError"]
 
 
 def __getattr__(name: str):
     """Pipelines load on first use: importing the library stays light."""
-    if name == "SanaPipeline":
-        from sana_jax.pipelines.text_to_image import SanaPipeline
-
-        return SanaPipeline
+    if name in _PIPELINES:
+        return getattr(importlib.import_module(_PIPELINES[name]), name)
     raise AttributeError(f"module 'sana_jax' has no attribute {name!r}")

@@ -7,10 +7,11 @@ import os
 import pathlib
 import platform
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 def enable_compilation_cache() -> str:
@@ -52,6 +53,52 @@ def compile_ahead(
     line = f"compiled {name} in {ended - started:.1f} s (tracing {traced - started:.1f} s)"
     say(f"{line}; memory per device: {memory_summary(compiled)}")
     return compiled
+
+
+class Program(NamedTuple):
+    """A compiled function, the seconds that compiling took now (0: it was there), and the bytes that it holds."""
+
+    run: jax.stages.Compiled
+    seconds: float
+    device_bytes: int | None
+
+
+class Programs:
+    """Compiled functions by what they are and the shapes they are for; each is compiled once."""
+
+    def __init__(self) -> None:
+        self._compiled: dict[Any, jax.stages.Compiled] = {}
+
+    def __len__(self) -> int:
+        return len(self._compiled)
+
+    def clear(self) -> None:
+        """Forgets all of them."""
+        self._compiled.clear()
+
+    def get(self, what: Hashable, function: Callable, *arguments: Any) -> Program:
+        """The program of ``function`` for arguments of these shapes.
+
+        ``what`` tells functions with the same shapes apart: everything that the function closes over.
+        """
+        leaves, structure = jax.tree.flatten(arguments)
+        shapes = tuple((jnp.shape(leaf), str(jnp.result_type(leaf)), _placement(leaf)) for leaf in leaves)
+        key = (what, shapes, structure)
+        seconds = 0.0
+        if key not in self._compiled:
+            begin = time.perf_counter()
+            self._compiled[key] = jax.jit(function).lower(*arguments).compile()
+            seconds = time.perf_counter() - begin
+        analysis = self._compiled[key].memory_analysis()
+        device_bytes = None
+        if analysis is not None:
+            parts = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
+            device_bytes = sum(parts)
+        return Program(self._compiled[key], seconds, device_bytes)
+
+
+def _placement(leaf: Any) -> Any:
+    return getattr(leaf, "sharding", None)
 
 
 def memory_summary(compiled: jax.stages.Compiled) -> str:

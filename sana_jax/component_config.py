@@ -1,4 +1,4 @@
-"""Reads one component's ``config.json`` and makes what its ``_class_name`` names."""
+"""Reads one component's ``config.json`` and makes what its ``_class_name`` (or transformers' ``model_type``) names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from sana_jax.errors import UserError
 def load_from_config(directory: str | pathlib.Path, loaders: Mapping[str, Callable[[dict[str, Any]], Any]]) -> Any:
     """Reads ``directory/config.json`` and hands it to the loader that its ``_class_name`` names.
 
+    Configurations that transformers has written have no ``_class_name``; their ``model_type`` takes its place.
+
     Raises:
         FileNotFoundError: no ``config.json`` there.
         UserError: it is not JSON, or names a class that is not among ``loaders``.
@@ -24,14 +26,15 @@ def load_from_config(directory: str | pathlib.Path, loaders: Mapping[str, Callab
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        name = config["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
+        key = "_class_name" if "_class_name" in config else "model_type"
+        name = config[key]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a component's configuration ({type(error).__name__}: {error}); allowed is a JSON object "
-            "with _class_name: write the model directory again"
+            "with _class_name or model_type: write the model directory again"
         ) from error
-    if name not in loaders:
+    if not isinstance(name, str) or name not in loaders:
         raise UserError(
-            f"{path} has _class_name {name!r}; allowed here: {', '.join(sorted(loaders))}; choose a model made of these"
+            f"{path} has {key} {name!r}; allowed here: {', '.join(sorted(loaders))}; choose a model made of these"
         )
     return loaders[name](config)

@@ -1,12 +1,17 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON files that are not trusted."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import pathlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from sana_jax.errors import UserError
+
+_LONGEST_JSON = 1 << 26  # bytes; an index of 1,400 tensors takes 100,000
 
 
 @contextlib.contextmanager
@@ -28,3 +33,28 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A file that holds a JSON object.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: it holds something else.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; name a directory that has it, or download it again")
+    advice = "download or write it again"
+    if (size := path.stat().st_size) > _LONGEST_JSON:
+        raise UserError(f"{path} has {size} bytes; allowed are {_LONGEST_JSON}: {advice}")
+    text = path.read_bytes()
+    if text.startswith(b"version https://git-lfs"):
+        raise UserError(f"{path} is a pointer to the file, not the file: fetch it with git lfs pull")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged ({error}); allowed is JSON: {advice}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}; allowed is a JSON object: {advice}")
+    return content

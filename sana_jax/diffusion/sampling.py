@@ -20,6 +20,7 @@ from sana_jax.errors import UserError
 
 VelocityFunction = Callable[[Float[Array, "B *X"], Float[Array, ""]], Float[Array, "B *X"]]
 StepCallback = Callable[[int, float, Float[Array, "B *X"]], bool | None]
+AmendFunction = Callable[[int, Float[Array, "B *X"]], Float[Array, "B *X"]]
 
 
 def step_noise(key: PRNGKeyArray, index: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B *X"]:
@@ -79,6 +80,7 @@ def sample_loop(
     *,
     noise: Float[Array, "n B *X"] | None = None,
     start_index: int = 0,
+    amend: AmendFunction | None = None,
 ) -> Any:
     """Runs the steps from Python; the sampler's step is jitted, and ``velocity_fn`` is called as it is (jit it).
 
@@ -92,6 +94,8 @@ def sample_loop(
         False, the run ends there.
       noise: as in ``sample_scan``.
       start_index: as in ``sample_scan``.
+      amend: called after every step as (index, latents); what it returns takes the latents' place, as inpainting does
+        with what is known of the picture.
 
     Returns:
       The state after the last step taken.
@@ -107,6 +111,8 @@ def sample_loop(
         velocity = velocity_fn(state.latents, jnp.float32(timesteps[index]))
         injected = _noise(sampler, key, noise, index, state.latents.shape)
         state = _jitted_step(sampler, schedule, state, index, velocity, injected)
+        if amend is not None:
+            state = state._replace(latents=amend(index, state.latents))
         if on_step is not None and on_step(index, timesteps[index], state.latents) is False:
             break
     return state

@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
+from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, LinearSelfAttention, mask_to_bias
@@ -189,6 +189,7 @@ class SanaBlock(nn.Module):
 
     config: SanaConfig
     dtype: jnp.dtype = jnp.float32
+    fp16_saturation: bool = False
 
     @nn.compact
     def __call__(
@@ -198,6 +199,7 @@ class SanaBlock(nn.Module):
         caption_bias: Float[Array, "B 1 1 L"] | None,
         time: Float[Array, "B 6 D"],
         grid: tuple[int, int],
+        identity: Bool[Array, " B"] | None = None,
     ) -> Float[Array, "B N D"]:
         """Runs the block on the ``grid`` (height, width) of tokens; all blocks are given the same ``time``."""
         cfg, batch, features = self.config, x.shape[0], x.shape[-1]
@@ -206,10 +208,9 @@ class SanaBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation(table, time)
 
         h = modulated_norm(x, shift_attn, scale_attn, cfg.norm_eps)
-        attn1 = LinearSelfAttention(
-            cfg.num_attention_heads, cfg.attention_head_dim, qk_norm, cfg.attention_bias, self.dtype, name="attn1"
-        )
-        x = gated_residual(x, gate_attn, attn1(h))
+        heads = (cfg.num_attention_heads, cfg.attention_head_dim)
+        attn1 = LinearSelfAttention(*heads, qk_norm, cfg.attention_bias, self.dtype, self.fp16_saturation, name="attn1")
+        x = gated_residual(x, gate_attn, attn1(h, identity))
 
         attn2 = CrossAttention(
             cfg.num_cross_attention_heads, cfg.cross_attention_head_dim, qk_norm, self.dtype, name="attn2"
@@ -233,12 +234,14 @@ class SanaTransformer(nn.Module):
         scan_blocks: True compiles one block and scans it; False unrolls the blocks, for debugging: it compiles for
             longer, and XLA then keeps a copy of every block's weights beside the stacked ones. Equal outputs. Both sow
             ``block_outputs`` (layers, B, N, D) among the ``intermediates``.
+        fp16_saturation: clips what linear attention gives to float16's range, for weights that were trained in it.
     """
 
     config: SanaConfig
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     scan_blocks: bool = True
+    fp16_saturation: bool = False
 
     @nn.compact
     def __call__(
@@ -249,6 +252,7 @@ class SanaTransformer(nn.Module):
         guidance: Float[Array, " B"] | None = None,
         encoder_attention_mask: Int[Array, "B L"] | None = None,
         controlnet_residuals: Float[Array, "R B N D"] | None = None,
+        identity_attention: Bool[Array, "layers B"] | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """Runs the network.
 
@@ -259,6 +263,8 @@ class SanaTransformer(nn.Module):
             guidance: guidance scale x ``guidance_embeds_scale``; needed by Sprint, refused by the others.
             encoder_attention_mask: 1 for caption tokens, 0 for padding; None keeps all.
             controlnet_residuals: R arrays, the i-th added after block i + 1.
+            identity_attention: where set, a sample's self-attention in that layer passes every token's value on
+                unmixed (perturbed-attention guidance, arXiv 2403.17377).
 
         Returns:
             The velocity, in the compute dtype.
@@ -291,7 +297,7 @@ class SanaTransformer(nn.Module):
         caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)
         bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask)
 
-        x = self._blocks(x, caption, bias, time, grid, controlnet_residuals)
+        x = self._blocks(x, caption, bias, time, grid, controlnet_residuals, identity_attention)
 
         table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
         shift, scale = modulation(table, embedding[:, None, :])
@@ -302,7 +308,7 @@ class SanaTransformer(nn.Module):
         x = x.reshape(batch, *grid, p, p, out_channels).swapaxes(2, 3)
         return x.reshape(batch, height, width, out_channels)
 
-    def _blocks(self, x, caption, bias, time, grid, controlnet_residuals):
+    def _blocks(self, x, caption, bias, time, grid, controlnet_residuals, identity):
         """Runs the blocks over ``x``, adding residual i after block i + 1; sows all blocks' outputs, stacked."""
 
         def finish_block(x, layer):
@@ -318,8 +324,9 @@ class SanaTransformer(nn.Module):
         layers = self.config.num_layers
         if scanned:
 
-            def body(block, x, layer):
-                x = finish_block(block(x, caption, bias, time, grid), layer)
+            def body(block, x, layer_and_identity):
+                layer, own_identity = layer_and_identity
+                x = finish_block(block(x, caption, bias, time, grid, own_identity), layer)
                 return x, x if keep_outputs else None
 
             scan = nn.scan(
@@ -329,15 +336,16 @@ class SanaTransformer(nn.Module):
                 length=layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            block = block_class(self.config, self.dtype, name="transformer_blocks")
-            x, outputs = scan(block, x, jnp.arange(layers))
+            block = block_class(self.config, self.dtype, self.fp16_saturation, name="transformer_blocks")
+            x, outputs = scan(block, x, (jnp.arange(layers), identity))
         else:
             stacked = self.variables["params"]["transformer_blocks"]
-            block = block_class(self.config, self.dtype, parent=None)
+            block = block_class(self.config, self.dtype, self.fp16_saturation, parent=None)
             outputs = []
             for layer in range(layers):
                 params = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
-                x = finish_block(block.apply({"params": params}, x, caption, bias, time, grid), layer)
+                own_identity = None if identity is None else identity[layer]
+                x = finish_block(block.apply({"params": params}, x, caption, bias, time, grid, own_identity), layer)
                 outputs.append(x)
         if keep_outputs:
             self.sow("intermediates", "block_outputs", outputs if scanned else jnp.stack(outputs))

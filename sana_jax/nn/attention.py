@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.linear_attention import relu_linear_attention
-from kernels.typing import Array, Float, Int
+from kernels.typing import Array, Bool, Float, Int
 from sana_jax.nn.initializers import xavier_uniform
 from sana_jax.nn.norms import RMSNorm
 
 # Attention's query and key norms have their own epsilon; the layer norms of the blocks have 1e-6.
 QK_NORM_EPSILON = 1e-5
 MASKED = -10000.0
+LARGEST_FLOAT16 = 65504.0
 
 
 def mask_to_bias(mask: Int[Array, "B L"]) -> Float[Array, "B 1 1 L"]:
@@ -26,17 +27,21 @@ def mask_to_bias(mask: Int[Array, "B L"]) -> Float[Array, "B 1 1 L"]:
 
 
 class LinearSelfAttention(nn.Module):
-    """ReLU linear attention over all tokens, with optional RMS norms of q and k over all heads together."""
+    """ReLU linear attention over all tokens, with optional RMS norms of q and k over all heads together.
+
+    ``fp16_saturation`` clips the result to ±65504, as float16 does in the weights that were trained with it.
+    """
 
     num_heads: int
     head_dim: int
     qk_norm: bool = False
     use_bias: bool = False
     dtype: jnp.dtype = jnp.float32
+    fp16_saturation: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-        """Attends from every token to every token."""
+    def __call__(self, x: Float[Array, "B N D"], identity: Bool[Array, " B"] | None = None) -> Float[Array, "B N D"]:
+        """Attends from every token to every token; where ``identity`` is set, from every token to itself alone."""
         batch, tokens, features = x.shape
         inner = self.num_heads * self.head_dim
 
@@ -50,8 +55,11 @@ class LinearSelfAttention(nn.Module):
             key = RMSNorm(QK_NORM_EPSILON, name="norm_k")(key)
         heads = (batch, tokens, self.num_heads, self.head_dim)
         attended = relu_linear_attention(query.reshape(heads), key.reshape(heads), value.reshape(heads))
-        out = nn.Dense(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")
-        return out(attended.reshape(batch, tokens, inner))
+        attended = attended.reshape(batch, tokens, inner)
+        if identity is not None:
+            attended = jnp.where(identity[:, None, None], value, attended)
+        out = nn.Dense(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")(attended)
+        return jnp.clip(out, -LARGEST_FLOAT16, LARGEST_FLOAT16) if self.fp16_saturation else out
 
 
 class CrossAttention(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,12 +28,9 @@ def check_options(
 
     ``negatives`` are the negative prompt, its embeddings and their mask.
     """
-    if output_type not in OUTPUT_TYPES:
-        raise UserError(f"output_type {output_type!r} is not allowed; choose one of {', '.join(OUTPUT_TYPES)}")
-    if num_images_per_prompt < 1:
-        raise UserError(f"num_images_per_prompt {num_images_per_prompt} is not allowed; choose 1 or more")
-    if not 0 <= seed < 2**32:
-        raise UserError(f"seed {seed} is not allowed; choose a whole number from 0 to {2**32 - 1}")
+    check_common_options(output_type, num_images_per_prompt, seed)
+    if not math.isfinite(scale):
+        raise UserError(f"guidance_scale {scale} is not allowed; choose a finite number, 1 is off")
     if latents is not None and seed != 0:
         raise UserError(f"seed {seed} would not be used, since latents are given; leave one of them out")
     text, embeds, mask = negatives
@@ -52,6 +50,16 @@ def check_options(
             f"{names} would not be used with guidance_scale {scale:g}; guidance acts above 1: raise guidance_scale or "
             f"leave {names} out"
         )
+
+
+def check_common_options(output_type: str, num_images_per_prompt: int, seed: int) -> None:
+    """Raises ``UserError`` for a value that no pipeline allows."""
+    if output_type not in OUTPUT_TYPES:
+        raise UserError(f"output_type {output_type!r} is not allowed; choose one of {', '.join(OUTPUT_TYPES)}")
+    if num_images_per_prompt < 1:
+        raise UserError(f"num_images_per_prompt {num_images_per_prompt} is not allowed; choose 1 or more")
+    if not 0 <= seed < 2**32:
+        raise UserError(f"seed {seed} is not allowed; choose a whole number from 0 to {2**32 - 1}")
 
 
 def check_multiple(name: str, value: int, multiple: int) -> None:

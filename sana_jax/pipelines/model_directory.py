@@ -3,11 +3,12 @@
 ::
 
     model_index.json                  components and defaults; written last, so its presence means the rest is there
-    transformer/config.json
+    transformer/config.json           beside it *.safetensors (published) or params/ (converted)
     scheduler/scheduler_config.json
-    text_encoder/config.json
-    vae/config.json
-    checkpoints/<step>/               weights, where the directory is a training run
+    text_encoder/config.json          likewise; the tokenizer is in tokenizer/
+    vae/config.json                   likewise
+    controlnet/config.json            likewise, in a model that has one
+    checkpoints/<step>/               weights of the transformer, where the directory is a training run
 
 The layout is the one that diffusers publishes in. A training run's directory is a model directory too.
 """
@@ -25,10 +26,26 @@ from sana_jax.autoencoders import Autoencoder, load_autoencoder
 from sana_jax.diffusion.samplers import Sampler, from_scheduler_config, to_scheduler_config
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_file
+from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.models.sana import SanaConfig
 from sana_jax.text_encoders import TextEncoder, load_text_encoder
 
 _INDEX = "model_index.json"
+# pipeline here -> the classes of published indices that it serves
+PIPELINES = {
+    "SanaPipeline": ("SanaPipeline", "SanaPAGPipeline"),
+    "SanaSprintPipeline": ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
+    "SanaControlNetPipeline": ("SanaControlNetPipeline",),
+}
+# what an index of another family says of itself
+_OTHER_FAMILIES = {
+    "SanaVideoPipeline": "SANA-Video",
+    "SanaImageToVideoPipeline": "SANA-Video",
+    "LongSanaVideoPipeline": "LongSANA",
+    "SanaWMPipeline": "SANA-WM",
+}
+_PIXELS_PER_SAMPLE = 32  # of the published autoencoders; sample_size x this is a model's size in pixels
+_PUBLISHED_STEPS = {"SanaSprintPipeline": 2}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +75,12 @@ class SamplingDefaults:
                 f"{source} has {', '.join(sorted(values)) or 'nothing'}; allowed are {', '.join(fields)}, all but "
                 "license required: mend it or write the model directory again"
             )
+        for name, kind in {"guidance_scale": (int, float), "license": (str, type(None))}.items():
+            if name in values and (isinstance(values[name], bool) or not isinstance(values[name], kind)):
+                raise UserError(f"{source} has {name}={values[name]!r}, which is of another type: mend it")
+        for name in ("num_inference_steps", "height", "width"):
+            if type(values[name]) is not int or values[name] < 1:
+                raise UserError(f"{source} has {name}={values[name]!r}; allowed is a whole number from 1 on: mend it")
         return cls(**values)
 
 
@@ -71,6 +94,7 @@ class ModelDirectory:
     text_encoder: TextEncoder
     autoencoder: Autoencoder
     defaults: SamplingDefaults
+    index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def write_model_directory(
@@ -81,6 +105,7 @@ def write_model_directory(
     text_encoder: TextEncoder,
     autoencoder: Autoencoder,
     defaults: SamplingDefaults | Mapping[str, Any],
+    pipeline: str = "SanaPipeline",
 ) -> None:
     """Writes the configurations of a model; what else is in the directory stays.
 
@@ -104,15 +129,22 @@ def write_model_directory(
     _write_json(
         directory / _INDEX,
         {
-            "_class_name": "SanaPipeline",
-            **{folder: ["sana_jax", config["_class_name"]] for folder, (_, config) in parts.items()},
+            "_class_name": pipeline,
+            **{folder: ["sana_jax", config.get("_class_name")] for folder, (_, config) in parts.items()},
             "defaults": dataclasses.asdict(defaults),
         },
     )
 
 
-def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
-    """Reads what ``write_model_directory`` has written.
+def read_model_directory(
+    directory: str | os.PathLike[str], pipeline: str = "SanaPipeline", *, variant: str | None = None
+) -> ModelDirectory:
+    """Reads what ``write_model_directory`` has written, or a published directory; the transformer's weights apart.
+
+    Args:
+        directory: the model.
+        pipeline: the pipeline that it is wanted for, a key of ``PIPELINES``.
+        variant: of the published weight files: ``"bf16"``, ``"fp16"``.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -125,14 +157,10 @@ def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
             "makes one, runs/digits"
         )
     index = _read_json(directory / _INDEX)
-    if index.get("_class_name") != "SanaPipeline":
-        raise UserError(
-            f"{directory / _INDEX} has _class_name {index.get('_class_name')!r}; allowed is SanaPipeline: choose a "
-            "text-to-image model"
-        )
-    transformer_config = SanaConfig.from_dict(_read_json(directory / "transformer" / "config.json"))
-    text_encoder = load_text_encoder(directory / "text_encoder")
-    autoencoder = load_autoencoder(directory / "vae")
+    check_pipeline(index.get("_class_name"), pipeline, directory / _INDEX)
+    transformer_config = SanaConfig.from_dict(_read_component(directory, "transformer", "SanaTransformer2DModel"))
+    text_encoder = load_text_encoder(directory / "text_encoder", variant=variant)
+    autoencoder = load_autoencoder(directory / "vae", variant=variant)
     check_fit(transformer_config, text_encoder, autoencoder)
     return ModelDirectory(
         path=directory,
@@ -140,8 +168,57 @@ def read_model_directory(directory: str | os.PathLike[str]) -> ModelDirectory:
         sampler=from_scheduler_config(_read_json(directory / "scheduler" / "scheduler_config.json")),
         text_encoder=text_encoder,
         autoencoder=autoencoder,
-        defaults=SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}"),
+        defaults=_defaults(index, directory, pipeline, transformer_config),
+        index=index,
     )
+
+
+def read_controlnet_config(directory: str | os.PathLike[str]) -> SanaControlNetConfig:
+    """The configuration of a ControlNet's own directory.
+
+    Raises:
+        FileNotFoundError: it has no ``config.json``.
+        UserError: a damaged file, or a network of another kind.
+    """
+    directory = pathlib.Path(directory)
+    return SanaControlNetConfig.from_dict(_read_component(directory.parent, directory.name, "SanaControlNetModel"))
+
+
+def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
+    """Raises ``UserError`` if an index of ``class_name`` is not for ``pipeline``, naming the one that it is for."""
+    if class_name in PIPELINES[pipeline]:
+        return
+    allowed = " or ".join(PIPELINES[pipeline])
+    for other, classes in PIPELINES.items():
+        if class_name in classes:
+            raise UserError(f"{where} has _class_name {class_name!r}; {pipeline} allows {allowed}: use {other}")
+    if family := _OTHER_FAMILIES.get(class_name):
+        raise UserError(
+            f"{where} looks like {family}: it has _class_name {class_name!r}; {pipeline} allows {allowed}: choose an "
+            "image model"
+        )
+    raise UserError(
+        f"{where} has _class_name {class_name!r}; allowed is {allowed}: choose a text-to-image model of the SANA family"
+    )
+
+
+def _read_component(directory: pathlib.Path, folder: str, class_name: str) -> dict[str, Any]:
+    """A network's configuration; raises ``UserError`` if it says that it is a network of another class."""
+    path = directory / folder / "config.json"
+    config = _read_json(path)
+    found = config.get("_class_name", class_name)
+    if found != class_name:
+        looks = ": looks like SANA-Video" if "Video" in str(found) else ""
+        raise UserError(f"{path} has _class_name {found!r}{looks}; allowed is {class_name}: choose such a model")
+    return config
+
+
+def _defaults(index: Mapping[str, Any], directory: pathlib.Path, pipeline: str, config: SanaConfig) -> SamplingDefaults:
+    """What our index says, or what the published pipelines do."""
+    if "defaults" in index or pipeline not in PIPELINES or (directory / "checkpoints").is_dir():
+        return SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}")
+    side = config.sample_size * _PIXELS_PER_SAMPLE
+    return SamplingDefaults(num_inference_steps=_PUBLISHED_STEPS.get(pipeline, 20), height=side, width=side)
 
 
 def check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
@@ -167,12 +244,12 @@ def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is missing, so its directory is not a model; allowed is a directory that python -m train.main "
-            "has written, such as runs/digits: name that one or train again"
+            f"{path} is missing, so its directory is not a model; allowed is a published or converted model, or a "
+            "directory that python -m train.main has written, such as runs/digits: name that one or train again"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}); allowed is JSON: write the model directory again") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; allowed is a JSON object: write it again")

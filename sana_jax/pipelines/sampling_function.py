@@ -2,23 +2,80 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
-from sana_jax.diffusion.guidance import (
-    classifier_free_guidance,
-    interval_guidance,
-    join_negative_positive,
-    split_negative_positive,
-)
+from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from sana_jax.diffusion.guidance import classifier_free_guidance, interval_guidance
 from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.sampling import VelocityFunction, sample_scan
+from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.models.sana import SanaTransformer
 
 SamplingFunction = Callable[..., Float[Array, "B H W C"]]
+
+
+class Encoded(NamedTuple):
+    """Encoded prompts: embeddings, and a mask with 1 where a token counts."""
+
+    embeds: Float[Array, "B L C"]
+    mask: Int[Array, "B L"]
+
+
+class Control(NamedTuple):
+    """What a ControlNet reads: the control picture's latents, channels-last, and the weight of its result."""
+
+    latents: Float[Array, "B H W C"]
+    scale: Float[Array, ""]
+
+
+class Network(NamedTuple):
+    """A transformer, alone or with a ControlNet; parameters are then ``{"transformer": ..., "controlnet": ...}``."""
+
+    transformer: SanaTransformer
+    controlnet: SanaControlNet | None = None
+
+    def velocity(
+        self,
+        params: PyTree,
+        latents: Float[Array, "B H W C"],
+        timestep: Float[Array, ""],
+        conditions: Encoded,
+        identity: Bool[Array, "layers B"] | None = None,
+        control: Control | None = None,
+    ) -> Float[Array, "B H W C"]:
+        """The velocity in float32; ``timestep`` is the sampler's, which the model's ``timestep_scale`` multiplies.
+
+        diffusers leaves ``timestep_scale`` out of its ControlNet and PAG pipelines; here it always applies.
+        """
+        timesteps = jnp.broadcast_to(timestep * self.transformer.config.timestep_scale, latents.shape[:1])
+        residuals = None
+        transformer_params = params
+        if self.controlnet is not None:
+            transformer_params = params["transformer"]
+            parts = latents.shape[0] // control.latents.shape[0]
+            residuals = self.controlnet.apply(
+                {"params": params["controlnet"]},
+                latents,
+                jnp.concatenate([control.latents] * parts),
+                conditions.embeds,
+                timesteps,
+                conditions.mask,
+                control.scale,
+            )
+        return self.transformer.apply(
+            {"params": transformer_params},
+            latents,
+            conditions.embeds,
+            timesteps,
+            encoder_attention_mask=conditions.mask,
+            controlnet_residuals=residuals,
+            identity_attention=identity,
+        ).astype(jnp.float32)
 
 
 def initial_latents(seed: int, count: int, shape: tuple[int, int, int]) -> Float[Array, "B C H W"]:
@@ -32,43 +89,55 @@ def initial_latents(seed: int, count: int, shape: tuple[int, int, int]) -> Float
 
 
 def guided_velocity(
-    transformer: SanaTransformer,
+    network: Network,
     params: PyTree,
-    schedule: Schedule,
-    positive: tuple[Float[Array, "B L C"], Int[Array, "B L"]],
-    negative: tuple[Float[Array, "B L C"], Int[Array, "B L"]] | None = None,
+    latents: Float[Array, "B H W C"],
+    timestep: Float[Array, ""],
+    positive: Encoded,
+    negative: Encoded | None = None,
     guidance_scale: float | Float[Array, ""] = 1.0,
-    guidance_interval: tuple[float, float] | None = None,
-) -> VelocityFunction:
-    """The function (latents, timestep) -> velocity that the sampling loops call.
+    perturbed_layers: Sequence[int] = (),
+    pag_scale: float | Float[Array, ""] = 0.0,
+    control: Control | None = None,
+) -> Float[Array, "B H W C"]:
+    """One step's velocity with classifier-free and perturbed-attention guidance, from one call of the network.
 
-    With ``negative``, one call of the transformer sees the batch [negative, positive]; without, ``positive`` alone and
-    no guidance. Both are (embeddings, mask); a batch of 1 in ``negative`` serves every picture.
+    The network sees the batch [negative, positive, perturbed], without the parts that are not asked for. The result is
+    ``negative + guidance_scale·(positive − negative) + pag_scale·(positive − perturbed)``.
+
+    Args:
+        network: the transformer, and its ControlNet if it has one.
+        params: its parameters.
+        latents: noised latents, channels-last.
+        timestep: the sampler's.
+        positive: encoded prompts.
+        negative: encoded negative prompts, as many, or one for all; None leaves out classifier-free guidance.
+        guidance_scale: read only with ``negative``.
+        perturbed_layers: layers whose self-attention is the identity in the perturbed part; empty leaves it out
+            (perturbed-attention guidance, arXiv 2403.17377).
+        pag_scale: read only with ``perturbed_layers``.
+        control: read only by a network with a ControlNet.
     """
-    batch = positive[0].shape[0]
-    conditions = positive
+    batch = latents.shape[0]
+    parts = [positive]
     if negative is not None:
-        repeated = jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), negative)
-        conditions = join_negative_positive(repeated, positive)
-    embeds, mask = conditions
-    scale = transformer.config.timestep_scale
-
-    def velocity(latents: Float[Array, "B H W C"], timestep: Float[Array, ""]) -> Float[Array, "B H W C"]:
-        inputs = latents if negative is None else join_negative_positive(latents, latents)
-        timesteps = jnp.broadcast_to(timestep * scale, inputs.shape[:1])
-        output = transformer.apply({"params": params}, inputs, embeds, timesteps, encoder_attention_mask=mask).astype(
-            jnp.float32
-        )
-        if negative is None:
-            return output
-        halves = split_negative_positive(output)
-        if guidance_interval is None:
-            return classifier_free_guidance(*halves, guidance_scale)
-        index = jnp.argmin(jnp.abs(jnp.asarray(schedule.timesteps) - timestep))
-        sigma = jnp.asarray(schedule.sigmas)[index]
-        return interval_guidance(*halves, guidance_scale, sigma, guidance_interval)
-
-    return velocity
+        parts.insert(0, jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), negative))
+    identity = None
+    if perturbed_layers:
+        parts.append(positive)
+        chosen = np.isin(np.arange(network.transformer.config.num_layers), perturbed_layers)
+        perturbed = np.arange(batch * len(parts)) >= batch * (len(parts) - 1)
+        identity = jnp.asarray(chosen[:, None] & perturbed)
+    conditions = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    output = network.velocity(params, jnp.concatenate([latents] * len(parts)), timestep, conditions, identity, control)
+    predictions = jnp.split(output, len(parts))
+    conditional = predictions[0 if negative is None else 1]
+    result = conditional
+    if negative is not None:
+        result = classifier_free_guidance(predictions[0], conditional, guidance_scale)
+    if perturbed_layers:
+        result = result + pag_scale * (conditional - predictions[-1])
+    return result
 
 
 def make_sampling_fn(
@@ -88,6 +157,7 @@ def make_sampling_fn(
         samplers that draw noise, and may be None for the others.
     """
     schedule = sampler.schedule(num_inference_steps)
+    network = Network(transformer)
 
     def sample(
         params: PyTree,
@@ -98,13 +168,45 @@ def make_sampling_fn(
         null_mask: Int[Array, "B L"] | None = None,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "B H W C"]:
-        negative = (null_embeds, null_mask) if is_guided(guidance_scale) else None
-        velocity = guided_velocity(
-            transformer, params, schedule, (embeds, mask), negative, guidance_scale, guidance_interval
+        negative = Encoded(null_embeds, null_mask) if is_guided(guidance_scale) else None
+        velocity = _velocity_of_schedule(
+            network, params, schedule, Encoded(embeds, mask), negative, guidance_scale, guidance_interval
         )
         return sample_scan(sampler, schedule, velocity, latents, key).latents
 
     return sample
+
+
+def _velocity_of_schedule(
+    network: Network,
+    params: PyTree,
+    schedule: Schedule,
+    positive: Encoded,
+    negative: Encoded | None,
+    guidance_scale: float,
+    interval: tuple[float, float] | None,
+) -> VelocityFunction:
+    """``guided_velocity`` as the sampling loops call it, with the guidance that a step's noise level asks for."""
+
+    def velocity(latents: Float[Array, "B H W C"], timestep: Float[Array, ""]) -> Float[Array, "B H W C"]:
+        scale = guidance_scale
+        if interval is not None:
+            index = jnp.argmin(jnp.abs(jnp.asarray(schedule.timesteps) - timestep))
+            scale = scale_in_interval(guidance_scale, jnp.asarray(schedule.sigmas)[index], interval)
+        return guided_velocity(network, params, latents, timestep, positive, negative, scale)
+
+    return velocity
+
+
+def scale_in_interval(
+    guidance_scale: float, sigma: float | Float[Array, ""], interval: tuple[float, float]
+) -> Float[Array, ""]:
+    """The guidance scale at a noise level: 1, which is the positive prediction alone, outside the interval.
+
+    Raises:
+        UserError: if the interval is not 0 <= lowest <= highest <= 1.
+    """
+    return interval_guidance(jnp.float32(0.0), jnp.float32(1.0), guidance_scale, sigma, interval)
 
 
 def is_guided(guidance_scale: float) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
+from sana_jax.weights.lazy import LazyArray, write_tree
 from sana_jax.weights.manifest import MANIFEST_NAME, find_damage, write_manifest
 from sana_jax.weights.messages import one_line
 from sana_jax.weights.quiet import TEMPORARY_MARK, quiet_failed_writes, quiet_orbax, remove_partial
@@ -18,7 +21,6 @@ from sana_jax.weights.trees import (
     restore_tree,
     tree_bytes,
     tree_differences,
-    tree_handler,
 )
 
 
@@ -27,7 +29,7 @@ def save_params(directory: str | os.PathLike, params: PyTree) -> int:
 
     Args:
       directory: must not exist yet, or be empty; its parents are made.
-      params: nested dict of arrays.
+      params: nested dict of arrays, or of LazyArrays, which are read and written one at a time.
 
     Returns:
       Bytes on disk.
@@ -35,8 +37,6 @@ def save_params(directory: str | os.PathLike, params: PyTree) -> int:
     Raises:
       CheckpointError: the directory has something in it, the disk is too small, or a write failed; nothing is left.
     """
-    import orbax.checkpoint as ocp
-
     if jax.process_count() > 1:
         raise ValueError(f"save_params is for a single process, not one of {jax.process_count()}")
     quiet_orbax()
@@ -49,14 +49,15 @@ def save_params(directory: str | os.PathLike, params: PyTree) -> int:
     temporary = final.with_name(f".{final.name}.half-written")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        with ocp.Checkpointer(tree_handler()) as checkpointer:
-            checkpointer.save(temporary, args=ocp.args.PyTreeSave(params), force=True)
+        write_tree(temporary, params)
         written = write_manifest(temporary, [e.name for e in temporary.iterdir() if not _is_bookkeeping(e.name)])
         os.replace(temporary, final)
     except BaseException as error:
         for left in (temporary, temporary.with_name(temporary.name + TEMPORARY_MARK)):
             remove_partial(left)
         if not isinstance(error, Exception):
+            raise
+        if isinstance(error, CheckpointError):  # a LazyArray that could not be read
             raise
         raise CheckpointError(
             f"writing {directory} failed: {one_line(error)}; nothing was left there, free some space or name another "
@@ -80,6 +81,46 @@ def load_params(directory: str | os.PathLike, abstract_params: PyTree) -> PyTree
     if differences := tree_differences(path, abstract_params, cast=True):
         raise mismatch_error(path, differences, "convert the checkpoint that belongs to this configuration")
     return restore_tree(path, abstract_params)
+
+
+def lazy_saved_tree(directory: str | os.PathLike) -> PyTree:
+    """What ``save_params`` or a training run wrote, as a tree of LazyArrays in the dtypes that are stored.
+
+    Files are compared with their manifest by the caller (``find_damage``).
+
+    Raises:
+      CheckpointError: it can't be read.
+    """
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    quiet_orbax()
+    path = epath.Path(directory)
+    try:
+        metadata = ocp.StandardCheckpointHandler().metadata(path).tree
+        saved = ocp.tree.to_flat_dict(metadata)
+    except Exception as error:  # Orbax raises bare Exceptions for unreadable data
+        raise CheckpointError(f"reading {directory} failed: {one_line(error)}; convert the checkpoint again") from error
+
+    def read(keys: tuple[str, ...]) -> np.ndarray:
+        item, arguments = 0, ocp.RestoreArgs(restore_type=np.ndarray)
+        for key in reversed(keys):
+            item, arguments = {key: item}, {key: arguments}
+        restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+        try:
+            array = ocp.PyTreeCheckpointHandler().restore(path, args=restore)
+        except Exception as error:
+            raise CheckpointError(f"reading {directory} failed: {one_line(error)}; check the disk") from error
+        for key in keys:
+            array = array[key]
+        return array
+
+    leaves = {
+        keys: LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(read, keys))
+        for keys, leaf in saved.items()
+        if hasattr(leaf, "shape")
+    }
+    return ocp.tree.from_flat_dict(leaves)
 
 
 def _is_bookkeeping(name: str) -> bool:

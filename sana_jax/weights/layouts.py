@@ -21,7 +21,8 @@ class Layout:
 
     def shape_in_theirs(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """PyTorch's shape of an array that has ``shape`` with us."""
-        return self.to_theirs(np.empty(shape, np.bool_)).shape
+        # one value that stands for all: takes no memory, whatever the shape
+        return self.to_theirs(np.broadcast_to(np.bool_(False), shape)).shape
 
 
 SAME = Layout("same", lambda theirs: theirs, lambda ours: ours)

@@ -17,7 +17,10 @@ class _QuietOrbax(logging.Filter):
     """Lets Orbax's warnings through, not its progress, and not the failures that it logs and then raises as well."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return f"{os.sep}orbax{os.sep}" not in record.pathname or record.levelno == logging.WARNING
+        if f"{os.sep}orbax{os.sep}" not in record.pathname:
+            return True
+        # The second is about trees without a jax.Array, such as those of a conversion.
+        return record.levelno == logging.WARNING and not str(record.msg).startswith("No jax.Array")
 
 
 _QUIET = _QuietOrbax()

@@ -12,6 +12,7 @@ tables hold no sizes; conversion is exact or fails with everything that does not
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,10 +23,12 @@ import numpy as np
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
 from sana_jax.weights.layouts import LINEAR, SAME, Layout
+from sana_jax.weights.lazy import LazyArray
 from sana_jax.weights.messages import describe_array, first_few
 from sana_jax.weights.safetensors_files import TensorInfo, TensorSource
 
 LAYER = "{layer}"
+_MOST_LAYERS = 10_000  # what a configuration may ask for before its weights were looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,7 @@ def places(rules: Sequence[Rule], abstract: PyTree) -> dict[str, Place]:
         abstract: our parameter tree of ShapeDtypeStructs (or arrays).
 
     Raises:
+        CheckpointError: more layers than any network has.
         ValueError: a leaf of the tree without a rule or with several, or two leaves that want one tensor. That is a
             mistake in the table.
     """
@@ -96,13 +100,18 @@ def places(rules: Sequence[Rule], abstract: PyTree) -> dict[str, Place]:
         theirs = rule.theirs
         for placeholder, value in match.groupdict().items():
             theirs = theirs.replace(f"{{{placeholder}}}", value)
-        layers = range(leaf.shape[0]) if LAYER in theirs else (None,)
-        shape = leaf.shape[1:] if LAYER in theirs else leaf.shape
-        for layer in layers:
+        stacked = LAYER in theirs
+        if stacked and leaf.shape[0] > _MOST_LAYERS:
+            raise CheckpointError(
+                f"the configuration asks for {leaf.shape[0]} layers; allowed are {_MOST_LAYERS}: give the config.json "
+                "that belongs to the weights"
+            )
+        shape = rule.layout.shape_in_theirs(leaf.shape[1:] if stacked else leaf.shape)
+        for layer in range(leaf.shape[0]) if stacked else (None,):
             key = theirs.replace(LAYER, str(layer))
             if key in found:
                 raise ValueError(f"{name} and {'/'.join(found[key].path)} both want {key}")
-            found[key] = Place(path, layer, rule.layout, rule.layout.shape_in_theirs(shape))
+            found[key] = Place(path, layer, rule.layout, shape)
     return found
 
 
@@ -143,6 +152,22 @@ def read_params(
     Raises:
         CheckpointError: names or shapes do not fit, layers of one array differ in dtype, or a tensor can't be read.
     """
+
+    def read(lazy: LazyArray, leaf: Any) -> Any:
+        array = lazy.read()
+        return array if place is None else place(array, leaf)
+
+    return jax.tree.map(read, lazy_params(source, rules, abstract, ignored=ignored), abstract)
+
+
+def lazy_params(
+    source: TensorSource, rules: Sequence[Rule], abstract: PyTree, *, ignored: Sequence[str] = ()
+) -> PyTree:
+    """A checkpoint as our tree of LazyArrays: names, shapes and dtypes are compared, no tensor is read yet.
+
+    Raises:
+        CheckpointError: names or shapes do not fit, or layers of one array differ in dtype.
+    """
     wanted = places(rules, abstract)
     if problems := misfits(source, wanted, ignored):
         raise CheckpointError(
@@ -155,25 +180,62 @@ def read_params(
     leaves = flatten(abstract)
     tree: dict[str, Any] = {}
     for path, parts in by_path.items():
-        array = _read_leaf(source, parts, leaves[path].shape)
+        dtype, shape = _one_dtype(source, parts), leaves[path].shape
+        read = functools.partial(_read_leaf, source, parts, shape, dtype)
         node = tree
         for key in path[:-1]:
             node = node.setdefault(key, {})
-        node[path[-1]] = array if place is None else place(array, leaves[path])
+        node[path[-1]] = LazyArray(shape, dtype, read)
     return tree
 
 
-def _read_leaf(source: TensorSource, parts: list[tuple[str, Place]], shape: tuple[int, ...]) -> np.ndarray:
+def _one_dtype(source: TensorSource, parts: list[tuple[str, Place]]) -> np.dtype:
     dtypes = {source.tensors[name].dtype for name, _ in parts}
     if len(dtypes) > 1:
         raise CheckpointError(
             f"{source.location}: the layers of {'/'.join(parts[0][1].path)} have dtypes "
             f"{', '.join(sorted(map(str, dtypes)))}; allowed is one: save it in one dtype"
         )
-    array = np.empty(shape, dtypes.pop())
+    return dtypes.pop()
+
+
+def _read_leaf(
+    source: TensorSource, parts: list[tuple[str, Place]], shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    array = np.empty(shape, dtype)
     for name, where in parts:
         array[... if where.layer is None else where.layer] = where.layout.to_ours(source.read(name))
     return array
+
+
+class TreeSource:
+    """Our tree as a checkpoint's tensors, in its names and layouts; what ``read_params`` reads.
+
+    Leaves are arrays or LazyArrays. Tensors come leaf by leaf, and the last LazyArray that was read is kept, so reading
+    in the order of ``tensors`` reads each once.
+    """
+
+    def __init__(self, params: PyTree, rules: Sequence[Rule], location: str = "parameters") -> None:
+        self.location = location
+        self._leaves = flatten(params)
+        self._places = places(rules, params)
+        self.tensors = {
+            name: TensorInfo(np.dtype(self._leaves[where.path].dtype), where.shape)
+            for name, where in self._places.items()
+        }
+        self._last: tuple[tuple[str, ...], np.ndarray] | None = None
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, contiguous."""
+        where = self._places[name]
+        leaf = self._leaves[where.path]
+        if isinstance(leaf, LazyArray):
+            if self._last is None or self._last[0] != where.path:
+                self._last = None  # frees it before the next one is read
+                self._last = (where.path, leaf.read())
+            leaf = self._last[1]
+        array = np.asarray(leaf if where.layer is None else leaf[where.layer])
+        return np.ascontiguousarray(where.layout.to_theirs(array))
 
 
 def write_params(
@@ -184,17 +246,8 @@ def write_params(
     Returns:
         (name -> dtype and shape, iterator of (name, array) in the same order), as ``write_safetensors`` takes them.
     """
-    leaves = flatten(params)
-    wanted = places(rules, params)
-    infos = {name: TensorInfo(np.dtype(leaves[where.path].dtype), where.shape) for name, where in wanted.items()}
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, where in wanted.items():
-            leaf = leaves[where.path]
-            array = np.asarray(leaf if where.layer is None else leaf[where.layer])
-            yield name, np.ascontiguousarray(where.layout.to_theirs(array))
-
-    return infos, tensors()
+    source = TreeSource(params, rules)
+    return source.tensors, ((name, source.read(name)) for name in source.tensors)
 
 
 def flatten(tree: PyTree) -> dict[tuple[str, ...], Any]:

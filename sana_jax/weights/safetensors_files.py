@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -32,7 +33,7 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _LONGEST_HEADER = 100_000_000  # bytes; what the format allows
-_LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"
 _AGAIN = "download or copy it again"
 
 
@@ -69,6 +70,7 @@ class SafetensorsSource:
         location: the file or the index.
         tensors: name -> dtype and shape.
         metadata: the headers' ``__metadata__``, strings to strings.
+        files: the files that hold tensors, with their sizes in bytes.
 
     Raises:
         FileNotFoundError: the file, or a shard that the index names, is missing.
@@ -80,6 +82,7 @@ class SafetensorsSource:
         self.location = str(path)
         self.metadata: dict[str, str] = {}
         self.tensors: dict[str, TensorInfo] = {}
+        self.files: tuple[tuple[Path, int], ...] = ()
         self._places: dict[str, _Place] = {}
         if path.suffix != ".json":
             self._add_file(path)
@@ -109,7 +112,7 @@ class SafetensorsSource:
         array = np.fromfile(file, dtype, count, offset=offset)
         if array.size != count:
             raise CheckpointError(f"{file} ends within the tensor {name}; {_AGAIN}")
-        if not _all_finite(array):
+        if not all_finite(array):
             raise CheckpointError(
                 f"the tensor {name} of {file} has values that are not finite, which no good checkpoint has; {_AGAIN}"
             )
@@ -117,6 +120,7 @@ class SafetensorsSource:
 
     def _add_file(self, path: Path) -> None:
         header, start = read_header(path)
+        self.files += ((path, path.stat().st_size),)
         self.metadata.update(header.pop("__metadata__", {}))
         for name, entry in header.items():
             if name in self.tensors:
@@ -136,8 +140,8 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
         raise FileNotFoundError(f"the weights file {path} is missing; {_AGAIN}")
     size = path.stat().st_size
     with open(path, "rb") as file:
-        prefix = file.read(len(_LFS_POINTER))
-        if prefix == _LFS_POINTER:
+        prefix = file.read(len(LFS_POINTER))
+        if prefix == LFS_POINTER:
             raise CheckpointError(f"{path} is a pointer to the weights, not the weights: fetch them with git lfs pull")
         length = int.from_bytes(prefix[:8], "little")
         if size < 8 or length > min(_LONGEST_HEADER, size - 8):
@@ -223,6 +227,8 @@ def find_weights_file(directory: Path, stem: str, variant: str | None = None) ->
     """
     found = {}
     for path in sorted(directory.glob(f"{stem}*")) if directory.is_dir() else []:
+        if re.search(r"-\d{5}-of-\d{5}\.", path.name):
+            continue  # a shard, which the index names
         parts = path.name.removeprefix(stem).split(".")
         if parts[0] == "" and parts[-1] == "safetensors" and len(parts) in (2, 3):
             found[parts[1] if len(parts) == 3 else ""] = path
@@ -282,7 +288,7 @@ def _write_tensors(
         raise ValueError(f"{left[0]} was not given")
 
 
-def _all_finite(array: np.ndarray) -> bool:
+def all_finite(array: np.ndarray) -> bool:
     """Whether no value is infinite or NaN, in a few MB of memory beside the array."""
     if array.dtype.kind in "iub":
         return True

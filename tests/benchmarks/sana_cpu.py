@@ -79,7 +79,7 @@ def block_function(side: int) -> tuple[Callable[[], jax.Array], dict]:
     )["params"]
     params = random_like(params)
     x, caption, time_vectors = random_like((x, caption, time_vectors), 1.0)
-    arguments = (params, x, caption, mask_to_bias(caption_mask()), time_vectors)
+    arguments = (params, x, caption, mask_to_bias(jnp.asarray(caption_mask())), time_vectors)
     compiled, compilation = compile_timed(run, *arguments)
     return functools.partial(compiled, *arguments), compilation
 
@@ -265,12 +265,12 @@ def measure_network(repetitions: int = 5, scan_blocks: bool = True, torch_thread
     return {"timings": timings, "compilation": compilation, "ratios": ratios}
 
 
-def markdown(report: dict) -> str:
+def markdown(report: dict, what: str = "float32, batch 1, caption of 300 tokens") -> str:
     versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
     lines = [
         f"{report['device']}; {versions}; load average {report['load_average']:.1f} at the start",
         "",
-        "| float32, batch 1, caption of 300 tokens | median | p10 | p90 | minimum | n | compile | temporary memory |",
+        f"| {what} | median | p10 | p90 | minimum | n | compile | temporary memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, row in report["timings"].items():

@@ -38,13 +38,13 @@ def test_same_seed_same_picture(pipe):
 
 
 def test_programs_are_kept(pipe):
-    pipe._compiled.clear()
+    pipe.programs.clear()
     first = pipe(PROMPT, output_type="np")
     assert first.compile_seconds > 0
     assert first.device_bytes > 0
     again = pipe("a zero", seed=1, guidance_scale=3.0, output_type="np")
     assert again.compile_seconds == 0
-    assert len(pipe._compiled) == 1
+    assert len(pipe.programs) == 1
 
 
 def test_output_types(pipe):
@@ -151,7 +151,7 @@ def test_without_guidance_the_transformer_sees_each_picture_once(pipe, monkeypat
         return original(self, variables, hidden_states, *arguments, **options)
 
     monkeypatch.setattr(SanaTransformer, "apply", counting)
-    pipe._compiled.clear()
+    pipe.programs.clear()
     pipe(PROMPT, guidance_scale=1.0, output_type="latent")
     assert set(batches) == {1}
     batches.clear()

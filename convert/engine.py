@@ -1,0 +1,309 @@
+"""Conversion in both directions: a component at a time, a tensor at a time, all of it or nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from convert.families import parameter_count
+from convert.sources import CONFIG, INDEX, KEPT, Choices, Component, Model, open_model, tensor_bytes
+from sana_jax.compilation import readable_bytes
+from sana_jax.errors import CheckpointError, UserError
+from sana_jax.files import atomic_file
+from sana_jax.weights.components import CONVERTED
+from sana_jax.weights.converted import save_params
+from sana_jax.weights.quiet import remove_partial
+from sana_jax.weights.rules import lazy_params
+from sana_jax.weights.safetensors_files import TensorInfo, TensorSource, write_safetensors
+from sana_jax.weights.trees import disk_shortage
+
+Report = Callable[[str], None]
+# What our index says beside what diffusers knows.
+_OURS = ("contract", "defaults")
+
+
+def import_model(
+    source: str | Path,
+    destination: str | Path,
+    choices: Choices | None = None,
+    *,
+    components_from: str | Path | None = None,
+    dry_run: bool = False,
+    report: Report = print,
+) -> Model:
+    """Converts a published or original checkpoint to a directory of ours: the same layout, weights written by Orbax.
+
+    Args:
+        source: a model directory, one component's directory, or an original file.
+        destination: must not exist yet, or be empty. It appears when everything is in it.
+        choices: what the source leaves open.
+        components_from: a published model whose other components complete an original file.
+        dry_run: says what would be read and written, and stops.
+        report: takes one line after another.
+
+    Raises:
+        FileNotFoundError: something is missing.
+        CheckpointError: weights that do not fit or are damaged, no space, or a destination with something in it.
+        UserError: anything else that the user can mend.
+    """
+    model = open_model(source, choices)
+    if components_from is not None:
+        model = _complete(model, open_model(components_from), str(components_from))
+    for component in model.components:
+        if component.origin in ("converted", "training run"):
+            raise UserError(
+                f"{source} has weights of our own ({component.origin}); import takes published or original ones: use "
+                "export to give it to PyTorch"
+            )
+    model.require_whole()
+    _announce(model, report)
+    if dry_run:
+        _plan(model, report, lambda component: f"{_within(component, CONVERTED)}/")
+        return model
+    with _new_directory(destination, sum(part.num_bytes for part in model.components)) as temporary:
+        for component in model.components:
+            begin = time.perf_counter()
+            folder = temporary / component.folder
+            _write_json(folder / CONFIG, component.config)
+            network = component.network
+            tree = lazy_params(component.source, network.rules, network.abstract, ignored=network.ignored)
+            save_params(folder / CONVERTED, tree)
+            _write_kept(folder, component)
+            report(f"{_describe(component)} -> {_within(component, CONVERTED)} in {time.perf_counter() - begin:.1f} s")
+        _write_small(model, temporary)
+        if model.index is not None:
+            index = {key: value for key, value in model.index.items() if key != "contract"}
+            _write_json(temporary / INDEX, _with_contract(index, model))
+    report(f"converted: {destination}")
+    return model
+
+
+def export_model(
+    source: str | Path,
+    destination: str | Path,
+    choices: Choices | None = None,
+    *,
+    max_shard_size: str = "5GB",
+    dry_run: bool = False,
+    report: Report = print,
+) -> Model:
+    """Writes a directory that diffusers' own ``from_pretrained`` loads.
+
+    Args:
+        source: a converted or published model directory, one component's, a training run (its transformer), or an
+            original file.
+        destination: as for ``import_model``.
+        choices: what the source leaves open.
+        max_shard_size: larger weights become several files and an index: "5GB", "500MB".
+        dry_run: says what would be read and written, and stops.
+        report: takes one line after another.
+
+    Raises:
+        as ``import_model``.
+    """
+    shard_bytes = parse_size(max_shard_size)
+    model = open_model(source, choices)
+    model.require_whole()
+    _announce(model, report)
+    if dry_run:
+        _plan(model, report, lambda component: ", ".join(_shards(component.source, _stem(component), shard_bytes)))
+        return model
+    with _new_directory(destination, sum(part.num_bytes for part in model.components)) as temporary:
+        for component in model.components:
+            begin = time.perf_counter()
+            folder = temporary / component.folder
+            _write_json(folder / CONFIG, _config_for_diffusers(component))
+            count = _write_shards(folder, component.source, _stem(component), shard_bytes)
+            files = f"{count} file{'s' if count > 1 else ''}"
+            report(f"{_describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
+        _write_small(model, temporary)
+        if model.index is not None:
+            _write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
+    report(f"exported: {destination}")
+    return model
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "5GB", "500MB", "2GiB".
+
+    Raises:
+        UserError: not a size.
+    """
+    units = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?)?B?\s*", text.upper())
+    size = int(float(match[1]) * units[match[2] or ""]) if match else 0
+    if size < 1:
+        raise UserError(f"--max-shard-size {text!r} is not a size; allowed is a number with a unit: 5GB, 500MB")
+    return size
+
+
+# -- what is said ----------------------------------------------------------------------------------------------------
+
+
+def _announce(model: Model, report: Report) -> None:
+    for note in model.notes:
+        report(f"note: {note}")
+    if model.contract is not None:
+        report(f"contract: {model.contract}")
+
+
+def _describe(component: Component) -> str:
+    dtypes = sorted({info.dtype.name for info in component.source.tensors.values()})
+    count = parameter_count(component.network.abstract)
+    name = f"{component.folder}: " if component.folder else ""
+    return f"{name}{component.network.family}, {count:,} parameters, {', '.join(dtypes)}"
+
+
+def _within(component: Component, name: str) -> str:
+    return f"{component.folder}/{name}" if component.folder else name
+
+
+def _plan(model: Model, report: Report, written: Callable[[Component], str]) -> None:
+    """Every file that would be read with its bytes, and what would be written."""
+    total = 0
+    for component in model.components:
+        for file, size in component.files:
+            report(f"would read {size:>14,} bytes  {file}")
+            total += size
+    for file in model.copies:
+        report(f"would copy {file.stat().st_size:>14,} bytes  {file}")
+        total += file.stat().st_size
+    for component in model.components:
+        report(
+            f"would write {component.num_bytes:>13,} bytes  {_describe(component)} -> "
+            f"{_within(component, '') if component.folder else ''}{written(component).removeprefix(component.folder)}"
+        )
+    report(f"dry run: {readable_bytes(total)} would be read; nothing was written")
+
+
+# -- writing ---------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _new_directory(destination: str | Path, needed: int) -> Iterator[Path]:
+    """A temporary directory beside ``destination`` that is renamed to it when the block ends well, else removed."""
+    final = Path(destination).absolute()
+    if os.path.lexists(final) and (not final.is_dir() or any(final.iterdir())):
+        raise CheckpointError(f"{destination} exists already; delete it or name another directory")
+    if shortage := disk_shortage(final, needed):
+        raise CheckpointError(f"not writing {destination}: {shortage}; free some space or name another disk")
+    temporary = final.with_name(f".{final.name}.half-written-{os.getpid()}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        os.replace(temporary, final)
+    except OSError as error:
+        raise CheckpointError(
+            f"writing {destination} failed: {error.strerror or error}; nothing was left there, name another directory"
+        ) from error
+    finally:
+        if temporary.exists():
+            remove_partial(temporary)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _write_small(model: Model, temporary: Path) -> None:
+    for file, name in model.copies.items():
+        (temporary / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, temporary / name)
+    for name, content in model.written.items():
+        _write_json(temporary / name, content)
+
+
+def _with_contract(index: dict[str, Any], model: Model) -> dict[str, Any]:
+    return index if model.contract is None else {**index, "contract": model.contract.to_dict()}
+
+
+def _write_kept(folder: Path, component: Component) -> None:
+    """Published tensors that are no parameters of ours, and that an export needs."""
+    kept = {
+        name: info
+        for name, info in component.source.tensors.items()
+        if any(re.fullmatch(pattern, name) for pattern in component.network.kept)
+    }
+    if kept:
+        write_safetensors(folder / KEPT, kept, ((name, component.source.read(name)) for name in kept))
+
+
+def _stem(component: Component) -> str:
+    return component.network.stem
+
+
+def _shards(source: TensorSource, stem: str, shard_bytes: int) -> dict[str, dict[str, TensorInfo]]:
+    """File name -> its tensors, as diffusers and transformers name and fill them."""
+    shards: list[dict[str, TensorInfo]] = [{}]
+    size = 0
+    for name, info in source.tensors.items():
+        more = tensor_bytes(info)
+        if shards[-1] and size + more > shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = info
+        size += more
+    if len(shards) == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    count = len(shards)
+    return {f"{stem}-{number:05d}-of-{count:05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def _write_shards(folder: Path, source: TensorSource, stem: str, shard_bytes: int) -> int:
+    shards = _shards(source, stem, shard_bytes)
+    for file, infos in shards.items():
+        write_safetensors(folder / file, infos, ((name, source.read(name)) for name in infos), {"format": "pt"})
+    if len(shards) > 1:
+        total = sum(tensor_bytes(info) for info in source.tensors.values())
+        weight_map = {name: file for file, infos in shards.items() for name in infos}
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / f"{stem}.safetensors.index.json", index)
+    return len(shards)
+
+
+def _config_for_diffusers(component: Component) -> Mapping[str, Any]:
+    return component.config
+
+
+def _complete(model: Model, other: Model, where: str) -> Model:
+    """An original file's transformer with the other components of a published model."""
+    if model.origin != "original" or model.index is None or other.index is None:
+        raise UserError(
+            f"--components-from {where}: it completes an original .pth or .safetensors file of a transformer from a "
+            f"model directory, which {model.path} and {where} are not; leave it out"
+        )
+    taken = tuple(part for part in other.components if part.folder not in ("transformer", "controlnet"))
+    if any(part.origin != "published" for part in taken):
+        raise UserError(f"--components-from {where} is converted; name the published directory")
+    folders = {part.folder for part in taken} | {name.split("/")[0] for name in other.copies.values() if "/" in name}
+    folders -= {"scheduler"}
+    copies = {file: name for file, name in other.copies.items() if name.split("/")[0] != "scheduler"}
+    entries = {name: other.index[name] for name in folders if name in other.index}
+    failures = {name: error for name, error in other.failures.items() if name in other.index and name != "transformer"}
+    notes = tuple(note for note in model.notes if "--components-from" not in note)
+    contract = model.contract
+    if contract is not None and other.contract is not None:
+        contract = dataclasses.replace(
+            contract,
+            autoencoder_dtype=other.contract.autoencoder_dtype,
+            text_encoder_dtype=other.contract.text_encoder_dtype,
+            license=contract.license or other.contract.license,
+        )
+    return dataclasses.replace(
+        model,
+        index={**model.index, **entries},
+        components=(*model.components, *taken),
+        copies={**model.copies, **copies},
+        contract=contract,
+        notes=(*notes, f"{', '.join(sorted(folders))} come from {where}"),
+        failures={**model.failures, **failures},
+    )

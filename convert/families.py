@@ -1,0 +1,158 @@
+"""The networks that can be converted: how their configuration is read, and which table of rules is theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from kernels.typing import PyTree
+from sana_jax.contract import family_name
+from sana_jax.errors import UserError
+from sana_jax.weights.components import DIFFUSERS_STEM, TRANSFORMERS_STEM
+from sana_jax.weights.recognition import looks_like
+from sana_jax.weights.rules import Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """One component's network, of a shape that its configuration gives.
+
+    Attributes:
+        class_name: the published class.
+        family: "SANA 1.6B", "DC-AE f32c32", ..., or the shape in words.
+        config: the configuration, read.
+        abstract: our tree of ShapeDtypeStructs.
+        rules: the table.
+        stem: how the published weight files are called.
+        kept: patterns of published tensors that our tree has no place for and an export needs.
+        dropped: patterns of published tensors that nobody needs.
+    """
+
+    class_name: str
+    family: str
+    config: Any
+    abstract: PyTree
+    rules: Sequence[Rule]
+    stem: str = DIFFUSERS_STEM
+    kept: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        """Patterns of published tensors that are no parameters of ours."""
+        return (*self.kept, *self.dropped)
+
+
+def class_of(config: Mapping[str, Any]) -> str | None:
+    """The class that a ``config.json`` names, in diffusers' or transformers' way."""
+    name = config.get("_class_name")
+    if isinstance(name, str):
+        return name
+    if config.get("model_type") == "gemma2":
+        return "Gemma2Model"
+    return None
+
+
+def stem_of(class_name: str | None) -> str:
+    """How a class's published weight files are called."""
+    return TRANSFORMERS_STEM if class_name == "Gemma2Model" else DIFFUSERS_STEM
+
+
+def network_of(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> Network:
+    """The network of a ``config.json``.
+
+    Args:
+        config: the parsed file.
+        where: the file, for messages.
+        names: the weights' names, which say more where the class is not known, or where one class has two spellings.
+
+    Raises:
+        UserError: a class without a table, or a configuration that is not one.
+    """
+    class_name = class_of(config)
+    if class_name not in _NETWORKS:
+        seen = looks_like(names)
+        raise UserError(
+            f"{where} is of class {class_name!r}{f', {seen}' if seen else ''}; allowed are {', '.join(_NETWORKS)}: "
+            "choose a component of a SANA image model"
+        )
+    try:
+        return _NETWORKS[class_name](dict(config), names)
+    except UserError:
+        raise
+    except (TypeError, ValueError, OverflowError, MemoryError, RecursionError, ZeroDivisionError) as error:
+        # a value that passed the configuration's own checks and has no network, such as one of 10^30 channels
+        raise UserError(f"{where} describes no network ({type(error).__name__}: {error}); download it again") from error
+
+
+def _transformer(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.sana import SanaConfig, SanaTransformer, init_params
+    from sana_jax.weights.tables.sana import transformer_rules
+
+    config = SanaConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(SanaTransformer(config), jax.random.key(0)))
+    return Network("SanaTransformer2DModel", family_name(config), config, abstract, transformer_rules(config))
+
+
+def _controlnet(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig, init_controlnet_params
+    from sana_jax.weights.tables.sana import controlnet_rules
+
+    config = SanaControlNetConfig.from_dict(values)
+    abstract = _shapes(lambda: init_controlnet_params(SanaControlNet(config), jax.random.key(0)))
+    return Network("SanaControlNetModel", family_name(config), config, abstract, controlnet_rules(config))
+
+
+def _autoencoder(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.autoencoders.dc_ae import init_params
+    from sana_jax.autoencoders.dc_ae_config import DCAEConfig
+    from sana_jax.weights.tables.dc_ae import NOT_PARAMETERS, dc_ae_rules
+
+    config = DCAEConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(config, jax.random.key(0)))
+    family = f"DC-AE f{config.spatial_factor}c{config.latent_channels}"
+    return Network("AutoencoderDC", family, config, abstract, dc_ae_rules(config), kept=NOT_PARAMETERS)
+
+
+def _text_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.gemma import Gemma, GemmaConfig, init_params
+    from sana_jax.weights.tables.gemma import CAUSAL_LM_PREFIX, IGNORED, gemma_rules, name_prefix
+
+    config = GemmaConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(Gemma(config), jax.random.key(0)))
+    whole = GemmaConfig()
+    published = (config.hidden_size, config.num_hidden_layers) == (whole.hidden_size, whole.num_hidden_layers)
+    family = "Gemma-2 2B" if published else f"Gemma-2 of {config.num_hidden_layers} layers, width {config.hidden_size}"
+    if names:
+        prefix = name_prefix(names)
+    else:
+        prefix = CAUSAL_LM_PREFIX if "Gemma2ForCausalLM" in (values.get("architectures") or ()) else ""
+    rules = gemma_rules(config, prefix)
+    return Network("Gemma2Model", family, config, abstract, rules, stem=TRANSFORMERS_STEM, dropped=IGNORED)
+
+
+_NETWORKS: dict[str | None, Callable[[dict[str, Any], Collection[str]], Network]] = {
+    "SanaTransformer2DModel": _transformer,
+    "SanaControlNetModel": _controlnet,
+    "AutoencoderDC": _autoencoder,
+    "Gemma2Model": _text_encoder,
+}
+
+
+def _shapes(initialise: Callable[[], PyTree]) -> PyTree:
+    shapes = jax.eval_shape(initialise)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), shapes)
+
+
+def parameter_count(tree: PyTree | Iterable[Any]) -> int:
+    """The number of parameters of a tree of shapes."""
+    count = 0
+    for leaf in jax.tree.leaves(tree):
+        size = 1
+        for length in leaf.shape:
+            size *= length
+        count += size
+    return count

@@ -1,0 +1,186 @@
+"""Converts checkpoints from the command line.
+
+::
+
+    python -m convert.main import SRC DST     a published or original checkpoint -> a directory of ours
+    python -m convert.main export SRC DST     ours, or a published one -> a directory that diffusers loads
+    python -m convert.main inspect SRC        what it is, and every tensor that does not fit
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from sana_jax.command_line import parse
+from sana_jax.errors import UserError, run_command_line
+
+PROG = "python -m convert.main"
+
+
+@dataclasses.dataclass(frozen=True)
+class ImportConfig:
+    """Converts a published or original checkpoint to a directory of ours: import SRC DST."""
+
+    source: str
+    """Model directory as published, one component's directory, or an original .pth or .safetensors file."""
+    destination: str
+    """New directory; it appears when everything is in it."""
+    variant: str | None = None
+    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
+    weights: Literal["auto", "params", "ema"] = "auto"
+    """Weights of an original file: raw (params), averaged (ema), or whichever there is (auto)."""
+    image_size: int | None = None
+    """Of an original file: pixels per side that it was trained for, where the file does not say."""
+    flow_shift: float | None = None
+    """Of an original file: shift of the noise schedule; None: as published for the size."""
+    components_from: str | None = None
+    """Of an original file: published model whose text encoder, tokenizer and autoencoder complete it."""
+    dry_run: bool = False
+    """Say which bytes would be read and written, and stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportConfig:
+    """Writes a directory that diffusers loads: export SRC DST."""
+
+    source: str
+    """Converted or published model, one component of it, a training run (its transformer), or an original file."""
+    destination: str
+    """New directory; it appears when everything is in it."""
+    max_shard_size: str = "5GB"
+    """Weights above this size become several files and an index."""
+    variant: str | None = None
+    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
+    weights: Literal["auto", "params", "ema"] = "auto"
+    """Weights of a training run or an original file: averaged (ema), raw (params), or the averaged if any (auto)."""
+    checkpoint_step: int | None = None
+    """Checkpoint of a training run by its step; None: the newest."""
+    image_size: int | None = None
+    """Of an original file: pixels per side that it was trained for, where the file does not say."""
+    flow_shift: float | None = None
+    """Of an original file: shift of the noise schedule; None: as published for the size."""
+    dry_run: bool = False
+    """Say which bytes would be read and written, and stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InspectConfig:
+    """Says what a checkpoint is, from headers alone: inspect SRC. Exit status 1 if something does not fit."""
+
+    source: str
+    """Model directory, one component's directory, a training run, or an original file."""
+    all: bool = False
+    """Name every tensor and file, not the first few."""
+    variant: str | None = None
+    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
+    weights: Literal["auto", "params", "ema"] = "auto"
+    """Weights of a training run or an original file: averaged (ema), raw (params), or whichever there is (auto)."""
+    checkpoint_step: int | None = None
+    """Checkpoint of a training run by its step; None: the newest."""
+    image_size: int | None = None
+    """Of an original file: pixels per side that it was trained for, where the file does not say."""
+
+
+def _import(config: ImportConfig) -> int:
+    from convert.engine import import_model
+
+    import_model(
+        config.source,
+        config.destination,
+        _choices(config),
+        components_from=config.components_from,
+        dry_run=config.dry_run,
+    )
+    return 0
+
+
+def _export(config: ExportConfig) -> int:
+    from convert.engine import export_model
+
+    export_model(
+        config.source,
+        config.destination,
+        _choices(config),
+        max_shard_size=config.max_shard_size,
+        dry_run=config.dry_run,
+    )
+    return 0
+
+
+def _inspect(config: InspectConfig) -> int:
+    from convert.inspection import inspect_model
+
+    return 0 if inspect_model(config.source, _choices(config), every=config.all) else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """One subcommand: its options, what runs it, and which options the first plain words are."""
+
+    config: type
+    run: Callable[[Any], int]
+    words: tuple[str, ...]
+    on_host: bool = True  # whether it needs no accelerator
+
+
+COMMANDS = {
+    "import": Command(ImportConfig, _import, ("source", "destination")),
+    "export": Command(ExportConfig, _export, ("source", "destination")),
+    "inspect": Command(InspectConfig, _inspect, ("source",)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line ``argv`` (by default the program's own) and returns its exit status.
+
+    Raises:
+        UserError, FileNotFoundError: a mistake in the options or the checkpoint.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words else "--help"
+    if name in ("-h", "--help"):
+        print(f"usage: {PROG} COMMAND ...\n")
+        for command_name, command in COMMANDS.items():
+            print(f"  {command_name:<8} {command.config.__doc__}")
+        print(f"\n{PROG} COMMAND --help lists a command's options.")
+        return 0
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} is no command; allowed are {', '.join(COMMANDS)}: {PROG} COMMAND SRC ...")
+    command = COMMANDS[name]
+    config = parse(command.config, _name_words(words, command.words, name), prog=f"{PROG} {name}")
+    if command.on_host:
+        _stay_on_the_host()
+    return command.run(config)
+
+
+def _name_words(words: list[str], names: tuple[str, ...], command: str) -> list[str]:
+    """The first words are options by their place."""
+    named: list[str] = []
+    for name in names:
+        if words and not words[0].startswith("-"):
+            named += [f"--{name}={words.pop(0)}"]
+    if words and not words[0].startswith("-"):
+        usage = " ".join(name.upper() for name in names)
+        raise UserError(f"unexpected {words[0]!r}; {PROG} {command} takes {usage} and then options")
+    return named + words
+
+
+def _choices(config: Any) -> Any:
+    from convert.sources import Choices
+
+    fields = {field.name for field in dataclasses.fields(Choices)}
+    return Choices(**{name: value for name, value in vars(config).items() if name in fields})
+
+
+def _stay_on_the_host() -> None:
+    """Conversion needs no accelerator; JAX would otherwise reserve its memory."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
+if __name__ == "__main__":
+    run_command_line(main)

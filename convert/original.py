@@ -1,0 +1,198 @@
+"""The original checkpoints of NVlabs, ``.pth`` or ``.safetensors``: weights alone, so the configuration is inferred."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convert.families import network_of
+from convert.renames import RenamedSource
+from convert.tables import controlnet_original, sana_original
+from convert.torch_files import TorchSource
+from sana_jax.contract import contract_of, license_of, names_of
+from sana_jax.diffusion.samplers import make_sampler, to_scheduler_config
+from sana_jax.errors import CheckpointError, UserError
+from sana_jax.weights.messages import describe_array
+from sana_jax.weights.recognition import looks_like
+from sana_jax.weights.rules import misfits, places
+from sana_jax.weights.safetensors_files import SafetensorsSource, TensorSource
+
+if TYPE_CHECKING:
+    from convert.sources import Choices, Model
+
+_TORCH_ENDS = (".pth", ".pt", ".bin", ".ckpt")
+_HEAD_SIZE = 32  # of linear attention, in every published network
+# width -> (heads, size) of cross-attention
+_CROSS_HEADS = {1152: (16, 72), 2240: (20, 112)}
+_IMAGE_SIZES = (512, 1024, 2048, 4096)
+# pixels -> divisor of the position table's coordinates; the other sizes have no table
+_INTERPOLATION = {2048: 1.0, 4096: 2.0}
+_PIXELS = 32  # of a latent's pixel
+
+
+def open_original(path: Path, choices: Choices) -> Model:
+    """One file of weights under NVlabs' names.
+
+    Raises:
+        UserError: not such a file, or one that leaves open what an option must say.
+    """
+    from convert.sources import Component, Model, _refuse
+
+    _refuse(choices, path, "variant", "checkpoint_step")
+    notes: list[str] = []
+    source: TensorSource
+    if path.suffix in _TORCH_ENDS:
+        source = TorchSource(path, choices.weights)
+        if source.sections:
+            there = ", ".join(f"{name} ({count} tensors)" for name, count in source.sections.items())
+            notes.append(f"{path.name} holds {there}; {source.section} is read")
+    elif path.suffix == ".safetensors":
+        _refuse(choices, path, "weights")
+        source = SafetensorsSource(path)
+    else:
+        raise UserError(f"{path} is no file of weights; allowed are {', '.join(_TORCH_ENDS)} and .safetensors")
+    names = source.tensors
+    if any(name.startswith("transformer_blocks.") for name in names):
+        raise UserError(
+            f"{path} has the names of a published component, whose shape is in the config.json beside it: name the "
+            "directory instead"
+        )
+    if "x_embedder.proj.weight" not in names or len(names["x_embedder.proj.weight"].shape) != 4:
+        seen = looks_like(names) or "holds no network that is known here"
+        raise CheckpointError(f"{path} {seen}; allowed are SANA, SANA-1.5, SANA-Sprint and their ControlNets")
+    is_controlnet = any(name.startswith("controlnet.") for name in names)
+    guidance = "cfg_embedder.mlp.0.weight" in names
+    if is_controlnet:
+        _refuse(choices, path, "flow_shift")
+        renamed = RenamedSource(source, controlnet_original.controlnet_table(), controlnet_original.DROPPED)
+    else:
+        renamed = RenamedSource(source, sana_original.transformer_table(guidance=guidance), sana_original.DROPPED)
+    config = infer_config(renamed, choices.image_size, controlnet=is_controlnet)
+    network = network_of(config, f"the configuration inferred from {path.name}", renamed.tensors)
+    problems = misfits(renamed, places(network.rules, network.abstract))
+    if renamed.dropped:
+        notes.append(_describe_dropped(renamed.dropped))
+    files = source.files if isinstance(source, SafetensorsSource) else ((path, path.stat().st_size),)
+    folder = "" if is_controlnet else "transformer"
+    component = Component(folder, network, config, renamed, problems, files, "original")
+    if is_controlnet:
+        return Model(path, None, (component,), notes=tuple(notes))
+    if guidance:
+        _refuse(choices, path, "flow_shift")
+        sampler, index_class = make_sampler("scm"), "SanaSprintPipeline"
+    else:
+        shift = choices.flow_shift
+        if shift is None:
+            shift = 6.0 if _PIXELS * config["sample_size"] >= 4096 else 3.0
+            notes.append(f"flow shift {shift:g}, as published for this size; --flow-shift changes it")
+        sampler, index_class = make_sampler("dpm_solver", flow_shift=shift), "SanaPipeline"
+    scheduler = to_scheduler_config(sampler)
+    contract = contract_of(
+        network.config,
+        names=names_of(path),
+        stored={"transformer": {info.dtype.name for info in renamed.tensors.values()}},
+        scheduler=scheduler,
+        license=license_of(path.parent),
+    )
+    notes.append("an original file holds the transformer alone; --components-from DIR takes the others from there")
+    index = {
+        "_class_name": index_class,
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "transformer": ["diffusers", network.class_name],
+    }
+    written = {"scheduler/scheduler_config.json": scheduler}
+    return Model(path, index, (component,), {}, written, contract, tuple(notes))
+
+
+def infer_config(source: RenamedSource, image_size: int | None, *, controlnet: bool = False) -> dict[str, Any]:
+    """The ``config.json`` that a published checkpoint of these names and shapes has.
+
+    Args:
+        source: the tensors under published names.
+        image_size: pixels per side that the network was trained for; None takes it from the position table, which
+            original files carry even where the network does not use it.
+        controlnet: whether it is a ControlNet.
+
+    Raises:
+        UserError: the image size is needed, or contradicts the file.
+        CheckpointError: a tensor that says something about the shape is missing or has an impossible shape.
+    """
+    width, channels, patch, _ = _shape(source, "patch_embed.proj.weight", 4)
+    if width not in _CROSS_HEADS or width % _HEAD_SIZE:
+        raise CheckpointError(
+            f"{source.location}: width {width} is not a published one ({', '.join(map(str, _CROSS_HEADS))}), and the "
+            "number of cross-attention's heads cannot be seen in the weights: convert it to a diffusers directory with "
+            "a config.json first"
+        )
+    heads, head_size = _CROSS_HEADS[width]
+    (inverted, *_), (_, caption) = (
+        _shape(source, "transformer_blocks.0.ff.conv_inverted.weight", 4),
+        _shape(source, "caption_projection.linear_1.weight", 2),
+    )
+    layers = {name.split(".")[1] for name in source.tensors if name.startswith("transformer_blocks.")}
+    size = _image_size(source, image_size, patch)
+    config: dict[str, Any] = {
+        "_class_name": "SanaControlNetModel" if controlnet else "SanaTransformer2DModel",
+        "in_channels": channels,
+        "out_channels": channels,
+        "num_attention_heads": width // _HEAD_SIZE,
+        "attention_head_dim": _HEAD_SIZE,
+        "num_layers": len(layers),
+        "num_cross_attention_heads": heads,
+        "cross_attention_head_dim": head_size,
+        "cross_attention_dim": width,
+        "caption_channels": caption,
+        "mlp_ratio": inverted / 2 / width,
+        "dropout": 0.0,
+        "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in source.tensors,
+        "sample_size": size // _PIXELS,
+        "patch_size": patch,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "interpolation_scale": _INTERPOLATION.get(size),
+    }
+    if not controlnet:
+        config["out_channels"] = _shape(source, "proj_out.weight", 2)[0] // patch**2
+        config["guidance_embeds"] = "time_embed.guidance_embedder.linear_1.weight" in source.tensors
+        config["guidance_embeds_scale"] = 0.1
+        config["qk_norm"] = (
+            "rms_norm_across_heads" if "transformer_blocks.0.attn1.norm_q.weight" in source.tensors else None
+        )
+        config["timestep_scale"] = 1.0
+    return config
+
+
+def _shape(source: RenamedSource, name: str, axes: int) -> tuple[int, ...]:
+    info = source.tensors.get(name)
+    if info is None or len(info.shape) != axes or 0 in info.shape:
+        found = "is missing" if info is None else f"is {describe_array(info)}"
+        raise CheckpointError(f"{source.location}: {name} {found}; it says how wide the network is: download it again")
+    return info.shape
+
+
+def _image_size(source: RenamedSource, image_size: int | None, patch: int) -> int:
+    allowed = ", ".join(map(str, _IMAGE_SIZES))
+    table = source.dropped.get("pos_embed")
+    found = None
+    if table is not None and len(table) == 3:
+        side = math.isqrt(table[1])
+        if side * side == table[1] and side * patch * _PIXELS in _IMAGE_SIZES:
+            found = side * patch * _PIXELS
+    if image_size is None and found is None:
+        raise UserError(
+            f"{source.location} does not say for which pictures it was trained; add --image-size with one of {allowed}"
+        )
+    if image_size is not None and image_size not in _IMAGE_SIZES:
+        raise UserError(f"--image-size {image_size} is not a published size; allowed are {allowed}")
+    return image_size or found
+
+
+def _describe_dropped(dropped: Mapping[str, tuple[int, ...]]) -> str:
+    base = [name for name in dropped if name.startswith(("blocks.", "final_layer."))]
+    others = [name for name in dropped if name not in base]
+    parts = [f"left out: {', '.join(others)} (no weights of the network)"] if others else []
+    if base:
+        parts.append(f"left out: {len(base)} tensors of the transformer beside the ControlNet")
+    return "; ".join(parts)

@@ -1,0 +1,367 @@
+"""What can be converted: model directories, single components, training runs, original files. Opened, not yet read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from convert.families import Network, class_of, network_of, stem_of
+from sana_jax.contract import Contract, contract_of, license_of, names_of
+from sana_jax.errors import CheckpointError, UserError
+from sana_jax.files import read_json
+from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
+from sana_jax.weights.components import CONVERTED
+from sana_jax.weights.converted import lazy_saved_tree
+from sana_jax.weights.manifest import find_damage, saved_items
+from sana_jax.weights.messages import describe_array
+from sana_jax.weights.recognition import looks_like
+from sana_jax.weights.rules import Misfits, TreeSource, flatten, misfits, places
+from sana_jax.weights.safetensors_files import SafetensorsSource, TensorInfo, TensorSource, find_weights_file
+
+INDEX = "model_index.json"
+CONFIG = "config.json"
+SCHEDULER_CONFIG = "scheduler_config.json"
+# Published tensors that our tree has no place for and an export needs, beside ``params``.
+KEPT = "kept_tensors.safetensors"
+WeightsChoice = Literal["auto", "params", "ema"]
+
+# Files of a tokenizer; whatever else lies there is not copied.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+_SMALL_FILES = {"tokenizer": _TOKENIZER_FILES, "scheduler": (SCHEDULER_CONFIG,)}
+_LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choices:
+    """What a source may leave open.
+
+    Attributes:
+        variant: of published weight files: ``bf16``, ``fp16``; None takes the plain ones.
+        weights: of a training run or an original file: averaged (``ema``) or raw (``params``).
+        checkpoint_step: of a training run; None for the newest.
+        image_size: of an original file: pixels per side that it was trained for.
+        flow_shift: of an original file: shift of the noise schedule.
+    """
+
+    variant: str | None = None
+    weights: WeightsChoice = "auto"
+    checkpoint_step: int | None = None
+    image_size: int | None = None
+    flow_shift: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Component:
+    """One network with its weights, under their published names.
+
+    Attributes:
+        folder: ``transformer``, ``vae``, ...; "" where it is not part of a model.
+        network: what its configuration describes.
+        config: its ``config.json``, as it is.
+        source: the tensors; None where converted weights do not fit their configuration.
+        problems: what does not fit.
+        files: the weight files with their sizes in bytes.
+        origin: "published", "converted", "training run" or "original".
+    """
+
+    folder: str
+    network: Network
+    config: Mapping[str, Any]
+    source: TensorSource | None
+    problems: Misfits
+    files: tuple[tuple[Path, int], ...]
+    origin: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        infos = self.source.tensors.values() if self.source is not None else ()
+        return sum(tensor_bytes(info) for info in infos)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Everything that a source holds.
+
+    Attributes:
+        path: the directory or file.
+        index: its ``model_index.json``; None for a single component.
+        components: those that could be opened.
+        copies: file -> path below the destination, for what is copied as it is.
+        written: path below the destination -> JSON, for what the source does not have and the destination needs.
+        contract: None where no transformer says anything.
+        notes: lines that the user should see.
+        failures: component -> the error that kept it from being opened.
+    """
+
+    path: Path
+    index: Mapping[str, Any] | None
+    components: tuple[Component, ...]
+    copies: Mapping[Path, str] = dataclasses.field(default_factory=dict)
+    written: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    contract: Contract | None = None
+    notes: tuple[str, ...] = ()
+    failures: Mapping[str, Exception] = dataclasses.field(default_factory=dict)
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from."""
+        return self.components[0].origin if self.components else "published"
+
+    def require_whole(self) -> None:
+        """Raises ``CheckpointError`` with everything that is wrong with any component."""
+        problems = [f"{name}: {error}" for name, error in self.failures.items()]
+        problems += [
+            f"{component.folder or self.path}: the weights do not fit {CONFIG}: {component.problems}"
+            for component in self.components
+            if component.problems
+        ]
+        if len(self.failures) == len(problems) == 1:
+            raise next(iter(self.failures.values()))
+        if problems:
+            raise CheckpointError(
+                f"{self.path} cannot be converted. {'. '.join(problems)}. Nothing was written; python -m convert.main "
+                f"inspect {self.path} --all lists every tensor"
+            )
+
+
+def tensor_bytes(info: TensorInfo) -> int:
+    """Bytes of one tensor."""
+    count = info.dtype.itemsize
+    for length in info.shape:
+        count *= length
+    return count
+
+
+def open_model(path: str | Path, choices: Choices | None = None) -> Model:
+    """Finds out what a source is and opens all of it. No tensor is read.
+
+    Raises:
+        FileNotFoundError: there is nothing of this name.
+        UserError: it is nothing that can be converted. What is wrong with single components is in the result.
+    """
+    choices = choices or Choices()
+    path = Path(path)
+    if path.is_file():
+        from convert.original import open_original
+
+        return open_original(path, choices)
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"there is no {path}; name a model directory, one component's directory, a training run, or an original "
+            ".pth or .safetensors file"
+        )
+    if (path / INDEX).is_file() and (path / "checkpoints").is_dir():
+        return _open_run(path, choices)
+    _refuse(choices, path, "weights", "checkpoint_step")
+    if (path / INDEX).is_file():
+        return _open_directory(path, choices)
+    if (path / CONFIG).is_file():
+        notes: list[str] = []
+        component = open_component(path, "", choices.variant, notes)
+        return Model(path, None, (component,), contract=_lone_contract(path, component), notes=tuple(notes))
+    inside = sorted(str(found) for end in ("pth", "pt") for found in path.glob(f"**/*.{end}"))[:3]
+    advice = f"name the file: {', '.join(inside)}" if inside else "name another directory"
+    raise FileNotFoundError(f"{path} has neither {INDEX} nor {CONFIG}, so it is no model; {advice}")
+
+
+def _refuse(choices: Choices, path: Path, *names: str) -> None:
+    """An option that would not be used is an error."""
+    default = Choices()
+    for name in names:
+        if (value := getattr(choices, name)) != getattr(default, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} has no meaning for {path}, which has one set of weights; leave it "
+                "out"
+            )
+
+
+def _open_directory(path: Path, choices: Choices) -> Model:
+    _refuse(choices, path, "image_size", "flow_shift")
+    index = read_json(path / INDEX)
+    components, copies, notes, failures = [], {}, [], {}
+    for name, entry in index.items():
+        if not isinstance(entry, list) or name.startswith("_") or not entry or entry[0] is None:
+            continue
+        folder = path / name
+        if Path(name).name != name or name in (".", ".."):
+            failures[name] = UserError(f"{path / INDEX} names the component {name!r}, which is no folder's name")
+        elif name in _SMALL_FILES:
+            found = _small_files(folder, _SMALL_FILES[name], notes)
+            copies |= {file: f"{name}/{file.name}" for file in found}
+            if not found:
+                failures[name] = FileNotFoundError(
+                    f"{folder} has none of {', '.join(_SMALL_FILES[name])}; download it again"
+                )
+        else:
+            try:
+                components.append(open_component(folder, name, choices.variant, notes))
+            except (UserError, FileNotFoundError) as error:
+                failures[name] = error
+    copies |= {file: file.name for file in _small_files(path, _LICENSE_FILES, None)}
+    contract = None
+    try:
+        contract = _contract(path, index, components)
+    except (UserError, FileNotFoundError) as error:
+        failures["contract"] = error
+    if not components and not failures:
+        failures["components"] = UserError(f"{path / INDEX} names no network; download the model again")
+    return Model(path, index, tuple(components), copies, {}, contract, tuple(notes), failures)
+
+
+def open_component(directory: Path, folder: str, variant: str | None, notes: list[str]) -> Component:
+    """One component's directory, published or converted; ``notes`` gets what the user should know.
+
+    Raises:
+        FileNotFoundError: no configuration or no weights.
+        UserError: a class that cannot be converted, or damaged files.
+    """
+    config = read_json(directory / CONFIG)
+    converted = directory / CONVERTED
+    if converted.is_dir():
+        if variant is not None:
+            raise UserError(f"--variant {variant}: {directory} is converted and has no variants; leave it out")
+        return _open_saved(directory, folder, config, converted, "converted", directory / KEPT)
+    file = _weights_file(directory, stem_of(class_of(config)), variant, notes)
+    source = SafetensorsSource(file)
+    network = network_of(config, str(directory / CONFIG), source.tensors)
+    problems = misfits(source, places(network.rules, network.abstract), network.ignored)
+    if problems and (seen := looks_like(source.tensors)):
+        notes.append(f"{folder or directory.name}: {seen}")
+    return Component(folder, network, config, source, problems, source.files, "published")
+
+
+def _weights_file(directory: Path, stem: str, variant: str | None, notes: list[str]) -> Path:
+    if variant is not None:
+        try:
+            return find_weights_file(directory, stem, variant)
+        except FileNotFoundError:
+            file = find_weights_file(directory, stem, "")
+            notes.append(f"{directory.name}: no variant {variant}, so {file.name} is read")
+            return file
+    return find_weights_file(directory, stem)
+
+
+def _open_saved(
+    directory: Path, folder: str, config: Mapping[str, Any], saved: Path, origin: str, kept_file: Path | None = None
+) -> Component:
+    """Weights that Orbax wrote, under their published names."""
+    network = network_of(config, str(directory / CONFIG))
+    if origin == "converted" and (problem := find_damage(saved)):
+        raise CheckpointError(f"the weights in {saved} are damaged: {problem}; delete them and convert again")
+    files = tuple((file, file.stat().st_size) for file in sorted(saved.rglob("*")) if file.is_file())
+    tree = lazy_saved_tree(saved)
+    problems = _tree_misfits(tree, network.abstract)
+    if problems:
+        return Component(folder, network, config, None, problems, files, origin)
+    source: TensorSource = TreeSource(tree, network.rules, str(saved))
+    if kept_file is not None and kept_file.is_file():
+        kept = SafetensorsSource(kept_file)
+        source = JoinedSource(source, kept)
+        files += kept.files
+    return Component(folder, network, config, source, problems, files, origin)
+
+
+class JoinedSource:
+    """The tensors of two sources."""
+
+    def __init__(self, first: TensorSource, second: TensorSource) -> None:
+        if both := first.tensors.keys() & second.tensors.keys():
+            raise CheckpointError(f"{min(both)} is in {first.location} and in {second.location}; convert again")
+        self.location = first.location
+        self.tensors = {**first.tensors, **second.tensors}
+        self._first, self._second = first, second
+
+    def read(self, name: str) -> Any:
+        """One tensor."""
+        return (self._second if name in self._second.tensors else self._first).read(name)
+
+
+def _tree_misfits(saved: Any, abstract: Any) -> Misfits:
+    there, wanted = flatten(saved), flatten(abstract)
+    return Misfits(
+        tuple(f"{'/'.join(path)} {list(wanted[path].shape)}" for path in sorted(wanted.keys() - there.keys())),
+        tuple(f"{'/'.join(path)} {describe_array(there[path])}" for path in sorted(there.keys() - wanted.keys())),
+        tuple(
+            f"{'/'.join(path)} {describe_array(there[path])}, not {list(leaf.shape)}"
+            for path, leaf in wanted.items()
+            if path in there and tuple(there[path].shape) != tuple(leaf.shape)
+        ),
+    )
+
+
+def _open_run(path: Path, choices: Choices) -> Model:
+    """A training run: its transformer, as a component of its own."""
+    _refuse(choices, path, "variant", "image_size", "flow_shift")
+    config = read_json(path / "transformer" / CONFIG)
+    checkpoints = path / "checkpoints"
+    step = choose_checkpoint(checkpoints, choices.checkpoint_step)
+    try:
+        items = saved_items(checkpoints / str(step))
+    except ValueError as error:
+        raise damaged_checkpoint(checkpoints, step, str(error), "load") from None
+    which = choices.weights
+    if which == "ema" and "ema" not in items:
+        raise CheckpointError(f"{path} was trained without averaged weights; leave --weights ema out")
+    if which == "auto":
+        which = "ema" if "ema" in items else "params"
+    if problem := find_damage(checkpoints / str(step), [which]):
+        raise damaged_checkpoint(checkpoints, step, problem, "load")
+    saved = checkpoints / str(step) / which
+    component = _open_saved(path / "transformer", "", config, saved, "training run")
+    notes = [f"training run: the {which} weights of step {step}"]
+    others = sorted(name for name, entry in read_json(path / INDEX).items() if isinstance(entry, list))
+    left = [name for name in others if name != "transformer"]
+    if left:
+        notes.append(f"left out: {', '.join(left)}; of a training run the transformer alone is converted")
+    return Model(path, None, (component,), contract=_lone_contract(path, component), notes=tuple(notes))
+
+
+def _small_files(folder: Path, names: Collection[str], notes: list[str] | None) -> list[Path]:
+    """Those of ``names`` that are there; what else lies in the folder is named in ``notes``."""
+    found = [folder / name for name in names if (folder / name).is_file()]
+    if notes is not None and folder.is_dir():
+        others = sorted(entry.name for entry in folder.iterdir() if entry.name not in names)
+        if others:
+            notes.append(f"{folder.name}: left out {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}")
+    return found
+
+
+def _contract(path: Path, index: Mapping[str, Any], components: list[Component]) -> Contract | None:
+    if "contract" in index:
+        return Contract.from_dict(index["contract"], f"contract of {path / INDEX}")
+    parts = {component.folder: component for component in components}
+    if "transformer" not in parts:
+        return None
+    scheduler = path / "scheduler" / SCHEDULER_CONFIG
+    named = [part.get("_name_or_path") for part in (index, parts["transformer"].config)]
+    return contract_of(
+        parts["transformer"].network.config,
+        names=[*names_of(path), *(name for name in named if isinstance(name, str))],
+        stored={name: _dtypes(component) for name, component in parts.items()},
+        scheduler=read_json(scheduler) if scheduler.is_file() else None,
+        license=license_of(path),
+    )
+
+
+def _lone_contract(path: Path, component: Component) -> Contract | None:
+    if component.network.class_name != "SanaTransformer2DModel":
+        return None
+    named = component.config.get("_name_or_path")
+    names = [*names_of(path), *([named] if isinstance(named, str) else [])]
+    return contract_of(component.network.config, names=names, stored={"transformer": _dtypes(component)})
+
+
+def _dtypes(component: Component) -> set[str]:
+    return {info.dtype.name for info in component.source.tensors.values()} if component.source is not None else set()

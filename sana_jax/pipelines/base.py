@@ -1,0 +1,432 @@
+"""What the image pipelines share: components and when they are in memory, prompts, sizes, the loop, pictures out."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Float, PyTree
+from sana_jax.autoencoders import Autoencoder
+from sana_jax.compilation import Program, Programs
+from sana_jax.diffusion.samplers import Sampler, Schedule
+from sana_jax.diffusion.sampling import AmendFunction, sample_loop
+from sana_jax.errors import UserError
+from sana_jax.images import to_pil
+from sana_jax.models.sana import SanaTransformer
+from sana_jax.pipelines.checks import check_finite, check_multiple
+from sana_jax.pipelines.image_inputs import read_picture, to_network_range
+from sana_jax.pipelines.model_directory import SamplingDefaults
+from sana_jax.pipelines.opening import open_model, save_model
+from sana_jax.pipelines.residency import (
+    AUTOENCODER,
+    TEXT,
+    TRANSFORMER,
+    Residency,
+    check_residency,
+    describe_plan,
+    leave,
+)
+from sana_jax.pipelines.resolution import Binning, resize_and_crop, size_to_sample
+from sana_jax.pipelines.sampling_function import initial_latents
+from sana_jax.text_encoders import TextEncoder
+from sana_jax.weights.components import Resident
+
+OutputType = Literal["pil", "np", "latent"]
+StepEndCallback = Callable[["ImagePipeline", int, float, dict[str, Any]], Any]
+_KEPT_ENCODINGS = 64  # prompts; 2.8 MB each at 300 tokens of 2304
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaPipelineOutput:
+    """What a call has made.
+
+    ``images`` is a list of PIL images, an array (B, H, W, 1 or 3) in [0, 1], or latents (B, C, H, W), as asked for;
+    several pictures of one prompt stand side by side. ``seconds`` has the time of each stage (text, encode, denoise,
+    decode) without compiling; ``compile_seconds`` is 0 where the program was compiled before; ``device_bytes`` is what
+    the compiled program holds on the device, None where that is not known. ``sampled_size`` is the height and width in
+    pixels that were sampled, before cropping to what was asked for.
+    """
+
+    images: Any
+    compile_seconds: float = 0.0
+    sampling_seconds: float = 0.0
+    device_bytes: int | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sampled_size: tuple[int, int] | None = None
+
+
+class Size(NamedTuple):
+    """Pixels that were asked for and pixels that are sampled."""
+
+    requested: tuple[int, int]
+    sampled: tuple[int, int]
+
+
+class ImagePipeline:
+    """A text encoder, a transformer, a sampler and an autoencoder. Subclasses say how they sample.
+
+    Compiled programs are kept on the pipeline, one for each combination of shapes.
+
+    Args:
+        transformer: the network.
+        params: its parameters: a tree, or a ``Resident`` that reads them when they are needed.
+        sampler: a sampler that this pipeline allows.
+        text_encoder: reads prompts.
+        autoencoder: draws pictures from latents.
+        defaults: what calls leave open.
+        checkpoint_step: training step of the weights, for display.
+        weights: ``"ema"`` or ``"params"``, for display.
+        residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
+    """
+
+    class_name: ClassVar[str]
+
+    def __init__(
+        self,
+        transformer: SanaTransformer,
+        params: PyTree | Resident,
+        sampler: Sampler,
+        text_encoder: TextEncoder,
+        autoencoder: Autoencoder,
+        defaults: SamplingDefaults,
+        *,
+        checkpoint_step: int | None = None,
+        weights: str | None = None,
+        residency: Residency = "text_encoder_freed",
+    ) -> None:
+        check_residency(residency)
+        self.transformer = transformer
+        self.transformer_weights = params if isinstance(params, Resident) else Resident.of(TRANSFORMER, params)
+        self.sampler = sampler
+        self.text_encoder = text_encoder
+        self.autoencoder = autoencoder
+        self.defaults = defaults
+        self.checkpoint_step = checkpoint_step
+        self.weights = weights
+        self.residency = residency
+        self.programs = Programs()
+        self._encodings: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
+        self.check_components()
+
+    # -- making and saving ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        variant: str | None = None,
+        weights: Literal["auto", "ema", "params"] = "auto",
+        checkpoint_step: int | None = None,
+        residency: Residency = "text_encoder_freed",
+        emulate_fp16_saturation: bool = False,
+    ) -> Any:
+        """Reads a model directory: a published one (diffusers' layout), a converted one, or a training run.
+
+        Args:
+            path: the directory, or ``organisation/name`` on the Hub if there is no such directory.
+            dtype: dtype of the transformer's parameters and computation, ``"float32"`` or ``"bfloat16"``; None takes
+                the one that the weights are published for, and float32 for training runs. The text encoder and the
+                autoencoder have the dtypes of the model's contract.
+            variant: of the published weight files: ``"bf16"``, ``"fp16"``.
+            weights: of a training run, the averaged (``"ema"``) or the raw (``"params"``) weights; ``"auto"`` takes the
+                averaged ones where there are any.
+            checkpoint_step: of a training run, which checkpoint; the newest by default.
+            residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
+            emulate_fp16_saturation: clips linear attention as float16 does, for weights that need it.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            UserError: a file is damaged, a value is not allowed, or the weights must not be used in this dtype.
+            CheckpointError: the weights are missing, damaged, or do not fit.
+        """
+        model = open_model(
+            path,
+            cls.class_name,
+            dtype=dtype,
+            variant=variant,
+            weights=weights,
+            checkpoint_step=checkpoint_step,
+            emulate_fp16_saturation=emulate_fp16_saturation,
+        )
+        return cls._from_model(model, residency)
+
+    @classmethod
+    def _from_model(cls, model: Any, residency: Residency) -> Any:
+        return cls(
+            model.transformer,
+            model.transformer_weights,
+            model.sampler,
+            model.text_encoder,
+            model.autoencoder,
+            model.defaults,
+            checkpoint_step=model.checkpoint_step,
+            weights=model.weights,
+            residency=residency,
+        )
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Writes a model directory with these weights and nothing of the training that made them.
+
+        Raises:
+            UserError: ``path`` has something in it already, or cannot be written.
+        """
+        path = pathlib.Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists already; allowed is a new or empty directory: choose another name")
+        save_model(self, path)
+
+    def check_components(self) -> None:
+        """Raises ``UserError`` for components that this pipeline cannot use."""
+        raise NotImplementedError
+
+    # -- memory --------------------------------------------------------------------------------------------------
+
+    @property
+    def params(self) -> PyTree:
+        """The transformer's parameters; read from disk if they are not in memory."""
+        return self.transformer_weights.params
+
+    @property
+    def networks(self) -> dict[str, Resident | None]:
+        """Every network's weights; None where it has none."""
+        return {
+            TEXT: getattr(self.text_encoder, "weights", None),
+            TRANSFORMER: self.transformer_weights,
+            AUTOENCODER: getattr(self.autoencoder, "weights", None),
+        }
+
+    def describe_plan(self, *, encodes_a_picture: bool = False) -> list[str]:
+        """Which weights the next call has in memory at each stage, with sizes; one line each."""
+        return describe_plan(self.residency, self.networks, encodes_a_picture=encodes_a_picture)
+
+    def _leave(self, name: str) -> None:
+        leave(name, self.residency, self.networks)
+
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def _encode_texts(self, options: Mapping[str, Any]) -> Callable[[Sequence[str], bool], tuple[Array, Array]]:
+        """A function (texts, negative) -> (embeds, mask) that keeps what it has encoded before.
+
+        ``options`` are the text encoder's; those that are None are left to it.
+        """
+        given = {name: value for name, value in options.items() if value is not None}
+        encoder = self.text_encoder
+        if given:
+            fields = {field.name for field in dataclasses.fields(encoder)} if dataclasses.is_dataclass(encoder) else ()
+            if unknown := sorted(set(given) - set(fields)):
+                raise UserError(
+                    f"{', '.join(unknown)} would not be used: the text encoder {type(encoder).__name__} has no such "
+                    "setting; leave it out"
+                )
+            encoder = dataclasses.replace(encoder, **given)
+
+        def encode(texts: Sequence[str], negative: bool) -> tuple[np.ndarray, np.ndarray]:
+            keys = [(text, negative, tuple(sorted(given.items()))) for text in texts]
+            new = {key: key[0] for key in keys if key not in self._encodings}
+            if new:
+                embeds, mask = encoder.encode(list(new.values()), negative=negative)
+                embeds, mask = np.asarray(embeds), np.asarray(mask)
+                self._encodings.update({key: (embeds[row], mask[row]) for row, key in enumerate(new)})
+            found = [self._encodings[key] for key in keys]
+            for key in list(self._encodings)[:-_KEPT_ENCODINGS]:
+                del self._encodings[key]
+            return np.stack([embeds for embeds, _ in found]), np.stack([mask for _, mask in found])
+
+        return encode
+
+    # -- sizes, noise, pictures in -------------------------------------------------------------------------------
+
+    def _size(
+        self,
+        height: int | None,
+        width: int | None,
+        binning: Binning | None,
+        latents: Any = None,
+        picture: Any = None,
+    ) -> Size:
+        """The size asked for (by the arguments, the latents, the picture, or the defaults), and the one sampled."""
+        factor = self.autoencoder.spatial_factor
+        if latents is not None:
+            if np.ndim(latents) != 4:
+                raise UserError(f"latents of shape {np.shape(latents)}; allowed is (B, C, h, w): bring them to 4 axes")
+            height = np.shape(latents)[2] * factor if height is None else height
+            width = np.shape(latents)[3] * factor if width is None else width
+            if binning in (None, "nearest"):
+                binning = "off"  # latents have the size that is sampled
+        fallback = (self.defaults.height, self.defaults.width) if picture is None else picture.size[::-1]
+        height = fallback[0] if height is None else height
+        width = fallback[1] if width is None else width
+        sampled = size_to_sample(height, width, binning, self.transformer.config.sample_size, factor)
+        multiple = factor * self.transformer.config.patch_size
+        check_multiple("height", sampled[0], multiple)
+        check_multiple("width", sampled[1], multiple)
+        if sampled != (height, width):
+            print(
+                f"sampling {sampled[0]}x{sampled[1]} pixels, the trained size nearest in shape to {height}x{width}, to "
+                "which the pictures are scaled and cropped (binning off samples the size itself)"
+            )
+        return Size((height, width), sampled)
+
+    def _noise(self, latents: Any, count: int, size: Size, seed: int) -> Float[Array, "B H W C"]:
+        """Unit normal starting noise: the given latents, or drawn from the seed."""
+        factor = self.autoencoder.spatial_factor
+        height, width = size.sampled
+        shape = (self.autoencoder.latent_channels, height // factor, width // factor)
+        if latents is None:
+            latents = initial_latents(seed, count, shape)
+        elif np.shape(latents) != (count, *shape):
+            raise UserError(
+                f"latents of shape {np.shape(latents)}; {count} pictures of {height}x{width} need {(count, *shape)}, "
+                "in the order (B, C, h, w): give latents of that shape"
+            )
+        return jnp.transpose(jnp.asarray(latents, jnp.float32), (0, 2, 3, 1))
+
+    def _encode_pictures(self, pictures: Any, count: int, size: Size, name: str) -> Float[Array, "B H W C"]:
+        """Latents of one picture for all, or of one for each; ``pictures`` as ``read_picture`` takes them."""
+        if self.autoencoder.image_channels != 3:
+            raise UserError(f"{name}: this model draws gray pictures and reads none; leave {name} out")
+        several = isinstance(pictures, list | tuple) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)
+        pictures = list(pictures) if several else [pictures]
+        if len(pictures) not in (1, count):
+            raise UserError(f"{len(pictures)} of {name} for {count} pictures; allowed is one for all or one each")
+        ready = [to_network_range(read_picture(picture, name), *size.sampled) for picture in pictures]
+        latents = jnp.asarray(self.autoencoder.encode(jnp.concatenate(ready)), jnp.float32)
+        check_finite("encoding of the picture", latents)
+        self._leave(AUTOENCODER)
+        return jnp.broadcast_to(latents, (count, *latents.shape[1:]))
+
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        sampler: Sampler,
+        schedule: Schedule,
+        velocity: Callable[[Array, Array], Array],
+        start: Float[Array, "B H W C"],
+        *,
+        key: Array | None = None,
+        noise: Any = None,
+        start_index: int = 0,
+        amend: AmendFunction | None = None,
+        callback: StepEndCallback | None = None,
+        progress_bar: bool = False,
+    ) -> Any:
+        """The sampler's state after the last step; raises ``UserError`` naming the first step that is not finite."""
+        bar = _progress_bar(schedule.num_inference_steps - start_index) if progress_bar else None
+        finite: list[tuple[int, Array]] = []
+
+        def on_step(index: int, timestep: float, latents: Array) -> bool | None:
+            finite.append((index, jnp.isfinite(latents).all()))
+            if bar is not None:
+                jax.block_until_ready(latents)
+                bar.update()
+            return None if callback is None else _call_back(self, callback, index, timestep, latents)
+
+        try:
+            state = sample_loop(
+                sampler, schedule, velocity, start, key, on_step, noise=noise, start_index=start_index, amend=amend
+            )
+        finally:
+            if bar is not None:
+                bar.close()
+        for index, good in finite:
+            if not good:
+                check_finite(f"sampling step {index + 1} of {schedule.num_inference_steps}", state.latents)
+        return jax.block_until_ready(state)
+
+    # -- pictures out --------------------------------------------------------------------------------------------
+
+    def _output(
+        self,
+        latents: Float[Array, "B H W C"],
+        size: Size,
+        output_type: OutputType,
+        finish: Callable[[np.ndarray], np.ndarray] | None = None,
+    ) -> Any:
+        """Latents as asked for; ``finish`` works on the decoded pictures before they are cropped and clamped."""
+        if output_type == "latent":
+            return np.asarray(jnp.transpose(latents, (0, 3, 1, 2)))
+        decoded = self.autoencoder.decode(latents)
+        check_finite("decoding", decoded)
+        self._leave(AUTOENCODER)
+        decoded = np.asarray(decoded, np.float32)
+        if finish is not None:
+            decoded = finish(decoded)
+        decoded = resize_and_crop(decoded, *size.requested)
+        pictures = np.clip(decoded / 2 + 0.5, 0.0, 1.0)
+        return pictures if output_type == "np" else [to_pil(picture) for picture in pictures]
+
+
+class Stopwatch:
+    """Seconds of named stages, one after another, and of the compiling within them."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.compile_seconds = 0.0
+        self.device_bytes: int | None = None
+        self._begin = time.perf_counter()
+
+    def compiled(self, program: Program) -> Callable:
+        """Notes a program's compiling, which is not counted in its stage; returns the function to call."""
+        self.compile_seconds += program.seconds
+        self.device_bytes = program.device_bytes
+        self._begin += program.seconds
+        return program.run
+
+    def end(self, stage: str) -> None:
+        """Ends a stage."""
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._begin
+        self._begin = now
+
+    def output(self, images: Any, size: Size) -> SanaPipelineOutput:
+        """What the pipeline returns."""
+        sampling = sum(seconds for stage, seconds in self.seconds.items() if stage != "text")
+        return SanaPipelineOutput(
+            images, self.compile_seconds, sampling, self.device_bytes, dict(self.seconds), size.sampled
+        )
+
+
+def first_step(steps: int, strength: float) -> int:
+    """The step at which a run begins that changes a picture by ``strength``.
+
+    Raises:
+        UserError: a strength outside (0, 1], or one that leaves no step.
+    """
+    if not 0 < strength <= 1:
+        raise UserError(f"strength {strength} is not allowed; choose more than 0 and at most 1 (1 draws anew)")
+    start = int(max(steps - min(steps * strength, steps), 0))
+    if start >= steps:
+        raise UserError(f"strength {strength} of {steps} steps leaves none to take; raise one of them")
+    return start
+
+
+def _call_back(
+    pipeline: ImagePipeline, callback: StepEndCallback, index: int, timestep: float, latents: Array
+) -> bool | None:
+    public = {"latents": jnp.transpose(latents, (0, 3, 1, 2))}
+    answer = callback(pipeline, index, timestep, dict(public))
+    if answer is False:
+        return False
+    if isinstance(answer, Mapping) and any(answer[name] is not public.get(name) for name in answer):
+        raise UserError(
+            "callback_on_step_end returned changed values; they would not be used: allowed is None, what it was given, "
+            "or False to stop"
+        )
+    return None
+
+
+def _progress_bar(steps: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=steps, desc="sampling", unit="step")

@@ -1,0 +1,196 @@
+"""From a model's directory to components that a pipeline can use, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import PyTree
+from sana_jax.autoencoders import Autoencoder
+from sana_jax.diffusion.samplers import Sampler
+from sana_jax.errors import CheckpointError, UserError
+from sana_jax.models.controlnet import SanaControlNet, init_controlnet_params
+from sana_jax.models.sana import SanaTransformer, init_params
+from sana_jax.pipelines.model_directory import (
+    ModelDirectory,
+    SamplingDefaults,
+    read_controlnet_config,
+    read_model_directory,
+    write_model_directory,
+)
+from sana_jax.text_encoders import TextEncoder
+from sana_jax.weights import load_checkpoint_params, save_params
+from sana_jax.weights.components import CONVERTED, Resident, open_component
+from sana_jax.weights.tables.sana import controlnet_rules, transformer_rules
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenModel:
+    """The components of a model; weights are read when they are needed."""
+
+    transformer: SanaTransformer
+    transformer_weights: Resident
+    sampler: Sampler
+    text_encoder: TextEncoder
+    autoencoder: Autoencoder
+    defaults: SamplingDefaults
+    checkpoint_step: int | None = None
+    weights: str | None = None
+    controlnet: SanaControlNet | None = None
+    controlnet_weights: Resident | None = None
+
+
+def open_model(
+    path: str | os.PathLike[str],
+    pipeline: str,
+    *,
+    dtype: Any = None,
+    variant: str | None = None,
+    weights: str = "auto",
+    checkpoint_step: int | None = None,
+    emulate_fp16_saturation: bool = False,
+    controlnet: str | os.PathLike[str] | None = None,
+) -> OpenModel:
+    """Opens a model for a pipeline; arguments and errors as in ``ImagePipeline.from_pretrained``.
+
+    ``controlnet`` names a ControlNet's own directory, for a model that comes without one.
+    """
+    directory = find_model(path)
+    base = "SanaPipeline" if controlnet is not None else pipeline
+    model = read_model_directory(directory, base, variant=variant)
+    compute_dtype = parse_dtype(dtype)
+    transformer = SanaTransformer(
+        model.transformer_config, dtype=compute_dtype, fp16_saturation=emulate_fp16_saturation
+    )
+    resident, step, which = _transformer_weights(model, transformer, compute_dtype, variant, weights, checkpoint_step)
+    network = network_weights = None
+    if pipeline == "SanaControlNetPipeline":
+        folder = find_model(controlnet) if controlnet is not None else model.path / "controlnet"
+        if (folder / "controlnet").is_dir():
+            folder = folder / "controlnet"
+        network, network_weights = _open_controlnet(folder, compute_dtype, variant, emulate_fp16_saturation)
+    return OpenModel(
+        transformer,
+        resident,
+        model.sampler,
+        model.text_encoder,
+        model.autoencoder,
+        model.defaults,
+        step,
+        which,
+        network,
+        network_weights,
+    )
+
+
+def _transformer_weights(
+    model: ModelDirectory,
+    transformer: SanaTransformer,
+    dtype: Any,
+    variant: str | None,
+    weights: str,
+    checkpoint_step: int | None,
+) -> tuple[Resident, int | None, str | None]:
+    """The weights, and of a training run their step and which of the two sets they are."""
+    abstract = abstract_params(transformer, dtype)
+    checkpoints, component = model.path / "checkpoints", model.path / "transformer"
+    if checkpoints.is_dir():
+        if variant is not None:
+            raise UserError(f"{model.path} is a training run and has no variants; leave variant={variant!r} out")
+        params, step, which = load_checkpoint_params(checkpoints, abstract, which=weights, step=checkpoint_step)
+        return Resident.of("transformer", params), step, which
+    if not (component / CONVERTED).is_dir() and not any(component.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{model.path} has no weights; allowed are {checkpoints.name}/<step> (a training run), transformer/"
+            f"{CONVERTED} (converted) or transformer/*.safetensors (published): train until the first checkpoint, or "
+            "copy the weights there"
+        )
+    if weights == "ema" or checkpoint_step is not None:
+        raise UserError(
+            f"{model.path} is not a training run and has one set of weights; weights={weights!r}, "
+            f"checkpoint_step={checkpoint_step} cannot be chosen: leave both out"
+        )
+    resident = open_component(component, transformer_rules(model.transformer_config), abstract, variant=variant)
+    return resident, None, None
+
+
+def _open_controlnet(
+    directory: pathlib.Path, dtype: Any, variant: str | None, fp16_saturation: bool
+) -> tuple[SanaControlNet, Resident]:
+    controlnet = SanaControlNet(read_controlnet_config(directory), dtype=dtype, fp16_saturation=fp16_saturation)
+    shapes = jax.eval_shape(lambda: init_controlnet_params(controlnet, jax.random.key(0)))
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    return controlnet, open_component(directory, controlnet_rules(controlnet.config), abstract, variant=variant)
+
+
+def save_model(pipeline: Any, path: pathlib.Path) -> None:
+    """Writes a pipeline's configurations and weights as a converted model directory."""
+    save_params(path / "transformer" / CONVERTED, pipeline.params)
+    for folder, component in (("text_encoder", pipeline.text_encoder), ("vae", pipeline.autoencoder)):
+        if hasattr(component, "save_weights"):
+            component.save_weights(path / folder)
+    write_model_directory(
+        path,
+        transformer_config=pipeline.transformer.config,
+        sampler=pipeline.sampler,
+        text_encoder=pipeline.text_encoder,
+        autoencoder=pipeline.autoencoder,
+        defaults=pipeline.defaults,
+        pipeline=pipeline.class_name,
+    )
+
+
+def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The directory of a model: the local path, or a download of ``organisation/name`` from the Hub.
+
+    A local path never touches the network.
+
+    Raises:
+        FileNotFoundError: neither a directory here nor to be had from the Hub.
+    """
+    directory = pathlib.Path(path)
+    name = os.fspath(path)
+    if directory.exists() or not _HUB_NAME.fullmatch(name) or name.startswith("."):
+        return directory
+    try:
+        from huggingface_hub import snapshot_download
+
+        print(f"{name}: no such directory here, looking for it on the Hub")
+        patterns = ["*.json", "*.safetensors", "tokenizer/*", "*.txt"]
+        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+    except ImportError:
+        reason = "huggingface_hub is not installed"
+    except Exception as error:  # the library raises a dozen kinds, from sockets to JSON
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+    raise FileNotFoundError(
+        f"model {name} is neither a directory here nor to be had from the Hub ({reason}); download it where there is a "
+        "network and name its directory, or train one: python -m train.main makes runs/digits"
+    )
+
+
+def abstract_params(transformer: SanaTransformer, dtype: Any = jnp.float32) -> PyTree:
+    """Shapes of a transformer's parameters, as ``ShapeDtypeStruct``s of ``dtype``; nothing is computed."""
+    shapes = jax.eval_shape(lambda: init_params(transformer, jax.random.key(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+
+
+def parse_dtype(dtype: Any) -> Any:
+    """float32 or bfloat16 by name or as a dtype; None is float32. Raises ``UserError`` for others."""
+    if dtype is None:
+        return jnp.float32
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name not in _DTYPES:
+        raise UserError(f"dtype {name!r} is not allowed; choose float32 or bfloat16")
+    return _DTYPES[name]

@@ -1,0 +1,277 @@
+"""Gemma-2 as a text encoder: prompts, the instruction before them, and the last hidden state of their tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Float, Int
+from sana_jax.compilation import compile_ahead
+from sana_jax.component_config import load_from_config
+from sana_jax.errors import UserError
+from sana_jax.models.gemma import Gemma, GemmaConfig, init_params
+from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION
+from sana_jax.text_encoders.tokenizer import PromptTokenizer
+from sana_jax.weights.components import CONVERTED, TRANSFORMERS_STEM, Resident, open_component
+from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
+from sana_jax.weights.tables.gemma import IGNORED, gemma_rules, name_prefix
+from sana_jax.weights.trees import abstract_tree
+
+CLASS_NAME = "Gemma2Model"
+# The network runs on as many positions as the longest prompt has tokens, rounded up to this, so that prompts of all
+# lengths share a few compiled programs.
+LENGTH_MULTIPLE = 64
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_LONGEST_LOSS = 500  # characters of a lost text that are printed
+
+
+@dataclasses.dataclass(frozen=True)
+class GemmaTextEncoder:
+    """Embeds prompts as SANA's weights were trained with them.
+
+    A prompt is lower-cased and stripped; the instruction is put before it; of the tokens, the first (the begin token)
+    and the last ``max_length - 1`` positions of a padded text are kept, which drops the instruction but not its
+    influence. Negative prompts have no instruction. Change a field with ``dataclasses.replace``; weights, tokenizer
+    and compiled programs are shared with the original.
+
+    Attributes:
+        config: the network's shape.
+        tokenizer: of the model directory.
+        weights: the network's parameters, read at the first prompt; ``weights.free()`` lets go of them.
+        dtype: ``float32`` or ``bfloat16``, of parameters and computation.
+        max_length: L, tokens of an encoding, the begin token included; called ``max_sequence_length`` elsewhere.
+        complex_human_instruction: lines that stand before a prompt; None for none.
+        say: prints a line.
+    """
+
+    config: GemmaConfig
+    tokenizer: PromptTokenizer
+    weights: Resident
+    dtype: Any = jnp.bfloat16
+    max_length: int = 300
+    complex_human_instruction: tuple[str, ...] | None = IMAGE_INSTRUCTION
+    say: Callable[[str], None] = print
+    _compiled: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        if type(self.max_length) is not int or self.max_length < 2:
+            raise UserError(
+                f"max_sequence_length {self.max_length!r} is not allowed; allowed is a whole number from 2 (the begin "
+                "token and one more): 300 is the published one"
+            )
+        lines = self.complex_human_instruction
+        if not lines:
+            object.__setattr__(self, "complex_human_instruction", None)
+        else:
+            # A text instead of lines would be taken apart into letters.
+            if not isinstance(lines, list | tuple) or not all(isinstance(line, str) for line in lines):
+                raise UserError(
+                    f"complex_human_instruction {lines!r} is not allowed; allowed is a list of lines, or None: put "
+                    "a single line into a list"
+                )
+            object.__setattr__(self, "complex_human_instruction", tuple(lines))
+
+    @classmethod
+    def from_directory(
+        cls, model_directory: str | os.PathLike[str], dtype: Any = None, variant: str | None = None
+    ) -> GemmaTextEncoder:
+        """The text encoder of a model directory: ``text_encoder`` and ``tokenizer`` in it; weights are read later.
+
+        Args:
+            model_directory: a published or converted model.
+            dtype: ``"float32"`` or ``"bfloat16"``; None takes float32 where all weights are stored so, else bfloat16.
+            variant: ``bf16``, ``fp16``, ... of the published files.
+
+        Raises:
+            FileNotFoundError: a file is missing.
+            UserError: a configuration is damaged or not Gemma-2's, or a value is not allowed.
+            CheckpointError: weights or tokenizer are damaged or do not fit.
+        """
+        directory = Path(model_directory) / "text_encoder"
+
+        def load(config: dict[str, Any]) -> GemmaTextEncoder:
+            return cls.from_config(config, directory, dtype=dtype, variant=variant)
+
+        return load_from_config(directory, {CLASS_NAME: load, "gemma2": load})
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Mapping[str, Any],
+        directory: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        variant: str | None = None,
+    ) -> GemmaTextEncoder:
+        """As ``from_directory``, of a directory of weights that has the tokenizer's directory beside it."""
+        directory = Path(os.path.abspath(directory))
+        network = GemmaConfig.from_dict(dict(config))
+        tokenizer = PromptTokenizer.from_directory(directory.parent / "tokenizer")
+        if dtype is not None:
+            dtype = parse_dtype(dtype)
+        prefix = ""
+        if not (directory / CONVERTED).is_dir():
+            source = SafetensorsSource(find_weights_file(directory, TRANSFORMERS_STEM, variant))
+            prefix = name_prefix(source.tensors)
+            stored = {info.dtype.name for info in source.tensors.values()}
+        elif dtype is None:
+            stored = _converted_dtypes(directory / CONVERTED)
+        if dtype is None:
+            dtype = jnp.float32 if stored == {"float32"} else jnp.bfloat16
+            if "float16" in stored:
+                print(
+                    f"{directory} is stored in float16, in which Gemma overflows; it runs in bfloat16. dtype='float32' "
+                    "keeps every bit"
+                )
+        weights = open_component(
+            directory,
+            gemma_rules(network, prefix),
+            abstract_params(network, dtype),
+            stem=TRANSFORMERS_STEM,
+            variant=variant,
+            ignored=IGNORED,
+        )
+        return cls(network, tokenizer, weights, dtype)
+
+    @property
+    def embedding_dim(self) -> int:
+        """C, the size of a token's vector."""
+        return self.config.hidden_size
+
+    def encode(
+        self, prompts: Sequence[str], *, negative: bool = False
+    ) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:
+        """Embeddings (B, L, C) in float32, zero where padded, and mask (B, L) in int32, 1 where a token stands.
+
+        A prompt that is too long loses its end, and a line says which words. With ``negative`` there is no instruction
+        and a prompt may be empty.
+
+        Raises:
+            UserError: a prompt that is empty or no text.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        texts = [_clean(prompt, allow_empty=negative) for prompt in prompts]
+        lines = None if negative else self.complex_human_instruction
+        instruction = "\n".join(lines) if lines else ""
+        # The instruction is counted with its begin token and its last space, which the prompt's own begin token and
+        # first word take the place of.
+        total = self.max_length + (self.tokenizer.count(instruction) - 2 if instruction else 0)
+        first = total - self.max_length + 1  # position of the first kept token after the begin token
+        if first < 0:
+            raise UserError(
+                f"complex_human_instruction {lines!r} has no tokens at all; allowed are lines of words, or None"
+            )
+        tokens = []
+        for number, text in enumerate(texts):
+            tokenized = self.tokenizer.encode(instruction + text, total)
+            if tokenized.end is not None:
+                lost = text[max(tokenized.end - len(instruction), 0) :]
+                self.say(self._loss(number, len(texts), lost, tokenized.lost_tokens, negative))
+            tokens.append(tokenized.ids)
+        kept = np.array([0, *range(first, total)])
+        lengths = np.array([len(ids) for ids in tokens], np.int64)
+        mask = (kept < lengths[:, None]).astype(np.int32)
+        embeddings = np.zeros((len(texts), self.max_length, self.embedding_dim), np.float32)
+        if mask.any():
+            hidden = self._hidden_states(tokens)
+            there = kept < hidden.shape[1]
+            embeddings[:, there] = hidden[:, kept[there]]
+            embeddings[mask == 0] = 0
+        return embeddings, mask
+
+    def null_encoding(self) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
+        """The encoding of an empty text: embeddings (1, L, C) and mask (1, L)."""
+        return self.encode([""], negative=True)
+
+    def to_config(self) -> dict[str, Any]:
+        """What ``text_encoder/config.json`` holds."""
+        return {"_class_name": CLASS_NAME, **self.config.to_dict(), "dtype": jnp.dtype(self.dtype).name}
+
+    def _hidden_states(self, tokens: list[list[int]]) -> Float[np.ndarray, "B P C"]:
+        """The last hidden state of each text's tokens, on as many positions as the longest text needs."""
+        longest = max(map(len, tokens))
+        ids = np.zeros((len(tokens), -(-longest // LENGTH_MULTIPLE) * LENGTH_MULTIPLE), np.int32)
+        for row, numbers in enumerate(tokens):
+            ids[row, : len(numbers)] = numbers
+        if ids.max() >= self.config.vocab_size:
+            raise UserError(
+                f"{self.tokenizer.location} gives the token {ids.max()}, and the text encoder has vocab_size "
+                f"{self.config.vocab_size}; they do not belong together: take both from one model"
+            )
+        return np.asarray(self._program(*ids.shape)(self.weights.params, ids).astype(jnp.float32))
+
+    def _program(self, batch: int, length: int) -> jax.stages.Compiled:
+        """The network compiled for a shape; it takes no mask, since padding stands to the right."""
+        # Instances that differ in dtype share this dictionary too.
+        key = (batch, length, jnp.dtype(self.dtype).name)
+        if key not in self._compiled:
+            gemma = Gemma(self.config, dtype=self.dtype)
+            self._compiled[key] = compile_ahead(
+                f"the text encoder for {batch} prompt{'s' if batch > 1 else ''} of up to {length} tokens",
+                jax.jit(lambda params, ids: gemma.apply({"params": params}, ids)),
+                abstract_tree(self.weights.params),
+                jax.ShapeDtypeStruct((batch, length), jnp.int32),
+                say=self.say,
+            )
+        return self._compiled[key]
+
+    def _loss(self, number: int, count: int, lost: str, tokens: int, negative: bool) -> str:
+        words = " ".join(lost.split())
+        if len(words) > _LONGEST_LOSS:
+            words = f"{words[:_LONGEST_LOSS]} ... and {len(words) - _LONGEST_LOSS} characters more"
+        which = f"{'negative ' if negative else ''}prompt{f' {number + 1} of {count}' if count > 1 else ''}"
+        return (
+            f"{which} is longer than max_sequence_length={self.max_length} tokens allow by {tokens}; lost at its end: "
+            f"{words!r}"
+        )
+
+
+def abstract_params(config: GemmaConfig, dtype: Any) -> Any:
+    """The network's parameters as shapes of one dtype."""
+    shapes = jax.eval_shape(lambda key: init_params(Gemma(config), key), jax.random.key(0))
+    return abstract_tree(shapes, parse_dtype(dtype))
+
+
+def parse_dtype(dtype: Any) -> Any:
+    """``float32`` or ``bfloat16``, by name or as a dtype.
+
+    Raises:
+        UserError: any other.
+    """
+    try:
+        name = jnp.dtype(dtype).name
+    except TypeError:
+        name = str(dtype)
+    if name == "float16":
+        raise UserError(
+            "text encoder dtype float16: Gemma-2's activations overflow in it and pictures turn out wrong; allowed are "
+            "bfloat16, the recommended one, and float32: choose one of them"
+        )
+    if name not in _DTYPES:
+        raise UserError(f"text encoder dtype {name!r} is not allowed; choose one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def _converted_dtypes(directory: Path) -> set[str]:
+    from sana_jax.weights.converted import lazy_saved_tree
+
+    return {jnp.dtype(leaf.dtype).name for leaf in jax.tree.leaves(lazy_saved_tree(directory))}
+
+
+def _clean(prompt: Any, *, allow_empty: bool) -> str:
+    if not isinstance(prompt, str):
+        raise UserError(f"prompt {prompt!r} is a {type(prompt).__name__}; allowed is text: give a string")
+    text = prompt.lower().strip()
+    if not text and not allow_empty:
+        raise UserError(f"prompt {prompt!r} is empty; allowed is any other text: write what the picture should show")
+    return text
