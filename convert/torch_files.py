@@ -123,7 +123,7 @@ class TorchSource:
                 "download or copy it again"
             )
         view = np.lib.stride_tricks.as_strided(flat, shape, [stride * dtype.itemsize for stride in strides])
-        return np.ascontiguousarray(view)
+        return np.array(view, order="C")
 
     def _check(self, name: str, tensor: _Tensor) -> None:
         """Nothing that the pickle says of a tensor is believed before it fits the bytes that are there."""

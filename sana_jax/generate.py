@@ -20,18 +20,37 @@ from sana_jax.errors import UserError, run_command_line
 from sana_jax.images import automatic_enlargement, check_png_path, enlarge_image, image_grid, save_png
 
 if TYPE_CHECKING:
-    from sana_jax.pipelines.text_to_image import SanaPipeline, SanaPipelineOutput
+    from sana_jax.pipelines.base import ImagePipeline, SanaPipelineOutput
 
 _PROG = "python -m sana_jax.generate"
 _ALIASES = {"out": "output", "num-inference-steps": "steps"}
+# options that go to a pipeline as they are, under these names, where they are given
+_PASSED = {
+    "negative_prompt": "negative_prompt",
+    "guidance_scale": "guidance_scale",
+    "guidance_interval": "guidance_interval",
+    "steps": "num_inference_steps",
+    "height": "height",
+    "width": "width",
+    "binning": "binning",
+    "image": "image",
+    "strength": "strength",
+    "mask": "mask_image",
+    "control_image": "control_image",
+    "control_scale": "controlnet_conditioning_scale",
+    "pag_scale": "pag_scale",
+    "pag_layers": "pag_applied_layers",
+    "max_sequence_length": "max_sequence_length",
+    "timesteps": "timesteps",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Draws pictures from texts with a model that is on this machine."""
+    """Draws pictures from texts with a model that is on this machine: published, converted, or a training run."""
 
     model: str
-    """Model directory; a training run is one, for example runs/digits."""
+    """Model directory, for example runs/digits; or organisation/name, to be fetched from the Hub."""
     prompt: tuple[str, ...]
     """What to draw, in quotes; several texts draw several pictures."""
     output: str
@@ -49,15 +68,50 @@ class GenerateConfig:
     guidance_interval: tuple[float, float] | None = None
     """Lowest and highest noise level, 0 to 1, at which guidance acts; None: everywhere."""
     height: int | None = None
-    """Pixels; None: the model's own."""
+    """Pixels; None: the model's own, or the image's."""
     width: int | None = None
-    """Pixels; None: the model's own."""
+    """Pixels; None: the model's own, or the image's."""
+    binning: Literal["nearest", "off", "error"] | None = None
+    """Sizes the model was not trained at: sample the nearest trained one and crop, sample them, or refuse them. None:
+    nearest where the model has a table of sizes."""
+    image: str | None = None
+    """A picture to begin from."""
+    strength: float | None = None
+    """How much of --image is drawn anew, above 0 to 1; None: 0.6."""
+    mask: str | None = None
+    """A picture of --image's size, white where it is drawn anew; the rest stays as it is."""
+    controlnet: str | None = None
+    """Directory of a ControlNet, where the model comes without one."""
+    control_image: str | None = None
+    """The picture that a ControlNet follows."""
+    control_scale: float | None = None
+    """Weight of the ControlNet; None: 1."""
+    pag_scale: float | None = None
+    """Perturbed-attention guidance; None is off, 3 is usual."""
+    pag_layers: tuple[int, ...] | None = None
+    """Layers that it perturbs; None: the authors' choice for the model."""
+    timesteps: tuple[float, ...] | None = None
+    """SANA-Sprint's angles from noise to 0, one more than steps; None: 1.5708, 1.3, 0 for two steps, else even."""
+    instruction: Literal["default", "none"] = "default"
+    """Whether the instruction to enrich the prompt, with which SANA was trained, stands before it."""
+    max_sequence_length: int | None = None
+    """Prompt tokens that count; None: the model's own, 300."""
+    lora: tuple[str, ...] = ()
+    """LoRA files, each FILE or FILE:WEIGHT."""
+    lora_merge: bool = False
+    """Whether LoRA weights are added into the model's once, rather than applied at every step."""
     weights: Literal["auto", "ema", "params"] = "auto"
     """Weights of a training run: averaged (ema), raw (params), or averaged where there are any (auto)."""
     checkpoint_step: int | None = None
     """Checkpoint of a training run by its step; None: the newest."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of weights and computation."""
+    variant: str | None = None
+    """Variant of a published model's files: bf16, fp16."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """Dtype of the transformer; None: the one that the weights are published for, float32 for training runs."""
+    emulate_fp16_saturation: bool = False
+    """Clips linear attention as float16 does, for the original float16 weights."""
+    low_memory: bool = False
+    """Keeps one network in memory at a time."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes a GPU if JAX sees one."""
     enlarge: int = 0
@@ -71,6 +125,12 @@ class GenerateConfig:
             raise UserError(f"--num-images {self.num_images} is not allowed; choose 1 or more")
         if self.enlarge < 0:
             raise UserError(f"--enlarge {self.enlarge} is not allowed; choose 1 or more, or 0 for automatic")
+        if self.lora_merge and not self.lora:
+            raise UserError("--lora-merge would not be used without --lora; name a LoRA file or leave it out")
+        if self.control_image is None and (self.controlnet is not None or self.control_scale is not None):
+            raise UserError(
+                "--controlnet and --control-scale would not be used without --control-image; name a picture"
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,32 +149,71 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(config: GenerateConfig) -> pathlib.Path:
     """Draws what ``config`` asks for, says what it does, and returns where the picture is."""
-    from sana_jax.pipelines.text_to_image import SanaPipeline
-
-    pipeline = SanaPipeline.from_pretrained(
-        config.model, dtype=config.dtype, weights=config.weights, checkpoint_step=config.checkpoint_step
-    )
+    pipeline = open_pipeline(config)
+    arguments = _arguments(config, pipeline)
     settings = _settings(config, pipeline)
     _announce(config, pipeline, settings)
     result = pipeline(
-        list(config.prompt),
-        negative_prompt=config.negative_prompt,
-        num_inference_steps=config.steps,
-        guidance_scale=config.guidance_scale,
-        height=config.height,
-        width=config.width,
-        num_images_per_prompt=config.num_images,
-        seed=config.seed,
-        guidance_interval=config.guidance_interval,
+        list(config.prompt), num_images_per_prompt=config.num_images, seed=config.seed, progress_bar=True, **arguments
     )
     memory = "" if result.device_bytes is None else f", {result.device_bytes / 2**20:.0f} MiB on the device"
-    print(f"compiled in {result.compile_seconds:.1f} s{memory}; sampled in {result.sampling_seconds:.2f} s")
+    stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items() if seconds >= 0.005)
+    print(f"compiled in {result.compile_seconds:.1f} s{memory}; sampled in {result.sampling_seconds:.2f} s ({stages})")
+    settings = {**settings, "sampled_size": f"{result.sampled_size[0]}x{result.sampled_size[1]}"}
     return _write(config, result, settings)
 
 
-def _settings(config: GenerateConfig, pipeline: SanaPipeline) -> dict[str, Any]:
+def open_pipeline(config: GenerateConfig) -> ImagePipeline:
+    """The pipeline that the model's ``model_index.json`` names, with its LoRAs."""
+    from sana_jax.pipelines import controlnet, sprint, text_to_image
+    from sana_jax.pipelines.model_directory import pipeline_of
+    from sana_jax.pipelines.opening import find_model
+
+    directory = find_model(config.model)
+    name = "SanaControlNetPipeline" if config.controlnet is not None else pipeline_of(directory)
+    options: dict[str, Any] = {
+        "dtype": config.dtype,
+        "variant": config.variant,
+        "residency": "one_at_a_time" if config.low_memory else "text_encoder_freed",
+        "emulate_fp16_saturation": config.emulate_fp16_saturation,
+    }
+    training_run = {"weights": config.weights, "checkpoint_step": config.checkpoint_step}
+    if name == "SanaControlNetPipeline":
+        pipeline = controlnet.SanaControlNetPipeline.from_pretrained(
+            directory, controlnet=config.controlnet, **options, **training_run
+        )
+    else:
+        classes = {"SanaPipeline": text_to_image.SanaPipeline, "SanaSprintPipeline": sprint.SanaSprintPipeline}
+        pipeline = classes[name].from_pretrained(directory, **options, **training_run)
+    if config.lora:
+        from sana_jax.lora import parse_lora_option
+
+        files, weights = zip(*(parse_lora_option(text) for text in config.lora))
+        pipeline.load_lora_weights(list(files), weights=list(weights), merge=config.lora_merge)
+    return pipeline
+
+
+def _arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
+    """The call's arguments that were given; raises ``UserError`` for those that the pipeline does not have."""
+    fields = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
+    given = {name: getattr(config, name) for name in _PASSED if getattr(config, name) != fields[name]}
+    known = pipeline.argument_names()
+    if unused := [name for name in given if _PASSED[name] not in known]:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise UserError(
+            f"{options} would not be used by {type(pipeline).__name__}, which is what {config.model} is for; leave it "
+            "out, or choose another model"
+        )
+    arguments = {_PASSED[name]: value for name, value in given.items()}
+    if config.instruction == "none":
+        arguments["complex_human_instruction"] = ()
+    return arguments
+
+
+def _settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
     """What the picture's text chunks say, and the line about sampling with them."""
-    defaults = pipeline.defaults
+    defaults, contract = pipeline.defaults, pipeline.contract
+    reads_a_picture = config.image is not None
     return {
         "steps": defaults.num_inference_steps if config.steps is None else config.steps,
         "guidance_scale": defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
@@ -122,32 +221,46 @@ def _settings(config: GenerateConfig, pipeline: SanaPipeline) -> dict[str, Any]:
         "sampler": str(pipeline.sampler),
         "seed": config.seed,
         "model": config.model,
+        "checkpoint": None if contract is None else contract.source,
+        "checkpoint_id": pipeline.checkpoint_id,
         "weights": pipeline.weights,
         "checkpoint_step": pipeline.checkpoint_step,
-        "height": defaults.height if config.height is None else config.height,
-        "width": defaults.width if config.width is None else config.width,
-        "dtype": config.dtype,
+        "height": config.height or (None if reads_a_picture else defaults.height),
+        "width": config.width or (None if reads_a_picture else defaults.width),
+        "image": config.image,
+        "strength": config.strength,
+        "mask": config.mask,
+        "control_image": config.control_image,
+        "control_scale": config.control_scale,
+        "pag_scale": config.pag_scale,
+        "pag_layers": config.pag_layers,
+        "lora": ", ".join(config.lora) or None,
+        "dtype": str(jax.numpy.dtype(pipeline.transformer.dtype)),
         "license": defaults.license,
     }
 
 
-def _announce(config: GenerateConfig, pipeline: SanaPipeline, settings: dict[str, Any]) -> None:
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(pipeline.params))
+def _announce(config: GenerateConfig, pipeline: ImagePipeline, settings: dict[str, Any]) -> None:
     origin = "" if pipeline.weights is None else f", {pipeline.weights} weights of step {pipeline.checkpoint_step}"
     license_note = "" if settings["license"] is None else f", licence {settings['license']}"
-    print(f"model: {config.model}, {parameters:,} parameters{origin}{license_note}")
+    family = "" if pipeline.contract is None else f" ({pipeline.contract.family})"
+    print(f"model: {config.model}{family}, {pipeline.num_parameters:,} parameters{origin}{license_note}")
     interval = config.guidance_interval
     acts = "" if interval is None else f" at noise levels {interval[0]:g} to {interval[1]:g}"
-    device = next(iter(jax.tree.leaves(pipeline.params)[0].devices()))
+    device = choose_device(config.device)
     place = device.platform if device.device_kind == device.platform else f"{device.platform} ({device.device_kind})"
     negative = f", but not {config.negative_prompt!r}" if config.negative_prompt else ""
     print(f"prompt: {', '.join(map(repr, config.prompt))}{negative}")
+    height, width = settings["height"], settings["width"]
+    size = f"{height}x{width} pixels" if height and width else f"the size of {config.image}"
     print(
-        f"sampling: {len(config.prompt) * config.num_images} x {settings['height']}x{settings['width']} pixels, "
-        f"{settings['steps']} steps of {settings['sampler']}, guidance {settings['guidance_scale']:g}{acts}, "
-        f"seed {config.seed}, {config.dtype} on {place}; compiling",
+        f"sampling: {len(config.prompt) * config.num_images} x {size}, {settings['steps']} steps of "
+        f"{settings['sampler']}, guidance {settings['guidance_scale']:g}{acts}, seed {config.seed}, "
+        f"{settings['dtype']} on {place}",
         flush=True,
     )
+    for line in pipeline.describe_plan(encodes_a_picture=bool(config.image or config.control_image)):
+        print(f"in memory: {line}")
 
 
 def _write(config: GenerateConfig, result: SanaPipelineOutput, settings: dict[str, Any]) -> pathlib.Path:

@@ -21,7 +21,9 @@ from sana_jax.weights.components import Resident, open_component
 from sana_jax.weights.tables.dc_ae import NOT_PARAMETERS, dc_ae_rules
 
 DTYPES = ("float32", "bfloat16")
-# Pixels of the pictures that go through the networks at once; larger ones are cut into tiles.
+# Pixels of the pictures that go through the networks at once; larger ones are cut into tiles. By the compiler's own
+# analysis of f32c32 in float32, activations of 2048x2048 pixels take 8.6 GB when decoded and 5.3 GB when encoded, and
+# four times that at 4096x4096, which few devices have.
 LARGEST_UNTILED = 2048 * 2048
 
 
@@ -29,7 +31,9 @@ class DCAutoencoder:
     """Pictures to latents of about unit variance, and back.
 
     Weights are read at the first ``encode`` or ``decode`` and dropped by ``free``. Every shape is compiled once and
-    kept. Pictures above ``LARGEST_UNTILED`` pixels go tile by tile: TODO figure.
+    kept. Pictures of more than 2048x2048 pixels go tile by tile: decoding one with f32c32 in float32 would need 8.6 GB
+    beside the weights, and 34 GB at 4096x4096 (the compiler's own analysis); a tile of 512x512 needs 0.54 GB. A batch
+    that has more pixels than that altogether goes picture by picture.
 
     Args:
         config: the shape.

@@ -35,9 +35,7 @@ class Tiles:
     def __post_init__(self) -> None:
         for size, stride in zip(self.size, self.stride):
             if not 0 < stride <= size:
-                raise UserError(
-                    f"tiles of {self.size} with stride {self.stride}: allowed is 1 to the tile's size"
-                )
+                raise UserError(f"tiles of {self.size} with stride {self.stride}: allowed is 1 to the tile's size")
 
     @classmethod
     def for_factor(cls, factor: int) -> Tiles:

@@ -16,6 +16,7 @@ from sana_jax.errors import UserError
 from sana_jax.models.sana import CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, SanaBlock, SanaConfig
 from sana_jax.nn.attention import mask_to_bias
 from sana_jax.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, sincos_position_table
+from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.remat import remat_block
 
@@ -135,7 +136,7 @@ class SanaControlNet(nn.Module):
 
         scan = nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, LORA: 0},
             split_rngs={"params": True},
             length=cfg.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -143,13 +144,13 @@ class SanaControlNet(nn.Module):
         block_class = remat_block(SanaBlock, self.remat, static_arguments=(5,))
         block = block_class(cfg, self.dtype, self.fp16_saturation, name="transformer_blocks")
         _, outputs = scan(block, x, None)
-        zero_layers = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})
+        zero_layers = nn.vmap(Linear, variable_axes={"params": 0, LORA: 0}, split_rngs={"params": True})
         residuals = zero_layers(
             cfg.inner_dim, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="controlnet_blocks"
         )(outputs)
         return residuals * jnp.asarray(conditioning_scale, residuals.dtype)
 
 
-def _zero_dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
+def _zero_dense(features: int, dtype: jnp.dtype, name: str) -> Linear:
     # Zero at first, so that an untrained ControlNet leaves the transformer as it is.
-    return nn.Dense(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)
+    return Linear(features, dtype=dtype, kernel_init=nn.initializers.zeros, name=name)

@@ -19,14 +19,31 @@ from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, LinearSelfAttention, mask_to_bias
 from sana_jax.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, sincos_position_table
 from sana_jax.nn.initializers import scaled_normal, xavier_uniform
+from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.mix_ffn import GLUMBConv
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.remat import remat_block
 
 QK_NORM = "rms_norm_across_heads"
 CAPTION_NORM_EPSILON = 1e-5
+_LARGEST_SIZE = 1_000_000  # of any field of a configuration; a file that asks for more is damaged
 # The caption norm's scale starts small, so that text steers an untrained network gently.
 CAPTION_NORM_INITIAL_SCALE = 0.01
+
+
+def check_field(name: str, kind: str, value: Any) -> None:
+    """Raises ``UserError`` unless a configuration's value is of its field's type, and a size in reach of a network."""
+    if value is None and kind.endswith("| None"):
+        return
+    kind = kind.removesuffix(" | None")
+    allowed, good = {
+        "int": (f"a whole number from 1 to {_LARGEST_SIZE}", type(value) is int and 1 <= value <= _LARGEST_SIZE),
+        "float": ("a finite number", type(value) in (int, float) and abs(value) <= _LARGEST_SIZE),
+        "bool": ("true or false", type(value) is bool),
+        "str": ("a text", type(value) is str),
+    }[kind]
+    if not good:
+        raise UserError(f"{name}={value!r} is not allowed; allowed is {allowed}: change it")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +98,7 @@ class SanaConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type in ("int", "int | None") and value is not None and value < 1:
-                raise UserError(f"transformer.{field.name}={value} is not allowed; allowed is 1 or more: change it")
+            check_field(f"transformer.{field.name}", field.type, getattr(self, field.name))
         if self.mlp_hidden < 1:
             raise UserError(
                 f"transformer.mlp_ratio={self.mlp_ratio} leaves no hidden channel; 2.5 is the published one"
@@ -302,7 +317,7 @@ class SanaTransformer(nn.Module):
         table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
         shift, scale = modulation(table, embedding[:, None, :])
         out_channels = cfg.out_channels or cfg.in_channels
-        projection = nn.Dense(p * p * out_channels, dtype=self.dtype, kernel_init=xavier_uniform(), name="proj_out")
+        projection = Linear(p * p * out_channels, dtype=self.dtype, kernel_init=xavier_uniform(), name="proj_out")
         x = projection(modulated_norm(x, shift, scale, cfg.norm_eps))
         # Each token holds a (row, column, channel) patch, channels fastest.
         x = x.reshape(batch, *grid, p, p, out_channels).swapaxes(2, 3)
@@ -331,7 +346,7 @@ class SanaTransformer(nn.Module):
 
             scan = nn.scan(
                 body,
-                variable_axes={"params": 0, "intermediates": 0},
+                variable_axes={"params": 0, LORA: 0, "intermediates": 0},
                 split_rngs={"params": True},
                 length=layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
@@ -339,13 +354,17 @@ class SanaTransformer(nn.Module):
             block = block_class(self.config, self.dtype, self.fp16_saturation, name="transformer_blocks")
             x, outputs = scan(block, x, (jnp.arange(layers), identity))
         else:
-            stacked = self.variables["params"]["transformer_blocks"]
+            stacked = {
+                collection: self.variables[collection]["transformer_blocks"]
+                for collection in ("params", LORA)
+                if "transformer_blocks" in self.variables.get(collection, {})
+            }
             block = block_class(self.config, self.dtype, self.fp16_saturation, parent=None)
             outputs = []
             for layer in range(layers):
-                params = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
+                variables = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
                 own_identity = None if identity is None else identity[layer]
-                x = finish_block(block.apply({"params": params}, x, caption, bias, time, grid, own_identity), layer)
+                x = finish_block(block.apply(variables, x, caption, bias, time, grid, own_identity), layer)
                 outputs.append(x)
         if keep_outputs:
             self.sow("intermediates", "block_outputs", outputs if scanned else jnp.stack(outputs))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels.linear_attention import relu_linear_attention
 from kernels.typing import Array, Bool, Float, Int
 from sana_jax.nn.initializers import xavier_uniform
+from sana_jax.nn.linear import Linear
 from sana_jax.nn.norms import RMSNorm
 
 # Attention's query and key norms have their own epsilon; the layer norms of the blocks have 1e-6.
@@ -47,7 +48,7 @@ class LinearSelfAttention(nn.Module):
 
         def project(name: str) -> Float[Array, "B N D"]:
             init = xavier_uniform(fused=3)
-            return nn.Dense(inner, self.use_bias, dtype=self.dtype, kernel_init=init, name=name)(x)
+            return Linear(inner, self.use_bias, dtype=self.dtype, kernel_init=init, name=name)(x)
 
         query, key, value = project("to_q"), project("to_k"), project("to_v")
         if self.qk_norm:
@@ -58,7 +59,7 @@ class LinearSelfAttention(nn.Module):
         attended = attended.reshape(batch, tokens, inner)
         if identity is not None:
             attended = jnp.where(identity[:, None, None], value, attended)
-        out = nn.Dense(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")(attended)
+        out = Linear(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")(attended)
         return jnp.clip(out, -LARGEST_FLOAT16, LARGEST_FLOAT16) if self.fp16_saturation else out
 
 
@@ -82,7 +83,7 @@ class CrossAttention(nn.Module):
         inner = self.num_heads * self.head_dim
 
         def project(source: Array, name: str, fused: int) -> Array:
-            return nn.Dense(inner, dtype=self.dtype, kernel_init=xavier_uniform(fused), name=name)(source)
+            return Linear(inner, dtype=self.dtype, kernel_init=xavier_uniform(fused), name=name)(source)
 
         query = project(x, "to_q", 1)
         key, value = project(caption, "to_k", 2), project(caption, "to_v", 2)
@@ -92,5 +93,5 @@ class CrossAttention(nn.Module):
         query, key, value = (z.reshape(batch, z.shape[1], self.num_heads, self.head_dim) for z in (query, key, value))
         # The default scale is 1/sqrt(head_dim); logits and softmax are float32 inside.
         attended = jax.nn.dot_product_attention(query, key, value, bias=bias)
-        out = nn.Dense(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")
+        out = Linear(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")
         return out(attended.reshape(batch, tokens, inner))

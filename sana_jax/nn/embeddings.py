@@ -11,6 +11,7 @@ import numpy as np
 
 from kernels.typing import Array, Float
 from sana_jax.nn.initializers import scaled_normal, torch_uniform, xavier_uniform
+from sana_jax.nn.linear import Linear
 
 
 def timestep_sinusoid(timestep: Float[Array, "*B"], channels: int = 256) -> Float[Array, "*B C"]:
@@ -61,8 +62,8 @@ class TimestepEmbedder(nn.Module):
         normal = scaled_normal(0.02)
         last = nn.initializers.zeros if self.zero_output else normal
         hidden = timestep_sinusoid(timestep).astype(self.dtype)
-        hidden = nn.Dense(self.features, dtype=self.dtype, kernel_init=normal, name="linear_1")(hidden)
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=last, name="linear_2")(jax.nn.silu(hidden))
+        hidden = Linear(self.features, dtype=self.dtype, kernel_init=normal, name="linear_1")(hidden)
+        return Linear(self.features, dtype=self.dtype, kernel_init=last, name="linear_2")(jax.nn.silu(hidden))
 
 
 class TimeEmbedding(nn.Module):
@@ -85,7 +86,7 @@ class TimeEmbedding(nn.Module):
         if self.guidance_embeds:
             guidance_embedder = TimestepEmbedder(self.features, self.dtype, zero_output=True, name="guidance_embedder")
             embedding = embedding + guidance_embedder(guidance)
-        projection = nn.Dense(6 * self.features, dtype=self.dtype, kernel_init=scaled_normal(0.02), name="linear")
+        projection = Linear(6 * self.features, dtype=self.dtype, kernel_init=scaled_normal(0.02), name="linear")
         return embedding, projection(jax.nn.silu(embedding)).reshape(-1, 6, self.features)
 
 
@@ -99,9 +100,9 @@ class CaptionProjection(nn.Module):
     def __call__(self, caption: Float[Array, "B L C"]) -> Float[Array, "B L D"]:
         """Projects every caption token."""
         normal = scaled_normal(0.02)
-        hidden = nn.Dense(self.features, dtype=self.dtype, kernel_init=normal, name="linear_1")(caption)
+        hidden = Linear(self.features, dtype=self.dtype, kernel_init=normal, name="linear_1")(caption)
         hidden = jax.nn.gelu(hidden, approximate=True)
-        return nn.Dense(self.features, dtype=self.dtype, kernel_init=normal, name="linear_2")(hidden)
+        return Linear(self.features, dtype=self.dtype, kernel_init=normal, name="linear_2")(hidden)
 
 
 class PatchEmbed(nn.Module):
@@ -118,7 +119,7 @@ class PatchEmbed(nn.Module):
         p = self.patch_size
         patches = x.reshape(batch, height // p, p, width // p, p, channels).swapaxes(2, 3)
         patches = patches.reshape(batch, (height // p) * (width // p), p * p * channels)
-        dense = nn.Dense(
+        dense = Linear(
             self.features,
             dtype=self.dtype,
             kernel_init=xavier_uniform(),

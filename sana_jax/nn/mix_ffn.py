@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from kernels.depthwise_conv import depthwise_conv2d
 from kernels.typing import Array, Float
 from sana_jax.nn.initializers import torch_uniform
+from sana_jax.nn.linear import Linear
 
 
 class GLUMBConv(nn.Module):
@@ -24,7 +25,7 @@ class GLUMBConv(nn.Module):
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         """Mixes channels, and each token with its eight neighbours."""
         features, wide = x.shape[-1], 2 * self.hidden
-        x = nn.Dense(
+        x = Linear(
             wide,
             dtype=self.dtype,
             kernel_init=torch_uniform(features),
@@ -33,7 +34,7 @@ class GLUMBConv(nn.Module):
         )(x)
         x = DepthwiseConv(dtype=self.dtype, name="conv_depth")(jax.nn.silu(x))
         value, gate = jnp.split(x, 2, axis=-1)
-        point = nn.Dense(
+        point = Linear(
             features, use_bias=False, dtype=self.dtype, kernel_init=torch_uniform(self.hidden), name="conv_point"
         )
         return point(value * jax.nn.silu(gate))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
 import os
 import pathlib
 import time
@@ -16,6 +18,7 @@ import numpy as np
 from kernels.typing import Array, Float, PyTree
 from sana_jax.autoencoders import Autoencoder
 from sana_jax.compilation import Program, Programs
+from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.sampling import AmendFunction, sample_loop
 from sana_jax.errors import UserError
@@ -24,7 +27,7 @@ from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.checks import check_finite, check_multiple
 from sana_jax.pipelines.image_inputs import read_picture, to_network_range
 from sana_jax.pipelines.model_directory import SamplingDefaults
-from sana_jax.pipelines.opening import open_model, save_model
+from sana_jax.pipelines.opening import abstract_params, open_model, save_model
 from sana_jax.pipelines.residency import (
     AUTOENCODER,
     TEXT,
@@ -48,11 +51,14 @@ _KEPT_ENCODINGS = 64  # prompts; 2.8 MB each at 300 tokens of 2304
 class SanaPipelineOutput:
     """What a call has made.
 
-    ``images`` is a list of PIL images, an array (B, H, W, 1 or 3) in [0, 1], or latents (B, C, H, W), as asked for;
-    several pictures of one prompt stand side by side. ``seconds`` has the time of each stage (text, encode, denoise,
-    decode) without compiling; ``compile_seconds`` is 0 where the program was compiled before; ``device_bytes`` is what
-    the compiled program holds on the device, None where that is not known. ``sampled_size`` is the height and width in
-    pixels that were sampled, before cropping to what was asked for.
+    Attributes:
+        images: a list of PIL images, an array (B, H, W, 1 or 3) in [0, 1], or latents (B, C, H, W), as asked for;
+            several pictures of one prompt stand side by side.
+        compile_seconds: of the transformer's program; 0 where it was compiled before.
+        sampling_seconds: of everything after the text.
+        device_bytes: what the transformer's program holds on the device; None where that is not known.
+        seconds: of each stage: text, encode, denoise (without compiling), decode.
+        sampled_size: height and width in pixels that were sampled, before cropping to what was asked for.
     """
 
     images: Any
@@ -84,6 +90,8 @@ class ImagePipeline:
         defaults: what calls leave open.
         checkpoint_step: training step of the weights, for display.
         weights: ``"ema"`` or ``"params"``, for display.
+        contract: what the weights need of the computation; None for training runs.
+        checkpoint_id: a short name for the weights' bytes, for display.
         residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
     """
 
@@ -100,6 +108,8 @@ class ImagePipeline:
         *,
         checkpoint_step: int | None = None,
         weights: str | None = None,
+        contract: Contract | None = None,
+        checkpoint_id: str | None = None,
         residency: Residency = "text_encoder_freed",
     ) -> None:
         check_residency(residency)
@@ -111,6 +121,8 @@ class ImagePipeline:
         self.defaults = defaults
         self.checkpoint_step = checkpoint_step
         self.weights = weights
+        self.contract = contract
+        self.checkpoint_id = checkpoint_id
         self.residency = residency
         self.programs = Programs()
         self._encodings: dict[Any, tuple[np.ndarray, np.ndarray]] = {}
@@ -171,6 +183,8 @@ class ImagePipeline:
             model.defaults,
             checkpoint_step=model.checkpoint_step,
             weights=model.weights,
+            contract=model.contract,
+            checkpoint_id=model.checkpoint_id,
             residency=residency,
         )
 
@@ -188,6 +202,16 @@ class ImagePipeline:
     def check_components(self) -> None:
         """Raises ``UserError`` for components that this pipeline cannot use."""
         raise NotImplementedError
+
+    @classmethod
+    def argument_names(cls) -> frozenset[str]:
+        """What a call of this pipeline can be given."""
+        return frozenset(inspect.signature(cls.__call__).parameters) - {"self"}
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of the transformer; its weights are not read for this."""
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract_params(self.transformer)))
 
     # -- memory --------------------------------------------------------------------------------------------------
 

@@ -71,6 +71,8 @@ class SanaControlNetPipeline(SanaPipeline):
             model.text_encoder,
             model.autoencoder,
             model.defaults,
+            contract=model.contract,
+            checkpoint_id=model.checkpoint_id,
             residency=residency,
             controlnet=model.controlnet,
             controlnet_params=model.controlnet_weights,
@@ -86,6 +88,11 @@ class SanaControlNetPipeline(SanaPipeline):
                     f"ControlNet with {name} {getattr(theirs, name)} for a transformer with {getattr(ours, name)}; "
                     "both must be alike: choose the ControlNet of this model"
                 )
+
+    @classmethod
+    def argument_names(cls) -> frozenset[str]:
+        """What a call of this pipeline can be given."""
+        return (super().argument_names() | SanaPipeline.argument_names()) - {"options"}
 
     @property
     def networks(self) -> dict[str, Resident | None]:

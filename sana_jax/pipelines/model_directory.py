@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sana_jax.autoencoders import Autoencoder, load_autoencoder
+from sana_jax.contract import Contract, infer_contract
 from sana_jax.diffusion.samplers import Sampler, from_scheduler_config, to_scheduler_config
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_file
@@ -94,7 +95,7 @@ class ModelDirectory:
     text_encoder: TextEncoder
     autoencoder: Autoencoder
     defaults: SamplingDefaults
-    index: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    contract: Contract | None = None
 
 
 def write_model_directory(
@@ -106,6 +107,7 @@ def write_model_directory(
     autoencoder: Autoencoder,
     defaults: SamplingDefaults | Mapping[str, Any],
     pipeline: str = "SanaPipeline",
+    contract: Contract | None = None,
 ) -> None:
     """Writes the configurations of a model; what else is in the directory stays.
 
@@ -125,12 +127,13 @@ def write_model_directory(
         "vae": ("config.json", autoencoder.to_config()),
     }
     for folder, (name, config) in parts.items():
-        _write_json(directory / folder / name, config)
-    _write_json(
+        write_config(directory / folder / name, config)
+    write_config(
         directory / _INDEX,
         {
             "_class_name": pipeline,
             **{folder: ["sana_jax", config.get("_class_name")] for folder, (_, config) in parts.items()},
+            **({} if contract is None else {"contract": contract.to_dict()}),
             "defaults": dataclasses.asdict(defaults),
         },
     )
@@ -151,16 +154,16 @@ def read_model_directory(
         UserError: a damaged file, a pipeline of another kind, or components that do not fit one another.
     """
     directory = pathlib.Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(
-            f"model {directory} is not a directory here; allowed is a directory with {_INDEX}: python -m train.main "
-            "makes one, runs/digits"
-        )
+    _check_is_directory(directory)
     index = _read_json(directory / _INDEX)
     check_pipeline(index.get("_class_name"), pipeline, directory / _INDEX)
     transformer_config = SanaConfig.from_dict(_read_component(directory, "transformer", "SanaTransformer2DModel"))
-    text_encoder = load_text_encoder(directory / "text_encoder", variant=variant)
-    autoencoder = load_autoencoder(directory / "vae", variant=variant)
+    contract = None
+    if "contract" in index or any((directory / "transformer").glob("*.safetensors*")):
+        contract = infer_contract(directory, variant)
+    text_dtype, image_dtype = (contract.text_encoder_dtype, contract.autoencoder_dtype) if contract else (None, None)
+    text_encoder = load_text_encoder(directory / "text_encoder", dtype=text_dtype, variant=variant)
+    autoencoder = load_autoencoder(directory / "vae", dtype=image_dtype, variant=variant)
     check_fit(transformer_config, text_encoder, autoencoder)
     return ModelDirectory(
         path=directory,
@@ -168,8 +171,8 @@ def read_model_directory(
         sampler=from_scheduler_config(_read_json(directory / "scheduler" / "scheduler_config.json")),
         text_encoder=text_encoder,
         autoencoder=autoencoder,
-        defaults=_defaults(index, directory, pipeline, transformer_config),
-        index=index,
+        defaults=_defaults(index, directory, pipeline, transformer_config, contract),
+        contract=contract,
     )
 
 
@@ -182,6 +185,23 @@ def read_controlnet_config(directory: str | os.PathLike[str]) -> SanaControlNetC
     """
     directory = pathlib.Path(directory)
     return SanaControlNetConfig.from_dict(_read_component(directory.parent, directory.name, "SanaControlNetModel"))
+
+
+def pipeline_of(directory: str | os.PathLike[str]) -> str:
+    """The key of ``PIPELINES`` that a model directory is for.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or it has no index.
+        UserError: the index is damaged or of another family.
+    """
+    directory = pathlib.Path(directory)
+    _check_is_directory(directory)
+    class_name = _read_json(directory / _INDEX).get("_class_name")
+    for pipeline, classes in PIPELINES.items():
+        if class_name in classes:
+            return pipeline
+    check_pipeline(class_name, "SanaPipeline", directory / _INDEX)
+    return "SanaPipeline"
 
 
 def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
@@ -202,6 +222,14 @@ def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
     )
 
 
+def _check_is_directory(directory: pathlib.Path) -> None:
+    if not directory.is_dir():
+        raise FileNotFoundError(
+            f"model {directory} is not a directory here; allowed is a directory with {_INDEX}: python -m train.main "
+            "makes one, runs/digits"
+        )
+
+
 def _read_component(directory: pathlib.Path, folder: str, class_name: str) -> dict[str, Any]:
     """A network's configuration; raises ``UserError`` if it says that it is a network of another class."""
     path = directory / folder / "config.json"
@@ -213,12 +241,19 @@ def _read_component(directory: pathlib.Path, folder: str, class_name: str) -> di
     return config
 
 
-def _defaults(index: Mapping[str, Any], directory: pathlib.Path, pipeline: str, config: SanaConfig) -> SamplingDefaults:
+def _defaults(
+    index: Mapping[str, Any],
+    directory: pathlib.Path,
+    pipeline: str,
+    config: SanaConfig,
+    contract: Contract | None,
+) -> SamplingDefaults:
     """What our index says, or what the published pipelines do."""
-    if "defaults" in index or pipeline not in PIPELINES or (directory / "checkpoints").is_dir():
+    if "defaults" in index or contract is None:
         return SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}")
-    side = config.sample_size * _PIXELS_PER_SAMPLE
-    return SamplingDefaults(num_inference_steps=_PUBLISHED_STEPS.get(pipeline, 20), height=side, width=side)
+    side, license = config.sample_size * _PIXELS_PER_SAMPLE, None if contract is None else contract.license
+    steps = _PUBLISHED_STEPS.get(pipeline, SamplingDefaults.num_inference_steps)
+    return SamplingDefaults(num_inference_steps=steps, height=side, width=side, license=license)
 
 
 def check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
@@ -236,7 +271,8 @@ def check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoen
         )
 
 
-def _write_json(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+def write_config(path: pathlib.Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file, whole or not at all."""
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 

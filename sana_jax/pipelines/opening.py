@@ -6,6 +6,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import shutil
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from kernels.typing import PyTree
 from sana_jax.autoencoders import Autoencoder
+from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.models.controlnet import SanaControlNet, init_controlnet_params
@@ -22,11 +24,13 @@ from sana_jax.pipelines.model_directory import (
     SamplingDefaults,
     read_controlnet_config,
     read_model_directory,
+    write_config,
     write_model_directory,
 )
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights import load_checkpoint_params, save_params
 from sana_jax.weights.components import CONVERTED, Resident, open_component
+from sana_jax.weights.identity import weights_id
 from sana_jax.weights.tables.sana import controlnet_rules, transformer_rules
 
 _DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -45,6 +49,8 @@ class OpenModel:
     defaults: SamplingDefaults
     checkpoint_step: int | None = None
     weights: str | None = None
+    contract: Contract | None = None
+    checkpoint_id: str | None = None
     controlnet: SanaControlNet | None = None
     controlnet_weights: Resident | None = None
 
@@ -67,7 +73,7 @@ def open_model(
     directory = find_model(path)
     base = "SanaPipeline" if controlnet is not None else pipeline
     model = read_model_directory(directory, base, variant=variant)
-    compute_dtype = parse_dtype(dtype)
+    compute_dtype = _compute_dtype(dtype, model.contract, emulate_fp16_saturation)
     transformer = SanaTransformer(
         model.transformer_config, dtype=compute_dtype, fp16_saturation=emulate_fp16_saturation
     )
@@ -87,9 +93,21 @@ def open_model(
         model.defaults,
         step,
         which,
+        model.contract,
+        weights_id(model.path / "transformer" if step is None else model.path / "checkpoints" / str(step)),
         network,
         network_weights,
     )
+
+
+def _compute_dtype(dtype: Any, contract: Contract | None, emulate_fp16_saturation: bool) -> Any:
+    """The transformer's dtype, once the contract allows it."""
+    if dtype is None and contract is not None:
+        dtype = contract.compute_dtype
+    parsed = parse_dtype(dtype)
+    if contract is not None and (notice := contract.check(jnp.dtype(parsed).name, emulate_fp16_saturation)):
+        print(notice)
+    return parsed
 
 
 def _transformer_weights(
@@ -133,11 +151,23 @@ def _open_controlnet(
 
 
 def save_model(pipeline: Any, path: pathlib.Path) -> None:
-    """Writes a pipeline's configurations and weights as a converted model directory."""
-    save_params(path / "transformer" / CONVERTED, pipeline.params)
-    for folder, component in (("text_encoder", pipeline.text_encoder), ("vae", pipeline.autoencoder)):
-        if hasattr(component, "save_weights"):
-            component.save_weights(path / folder)
+    """Writes a pipeline's configurations and weights as a converted model directory, the index last."""
+    networks = {
+        "transformer": pipeline.transformer_weights,
+        "text_encoder": getattr(pipeline.text_encoder, "weights", None),
+        "vae": getattr(pipeline.autoencoder, "weights", None),
+        "controlnet": getattr(pipeline, "controlnet_weights", None),
+    }
+    for folder, weights in networks.items():
+        if weights is not None:
+            was_loaded = weights.loaded
+            save_params(path / folder / CONVERTED, weights.params)
+            if not was_loaded:
+                weights.free()
+    if tokenizer := getattr(pipeline.text_encoder, "tokenizer", None):
+        shutil.copytree(pathlib.Path(tokenizer.location).parent, path / "tokenizer")
+    if networks["controlnet"] is not None:
+        write_config(path / "controlnet" / "config.json", pipeline.controlnet.config.to_dict())
     write_model_directory(
         path,
         transformer_config=pipeline.transformer.config,
@@ -146,6 +176,7 @@ def save_model(pipeline: Any, path: pathlib.Path) -> None:
         autoencoder=pipeline.autoencoder,
         defaults=pipeline.defaults,
         pipeline=pipeline.class_name,
+        contract=pipeline.contract,
     )
 
 

@@ -41,6 +41,8 @@ def describe_plan(
     Weights are read when a stage first needs them. ``encodes_a_picture``: the autoencoder works before denoising too.
     """
     sized = {name: weights for name, weights in networks.items() if weights is not None and weights.num_bytes}
+    if len(sized) == 1:
+        return [f"{name} {readable_bytes(weights.num_bytes)}" for name, weights in sized.items()]
     present = [name for name, weights in sized.items() if weights.loaded]
     stages = dict(STAGES)
     if encodes_a_picture:

@@ -16,7 +16,16 @@ from kernels.typing import Float, Int
 from sana_jax.compilation import compile_ahead
 from sana_jax.component_config import load_from_config
 from sana_jax.errors import UserError
-from sana_jax.models.gemma import Gemma, GemmaConfig, init_params
+from sana_jax.models.gemma import (
+    Gemma,
+    GemmaConfig,
+    GemmaLayer,
+    GemmaRMSNorm,
+    embed_tokens,
+    init_params,
+    shared_by_layers,
+    split_layers,
+)
 from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.weights.components import CONVERTED, TRANSFORMERS_STEM, Resident, open_component
@@ -58,7 +67,7 @@ class GemmaTextEncoder:
     max_length: int = 300
     complex_human_instruction: tuple[str, ...] | None = IMAGE_INSTRUCTION
     say: Callable[[str], None] = print
-    _compiled: dict[tuple[int, int], jax.stages.Compiled] = dataclasses.field(
+    _compiled: dict[Any, Callable[[Any, np.ndarray], jax.Array]] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
 
@@ -210,19 +219,16 @@ class GemmaTextEncoder:
             )
         return np.asarray(self._program(*ids.shape)(self.weights.params, ids).astype(jnp.float32))
 
-    def _program(self, batch: int, length: int) -> jax.stages.Compiled:
+    def _program(self, batch: int, length: int) -> Callable[[Any, np.ndarray], jax.Array]:
         """The network compiled for a shape; it takes no mask, since padding stands to the right."""
+        params = self.weights.params
+        layer_by_layer = _is_on_one_cpu(params)
         # Instances that differ in dtype share this dictionary too.
-        key = (batch, length, jnp.dtype(self.dtype).name)
+        key = (batch, length, jnp.dtype(self.dtype).name, layer_by_layer)
         if key not in self._compiled:
-            gemma = Gemma(self.config, dtype=self.dtype)
-            self._compiled[key] = compile_ahead(
-                f"the text encoder for {batch} prompt{'s' if batch > 1 else ''} of up to {length} tokens",
-                jax.jit(lambda params, ids: gemma.apply({"params": params}, ids)),
-                abstract_tree(self.weights.params),
-                jax.ShapeDtypeStruct((batch, length), jnp.int32),
-                say=self.say,
-            )
+            make = _layer_by_layer_program if layer_by_layer else _whole_program
+            name = f"{batch} prompt{'s' if batch > 1 else ''} of up to {length} tokens"
+            self._compiled[key] = make(Gemma(self.config, dtype=self.dtype), params, batch, length, name, self.say)
         return self._compiled[key]
 
     def _loss(self, number: int, count: int, lost: str, tokens: int, negative: bool) -> str:
@@ -234,6 +240,50 @@ class GemmaTextEncoder:
             f"{which} is longer than max_sequence_length={self.max_length} tokens allow by {tokens}; lost at its end: "
             f"{words!r}"
         )
+
+
+def _whole_program(
+    gemma: Gemma, params: Any, batch: int, length: int, name: str, say: Callable[[str], None]
+) -> Callable[[Any, np.ndarray], jax.Array]:
+    """(params, token ids) -> the last hidden state, in one program."""
+    return compile_ahead(
+        f"the text encoder for {name}",
+        jax.jit(lambda params, ids: gemma.apply({"params": params}, ids)),
+        abstract_tree(params),
+        jax.ShapeDtypeStruct((batch, length), jnp.int32),
+        say=say,
+    )
+
+
+def _layer_by_layer_program(
+    gemma: Gemma, params: Any, batch: int, length: int, name: str, say: Callable[[str], None]
+) -> Callable[[Any, np.ndarray], jax.Array]:
+    """The same by a program of one layer that is run for each: see ``split_layers``."""
+    config, dtype = gemma.config, gemma.dtype
+    layer, norm = GemmaLayer(config, dtype), GemmaRMSNorm(config.rms_norm_eps)
+    run_layer = compile_ahead(
+        f"the text encoder's layer for {name}",
+        jax.jit(lambda own, x, sliding: layer.apply({"params": own}, x, sliding, *shared_by_layers(config, length))),
+        jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), params["layers"]),
+        jax.ShapeDtypeStruct((batch, length, config.hidden_size), dtype),
+        jax.ShapeDtypeStruct((), jnp.bool_),
+        say=say,
+    )
+    embed = jax.jit(lambda table, ids: embed_tokens(config, table, ids, dtype))
+    finish = jax.jit(lambda own, x: norm.apply({"params": own}, x))
+
+    def run(params: Any, ids: np.ndarray) -> jax.Array:
+        x = embed(params["embed_tokens"], ids)
+        for own, sliding in zip(split_layers(params["layers"]), config.sliding_layers, strict=True):
+            x = run_layer(own, x, np.bool_(sliding))
+        return finish(params["norm"], x)
+
+    return run
+
+
+def _is_on_one_cpu(params: Any) -> bool:
+    devices = jax.tree.leaves(params)[0].devices()
+    return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
 
 def abstract_params(config: GemmaConfig, dtype: Any) -> Any:

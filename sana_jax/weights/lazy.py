@@ -39,7 +39,7 @@ def write_tree(directory: Any, tree: PyTree) -> None:
     class OneAtATime(ocp.type_handlers.NumpyHandler):
         async def serialize(self, values, infos, args=None):
             for value, info, arg in zip(values, infos, args or [ocp.SaveArgs()] * len(values), strict=True):
-                array = np.ascontiguousarray(value.read())
+                array = np.asarray(value.read(), order="C")
                 for written in await super().serialize([array], [info], [arg]):
                     written.result()
                 del array

@@ -235,7 +235,7 @@ class TreeSource:
                 self._last = (where.path, leaf.read())
             leaf = self._last[1]
         array = np.asarray(leaf if where.layer is None else leaf[where.layer])
-        return np.ascontiguousarray(where.layout.to_theirs(array))
+        return np.asarray(where.layout.to_theirs(array), order="C")
 
 
 def write_params(

@@ -18,7 +18,7 @@ import resource
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
+from jax.extend import core as jax_core
 
 from sana_jax.autoencoders.dc_ae import DCDecoder, DCEncoder, init_params
 from sana_jax.autoencoders.dc_ae_config import DCAEConfig
@@ -45,7 +45,7 @@ def network_function(name: str, pixels: int) -> tuple[Callable[[], jax.Array], d
     return functools.partial(compiled, *arguments), compilation
 
 
-def products(name: str, pixels: int) -> dict[tuple, tuple[jax.extend.core.JaxprEqn, int]]:
+def products(name: str, pixels: int) -> dict[tuple, tuple[jax_core.JaxprEqn, int]]:
     """The network's matrix products and dense convolutions: what each is, and how often it occurs."""
     half, network = NETWORKS[name]
     abstract = jax.eval_shape(lambda: init_params(CONFIG, jax.random.key(0)))[half]
@@ -57,7 +57,7 @@ def products(name: str, pixels: int) -> dict[tuple, tuple[jax.extend.core.JaxprE
     pending = [traced.jaxpr]
     while pending:
         for equation in pending.pop().eqns:
-            pending += jax.core.jaxprs_in_params(equation.params)
+            pending += jax_core.jaxprs_in_params(equation.params)
             if equation.primitive.name not in ("dot_general", "conv_general_dilated"):
                 continue
             if equation.params.get("feature_group_count", 1) > 1:

@@ -32,10 +32,11 @@ def test_picture_and_what_is_said(run, pipe, tmp_path, capsys):
     assert PROMPT in lines[1]
     for part in ("1 x 8x8 pixels", "3 steps of FlowEuler", "guidance 2.5", "seed 3", "float32 on cpu"):
         assert part in lines[2]
-    assert "compiled in" in lines[3]
-    assert "sampled in" in lines[3]
-    assert str(path) in lines[4]
-    assert "enlarged 16 times from 8x8 to 128x128" in lines[4]
+    assert "in memory: transformer" in lines[3]
+    assert "compiled in" in lines[4]
+    assert "sampled in" in lines[4]
+    assert str(path) in lines[5]
+    assert "enlarged 16 times from 8x8 to 128x128" in lines[5]
     with Image.open(path) as image:
         assert (image.mode, image.size) == ("L", (128, 128))
         np.testing.assert_array_equal(np.asarray(image)[::16, ::16], np.asarray(pipe(PROMPT, seed=3).images[0]))

@@ -18,8 +18,9 @@ from diffusers import SanaPipeline
 from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
 
 from sana_jax.errors import CheckpointError, UserError
-from sana_jax.models.gemma import Gemma, GemmaConfig
+from sana_jax.models.gemma import Gemma, GemmaConfig, split_layers
 from sana_jax.text_encoders import GemmaTextEncoder, load_text_encoder
+from sana_jax.text_encoders import gemma as gemma_encoder
 from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.weights import save_params
@@ -182,10 +183,30 @@ def test_few_programs_each_announced_once(directory, capsys):
         encoder.encode([prompt])
     dataclasses.replace(encoder, max_length=20).encode(["a cat"])
     out = capsys.readouterr().out
-    assert out.count("compiled ") == 1
-    assert "1 prompt of up to 64 tokens" in out
+    assert out.count("compiled the text encoder's layer for 1 prompt of up to 64 tokens") == 1
     encoder.encode(["a cat " * 40])
     assert "up to 128 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_whole_program_equals_the_one_layer_by_layer(directory, monkeypatch, capsys, dtype):
+    # on a CPU the layers run one by one; elsewhere in one program
+    encoder = GemmaTextEncoder.from_directory(directory, dtype)
+    by_layers, mask = encoder.encode(PROMPTS)
+    assert "text encoder's layer" in capsys.readouterr().out
+    monkeypatch.setattr(gemma_encoder, "_is_on_one_cpu", lambda params: False)
+    whole, _ = encoder.encode(PROMPTS)
+    assert "text encoder for 3 prompts" in capsys.readouterr().out
+    assert relative_error(by_layers[mask == 1], whole[mask == 1]) <= (TOLERANCE if dtype == "float32" else 0.01)
+
+
+def test_split_layers_takes_no_memory():
+    stacked = {"kernel": jnp.arange(3 * 64 * 32, dtype=jnp.float32).reshape(3, 64, 32)}
+    layers = split_layers(stacked)
+    for index, layer in enumerate(layers):
+        np.testing.assert_array_equal(layer["kernel"], stacked["kernel"][index])
+        offset = layer["kernel"].unsafe_buffer_pointer() - stacked["kernel"].unsafe_buffer_pointer()
+        assert offset == index * 64 * 32 * 4
 
 
 def test_weights_are_read_at_the_first_prompt_and_can_be_freed(directory):

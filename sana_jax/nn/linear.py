@@ -1,0 +1,41 @@
+"""The dense layer of the networks, and the place where a LoRA enters them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from kernels.typing import Array, Float
+
+LORA = "lora"  # the collection beside "params"
+
+
+class Linear(nn.Module):
+    """``x · kernel + bias``, with ``(x · down) · up`` added where the collection ``lora`` has these for the layer.
+
+    A LoRA (arXiv 2106.09685) is thus a second tree beside the parameters: ``apply({"params": ..., "lora": ...}, ...)``.
+    Where it has no leaves, and where there is none, the layer is the plain one. ``up`` has the LoRA's scale in it.
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+    kernel_init: Callable = nn.initializers.lecun_normal()
+    bias_init: Callable = nn.initializers.zeros
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
+        """Multiplies the last axis, in the compute dtype."""
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
+        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+        y = x @ kernel
+        if bias is not None:
+            y = y + bias
+        if self.has_variable(LORA, "down"):
+            down, up = (self.get_variable(LORA, name).astype(y.dtype) for name in ("down", "up"))
+            y = y + (x @ down) @ up
+        return y
