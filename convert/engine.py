@@ -65,10 +65,11 @@ def import_model(
             )
     model.require_whole()
     _announce(model, report)
+    _check_destination(destination, model)
     if dry_run:
-        _plan(model, report, lambda component: f"{_within(component, CONVERTED)}/")
+        _plan(model, report, lambda component: f"{CONVERTED}/")
         return model
-    with _new_directory(destination, sum(part.num_bytes for part in model.components)) as temporary:
+    with _new_directory(destination) as temporary:
         for component in model.components:
             begin = time.perf_counter()
             folder = temporary / component.folder
@@ -113,14 +114,15 @@ def export_model(
     model = open_model(source, choices)
     model.require_whole()
     _announce(model, report)
+    _check_destination(destination, model)
     if dry_run:
         _plan(model, report, lambda component: ", ".join(_shards(component.source, _stem(component), shard_bytes)))
         return model
-    with _new_directory(destination, sum(part.num_bytes for part in model.components)) as temporary:
+    with _new_directory(destination) as temporary:
         for component in model.components:
             begin = time.perf_counter()
             folder = temporary / component.folder
-            _write_json(folder / CONFIG, _config_for_diffusers(component))
+            _write_json(folder / CONFIG, component.config)
             count = _write_shards(folder, component.source, _stem(component), shard_bytes)
             files = f"{count} file{'s' if count > 1 else ''}"
             report(f"{_describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
@@ -177,24 +179,27 @@ def _plan(model: Model, report: Report, written: Callable[[Component], str]) -> 
         report(f"would copy {file.stat().st_size:>14,} bytes  {file}")
         total += file.stat().st_size
     for component in model.components:
-        report(
-            f"would write {component.num_bytes:>13,} bytes  {_describe(component)} -> "
-            f"{_within(component, '') if component.folder else ''}{written(component).removeprefix(component.folder)}"
-        )
+        target = _within(component, written(component))
+        report(f"would write {component.num_bytes:>13,} bytes  {_describe(component)} -> {target}")
     report(f"dry run: {readable_bytes(total)} would be read; nothing was written")
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _new_directory(destination: str | Path, needed: int) -> Iterator[Path]:
-    """A temporary directory beside ``destination`` that is renamed to it when the block ends well, else removed."""
+def _check_destination(destination: str | Path, model: Model) -> None:
     final = Path(destination).absolute()
     if os.path.lexists(final) and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(f"{destination} exists already; delete it or name another directory")
+    needed = sum(component.num_bytes for component in model.components) + sum(f.stat().st_size for f in model.copies)
     if shortage := disk_shortage(final, needed):
         raise CheckpointError(f"not writing {destination}: {shortage}; free some space or name another disk")
+
+
+@contextlib.contextmanager
+def _new_directory(destination: str | Path) -> Iterator[Path]:
+    """A temporary directory beside ``destination`` that is renamed to it when the block ends well, else removed."""
+    final = Path(destination).absolute()
     temporary = final.with_name(f".{final.name}.half-written-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
@@ -268,10 +273,6 @@ def _write_shards(folder: Path, source: TensorSource, stem: str, shard_bytes: in
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         _write_json(folder / f"{stem}.safetensors.index.json", index)
     return len(shards)
-
-
-def _config_for_diffusers(component: Component) -> Mapping[str, Any]:
-    return component.config
 
 
 def _complete(model: Model, other: Model, where: str) -> Model:

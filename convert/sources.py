@@ -7,6 +7,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
 from convert.families import Network, class_of, network_of, stem_of
 from sana_jax.contract import Contract, contract_of, license_of, names_of
 from sana_jax.errors import CheckpointError, UserError
@@ -270,6 +272,8 @@ def _open_saved(
         kept = SafetensorsSource(kept_file)
         source = JoinedSource(source, kept)
         files += kept.files
+    elif class_of(config) == "AutoencoderDC":
+        source = JoinedSource(source, ZeroCounts(source))
     return Component(folder, network, config, source, problems, files, origin)
 
 
@@ -286,6 +290,19 @@ class JoinedSource:
     def read(self, name: str) -> Any:
         """One tensor."""
         return (self._second if name in self._second.tensors else self._first).read(name)
+
+
+class ZeroCounts:
+    """The counts of batches that PyTorch's batch norms want, for weights that came without: zero, as untrained."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.location = source.location
+        stems = [name.removesuffix("running_mean") for name in source.tensors if name.endswith(".running_mean")]
+        self.tensors = {f"{stem}num_batches_tracked": TensorInfo(np.dtype(np.int64), ()) for stem in stems}
+
+    def read(self, name: str) -> np.ndarray:
+        """Zero."""
+        return np.zeros((), np.int64)
 
 
 def _tree_misfits(saved: Any, abstract: Any) -> Misfits:

@@ -26,6 +26,7 @@ from sana_jax.images import to_pil
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.checks import check_finite, check_multiple
 from sana_jax.pipelines.image_inputs import read_picture, to_network_range
+from sana_jax.pipelines.lora import LoraPipeline
 from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.pipelines.opening import abstract_params, open_model, save_model
 from sana_jax.pipelines.residency import (
@@ -76,7 +77,7 @@ class Size(NamedTuple):
     sampled: tuple[int, int]
 
 
-class ImagePipeline:
+class ImagePipeline(LoraPipeline):
     """A text encoder, a transformer, a sampler and an autoencoder. Subclasses say how they sample.
 
     Compiled programs are kept on the pipeline, one for each combination of shapes.
@@ -192,8 +193,9 @@ class ImagePipeline:
         """Writes a model directory with these weights and nothing of the training that made them.
 
         Raises:
-            UserError: ``path`` has something in it already, or cannot be written.
+            UserError: ``path`` has something in it already, or cannot be written; or a LoRA acts that is not merged.
         """
+        self.check_no_unmerged_lora()
         path = pathlib.Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists already; allowed is a new or empty directory: choose another name")

@@ -15,6 +15,7 @@ from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.sampling import VelocityFunction, sample_scan
 from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.models.sana import SanaTransformer
+from sana_jax.nn.linear import LORA
 
 SamplingFunction = Callable[..., Float[Array, "B H W C"]]
 
@@ -47,9 +48,11 @@ class Network(NamedTuple):
         conditions: Encoded,
         identity: Bool[Array, "layers B"] | None = None,
         control: Control | None = None,
+        lora: PyTree | None = None,
     ) -> Float[Array, "B H W C"]:
         """The velocity in float32; ``timestep`` is the sampler's, which the model's ``timestep_scale`` multiplies.
 
+        ``lora`` is the transformer's, a tree beside its parameters; a ControlNet has none.
         diffusers leaves ``timestep_scale`` out of its ControlNet and PAG pipelines; here it always applies.
         """
         timesteps = jnp.broadcast_to(timestep * self.transformer.config.timestep_scale, latents.shape[:1])
@@ -68,7 +71,7 @@ class Network(NamedTuple):
                 control.scale,
             )
         return self.transformer.apply(
-            {"params": transformer_params},
+            transformer_variables(transformer_params, lora),
             latents,
             conditions.embeds,
             timesteps,
@@ -76,6 +79,11 @@ class Network(NamedTuple):
             controlnet_residuals=residuals,
             identity_attention=identity,
         ).astype(jnp.float32)
+
+
+def transformer_variables(params: PyTree, lora: PyTree | None) -> dict[str, PyTree]:
+    """What ``SanaTransformer.apply`` takes: the parameters and, where there is one, the LoRA beside them."""
+    return {"params": params} if lora is None else {"params": params, LORA: lora}
 
 
 def initial_latents(seed: int, count: int, shape: tuple[int, int, int]) -> Float[Array, "B C H W"]:
@@ -99,6 +107,7 @@ def guided_velocity(
     perturbed_layers: Sequence[int] = (),
     pag_scale: float | Float[Array, ""] = 0.0,
     control: Control | None = None,
+    lora: PyTree | None = None,
 ) -> Float[Array, "B H W C"]:
     """One step's velocity with classifier-free and perturbed-attention guidance, from one call of the network.
 
@@ -117,6 +126,7 @@ def guided_velocity(
             (perturbed-attention guidance, arXiv 2403.17377).
         pag_scale: read only with ``perturbed_layers``.
         control: read only by a network with a ControlNet.
+        lora: beside the transformer's parameters; None for none.
     """
     batch = latents.shape[0]
     parts = [positive]
@@ -129,7 +139,8 @@ def guided_velocity(
         perturbed = np.arange(batch * len(parts)) >= batch * (len(parts) - 1)
         identity = jnp.asarray(chosen[:, None] & perturbed)
     conditions = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
-    output = network.velocity(params, jnp.concatenate([latents] * len(parts)), timestep, conditions, identity, control)
+    repeated = jnp.concatenate([latents] * len(parts))
+    output = network.velocity(params, repeated, timestep, conditions, identity, control, lora)
     predictions = jnp.split(output, len(parts))
     conditional = predictions[0 if negative is None else 1]
     result = conditional

@@ -25,7 +25,7 @@ from sana_jax.pipelines.checks import check_common_options
 from sana_jax.pipelines.prompts import encode_positive
 from sana_jax.pipelines.residency import TEXT, TRANSFORMER
 from sana_jax.pipelines.resolution import Binning
-from sana_jax.pipelines.sampling_function import Encoded
+from sana_jax.pipelines.sampling_function import Encoded, transformer_variables
 from sana_jax.pipelines.text_to_image import DEFAULT_STRENGTH, instruction_lines, one_picture
 
 MAX_TIMESTEPS = 1.57080
@@ -189,12 +189,12 @@ class SanaSprintPipeline(ImagePipeline):
         """(latents, angle) -> TrigFlow velocity, compiled."""
         transformer, sigma_data = self.transformer, sampler.sigma_data
 
-        def run(params, latents, angle, conditions, guidance):
+        def run(params, lora, latents, angle, conditions, guidance):
             batch = latents.shape[0]
             network_input = flow_input(latents, angle, sigma_data)
             # The network is told the noise level in [0, 1]; timestep_scale is not for this family.
             output = transformer.apply(
-                {"params": params},
+                transformer_variables(params, lora),
                 network_input,
                 conditions.embeds,
                 jnp.broadcast_to(sigma_from_angle(angle), (batch,)),
@@ -203,7 +203,7 @@ class SanaSprintPipeline(ImagePipeline):
             )
             return trigflow_velocity(network_input, output, angle, sigma_data)
 
-        params, one = self.params, jnp.float32(1.0)
-        program = self.programs.get(("sprint", sigma_data), run, params, start, one, conditions, one)
+        params, lora, one = self.params, self._runtime_lora, jnp.float32(1.0)
+        program = self.programs.get(("sprint", sigma_data), run, params, lora, start, one, conditions, one)
         compiled = watch.compiled(program)
-        return lambda latents, angle: compiled(params, latents, angle, conditions, jnp.float32(scale))
+        return lambda latents, angle: compiled(params, lora, latents, angle, conditions, jnp.float32(scale))

@@ -304,21 +304,21 @@ class SanaPipeline(ImagePipeline):
         """(latents, timestep) -> velocity, compiled once for all steps, numbers of steps and scales."""
         network, layers = self._network(), guidance.perturbed_layers
 
-        def run(params, latents, timestep, positive, negative, scale, pag_scale, control):
+        def run(params, lora, latents, timestep, positive, negative, scale, pag_scale, control):
             return guided_velocity(
-                network, params, latents, timestep, positive, negative, scale, layers, pag_scale, control
+                network, params, latents, timestep, positive, negative, scale, layers, pag_scale, control, lora
             )
 
         if guidance.interval is not None:
             scale_in_interval(guidance.scale, 0.0, guidance.interval)  # refuses a bad one before compiling
-        params, one = self._network_params(), jnp.float32(1.0)
-        program = self.programs.get(layers, run, params, start, one, positive, negative, one, one, control)
+        params, lora, one = self._network_params(), self._runtime_lora, jnp.float32(1.0)
+        program = self.programs.get(layers, run, params, lora, start, one, positive, negative, one, one, control)
         compiled = watch.compiled(program)
         sigmas = {float(timestep): float(sigma) for timestep, sigma in zip(schedule.timesteps, schedule.sigmas)}
 
         def velocity(latents: Array, timestep: Array) -> Array:
             scale, pag_scale = guidance.at(float(timestep), sigmas[float(timestep)])
-            return compiled(params, latents, timestep, positive, negative, scale, pag_scale, control)
+            return compiled(params, lora, latents, timestep, positive, negative, scale, pag_scale, control)
 
         return velocity
 

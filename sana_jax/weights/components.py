@@ -49,6 +49,12 @@ class Resident:
             self._params = self._read()
         return self._params
 
+    def take(self) -> PyTree:
+        """The parameters, let go of: each array is freed as soon as the caller lets go of it too."""
+        params = self.params
+        self.free()
+        return params
+
     @property
     def loaded(self) -> bool:
         """Whether they are in memory."""

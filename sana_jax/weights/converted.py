@@ -5,16 +5,18 @@ from __future__ import annotations
 import functools
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
-from sana_jax.weights.lazy import LazyArray, write_tree
+from sana_jax.weights.lazy import LazyArray, in_groups, write_tree
 from sana_jax.weights.manifest import MANIFEST_NAME, find_damage, write_manifest
 from sana_jax.weights.messages import one_line
 from sana_jax.weights.quiet import TEMPORARY_MARK, quiet_failed_writes, quiet_orbax, remove_partial
+from sana_jax.weights.safetensors_files import TensorInfo
 from sana_jax.weights.trees import (
     disk_shortage,
     mismatch_error,
@@ -102,25 +104,44 @@ def lazy_saved_tree(directory: str | os.PathLike) -> PyTree:
     except Exception as error:  # Orbax raises bare Exceptions for unreadable data
         raise CheckpointError(f"reading {directory} failed: {one_line(error)}; convert the checkpoint again") from error
 
-    def read(keys: tuple[str, ...]) -> np.ndarray:
-        item, arguments = 0, ocp.RestoreArgs(restore_type=np.ndarray)
-        for key in reversed(keys):
-            item, arguments = {key: item}, {key: arguments}
-        restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
-        try:
-            array = ocp.PyTreeCheckpointHandler().restore(path, args=restore)
-        except Exception as error:
-            raise CheckpointError(f"reading {directory} failed: {one_line(error)}; check the disk") from error
-        for key in keys:
-            array = array[key]
-        return array
-
-    leaves = {
-        keys: LazyArray(tuple(leaf.shape), np.dtype(leaf.dtype), functools.partial(read, keys))
+    sizes = {
+        keys: TensorInfo(np.dtype(leaf.dtype), tuple(leaf.shape))
         for keys, leaf in saved.items()
         if hasattr(leaf, "shape")
     }
+    reader = _GroupReader(path, {keys: _num_bytes(info) for keys, info in sizes.items()})
+    leaves = {
+        keys: LazyArray(info.shape, info.dtype, functools.partial(reader.read, keys)) for keys, info in sizes.items()
+    }
     return ocp.tree.from_flat_dict(leaves)
+
+
+class _GroupReader:
+    """Reads leaves of a saved tree as NumPy arrays, small ones together with their neighbours; keeps the last group."""
+
+    def __init__(self, path: Any, sizes: dict[tuple[str, ...], int]) -> None:
+        self._path = path
+        self._groups = {keys: group for group in in_groups(sizes, sizes.__getitem__) for keys in group}
+        self._arrays: dict[tuple[str, ...], np.ndarray] = {}
+
+    def read(self, keys: tuple[str, ...]) -> np.ndarray:
+        import orbax.checkpoint as ocp
+
+        if keys not in self._arrays:
+            self._arrays = {}  # frees the last group before the next one is read
+            group = self._groups[keys]
+            item = ocp.tree.from_flat_dict(dict.fromkeys(group, 0))
+            arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+            restore = ocp.args.PyTreeRestore(item=item, restore_args=arguments, partial_restore=True)
+            try:
+                self._arrays = ocp.tree.to_flat_dict(ocp.PyTreeCheckpointHandler().restore(self._path, args=restore))
+            except Exception as error:  # Orbax raises bare Exceptions for unreadable data
+                raise CheckpointError(f"reading {self._path} failed: {one_line(error)}; check the disk") from error
+        return self._arrays.pop(keys)
+
+
+def _num_bytes(info: TensorInfo) -> int:
+    return int(np.prod(info.shape, dtype=np.int64)) * info.dtype.itemsize
 
 
 def _is_bookkeeping(name: str) -> bool:

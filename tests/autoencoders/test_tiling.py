@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderDC
 
 from sana_jax.autoencoders import DCAutoencoder, dc_autoencoder
+from sana_jax.autoencoders.dc_ae import init_params
+from sana_jax.autoencoders.dc_ae_config import DCAEConfig
 from sana_jax.autoencoders.tiling import Tiles, tiled_decode, tiled_encode
 from sana_jax.errors import UserError
 from tests.parity import dc_ae_oracle as oracle
@@ -67,7 +69,7 @@ def autoencoder():
 def test_whole_autoencoder_beside_diffusers(autoencoder):
     """Scaling, network, cutting and blending together."""
     model, scale = torch_tiled(TILES), autoencoder.config.scaling_factor
-    images, latents = oracle.draw(1, 56, 64, 3), oracle.draw(1, 7, 8, 8)
+    images, latents = oracle.draw(1, 56, 24, 3), oracle.draw(1, 3, 11, 8)
     with torch.no_grad(), jax.default_matmul_precision("highest"):
         encoded = oracle.channels_last(model.encode(oracle.channels_first(images)).latent) * scale
         decoded = oracle.channels_last(model.decode(oracle.channels_first(latents) / scale).sample)
@@ -77,7 +79,7 @@ def test_whole_autoencoder_beside_diffusers(autoencoder):
         assert oracle.relative_error(autoencoder.decode(latents, tiling=False), decoded) > 1e-3
     tiled = [line for line in autoencoder.lines if "tiles" in line]
     assert len(tiled) == 2
-    assert tiled[1].startswith("decoding 56x64 pixels in tiles of 32x40 every 24x24")
+    assert tiled[1].startswith("decoding 24x88 pixels in tiles of 32x40 every 24x24")
 
 
 @pytest.mark.parametrize(
@@ -130,11 +132,15 @@ def test_large_batches_go_picture_by_picture(autoencoder, monkeypatch):
 def test_memory_of_the_networks_is_bounded(method):
     """Twice the picture's side: the same programs tile by tile, four times the memory otherwise."""
 
+    two_stages = {f"{half}_block_out_channels": (8, 16) for half in ("encoder", "decoder")}
+    two_stages |= {f"{half}_layers_per_block": (1, 1) for half in ("encoder", "decoder")}
+    two_stages |= {f"{half}_qkv_multiscales": ((), ()) for half in ("encoder", "decoder")}
+    config = DCAEConfig(latent_channels=4, **two_stages)
+    params = init_params(config, jax.random.key(0))
+
     def peak(pixels: int, tiling: bool) -> int:
-        autoencoder = DCAutoencoder.from_params(
-            oracle.jax_config("sana"), oracle.params_for("sana"), tiles=Tiles((64, 64), (48, 48)), say=lambda line: None
-        )
-        side, channels = (pixels, 3) if method == "encode" else (pixels // FACTOR, 8)
+        autoencoder = DCAutoencoder.from_params(config, params, tiles=Tiles((64, 64), (48, 48)), say=lambda line: None)
+        side, channels = (pixels, 3) if method == "encode" else (pixels // 2, 4)
         getattr(autoencoder, method)(np.zeros((1, side, side, channels), np.float32), tiling=tiling)
         return max(program.memory_analysis().temp_size_in_bytes for program in autoencoder.programs.values())
 

@@ -132,7 +132,7 @@ class Touch:
 def test_a_pickle_that_executes_is_refused(tmp_path, protocol):
     trap = tmp_path / "executed"
     torch.save({"a": torch.zeros(1), "b": Touch(trap)}, tmp_path / "a.pth", pickle_protocol=protocol)
-    with pytest.raises(CheckpointError, match="mkdir|GLOBAL|which no file of weights needs"):
+    with pytest.raises(CheckpointError, match=r"mkdir|GLOBAL|which no file of weights needs"):
         TorchSource(tmp_path / "a.pth")
     assert not trap.exists()
     # the trap works: the standard library falls into it
@@ -150,7 +150,7 @@ def test_an_argparse_namespace_is_named(tmp_path):
 def test_the_format_before_1_6_is_refused(tmp_path):
     trap = tmp_path / "executed"
     torch.save({"a": Touch(trap)}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
-    with pytest.raises(CheckpointError, match="before version 1.6.*weights_only=True"):
+    with pytest.raises(CheckpointError, match=r"before version 1.6.*weights_only=True"):
         TorchSource(tmp_path / "a.pth")
     (tmp_path / "b.pth").write_bytes(pickle.dumps(Touch(trap)))
     with pytest.raises(CheckpointError, match="can't be read without running it"):
