@@ -69,7 +69,7 @@ def _describe(component: Component, every: bool, report: Report) -> None:
     for what, names in (
         ("missing", problems.missing),
         ("unexpected", problems.unexpected),
-        ("of another shape", problems.misshapen),
+        ("of another shape or dtype", problems.misshapen),
     ):
         shown = names if every else names[:_SHOWN]
         for tensor in shown:

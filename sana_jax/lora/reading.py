@@ -86,7 +86,9 @@ class Lora:
         """One line on what the file changes, and one for each kind of thing that is not as one would expect."""
         ranks, scales = ([getattr(layer, name) for layer in self.layers] for name in ("rank", "scale"))
         blocks = sorted({layer.layer for layer in self.layers if layer.layer is not None})
-        where = f" in blocks {blocks[0]} to {blocks[-1]}" if blocks else ""
+        where = ""
+        if blocks:
+            where = f" in block {blocks[0]}" if len(blocks) == 1 else f" in blocks {blocks[0]} to {blocks[-1]}"
         lines = [
             f"LoRA {self.location}: changes {len(self.layers)} layers{where}, rank {_range(ranks)}, scale "
             f"{_range(scales)}"

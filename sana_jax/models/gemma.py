@@ -21,6 +21,8 @@ from sana_jax.nn.initializers import scaled_normal
 MODEL_TYPE = "gemma2"
 SLIDING, FULL = "sliding_attention", "full_attention"
 _ACTIVATION = "gelu_pytorch_tanh"
+# Larger numbers are a damaged file, and describing their arrays could take for ever.
+_LARGEST, _MOST_LAYERS = 1 << 20, 1 << 10
 # What transformers writes into every config.json, or what belongs to generation, training and the language-model head.
 _WITHOUT_EFFECT = frozenset({
     "add_cross_attention", "architectures", "attention_dropout", "bos_token_id", "cache_implementation",
@@ -82,11 +84,15 @@ class GemmaConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or value < 1):
-                raise _not_allowed(field.name, value, "a whole number from 1")
+            if field.type == "int" and (type(value) is not int or not 1 <= value <= _LARGEST):
+                raise _not_allowed(field.name, value, f"a whole number from 1 to {_LARGEST}")
             optional = value is None and "None" in field.type
             if field.type.startswith("float") and not optional and not _positive_number(value):
                 raise _not_allowed(field.name, value, "a finite number above 0")
+        if self.num_hidden_layers > _MOST_LAYERS:
+            raise _not_allowed("num_hidden_layers", self.num_hidden_layers, f"up to {_MOST_LAYERS}")
+        if self.num_attention_heads * self.head_dim > _LARGEST:
+            raise _not_allowed("head_dim", self.head_dim, f"up to {_LARGEST} channels of all heads")
         if self.hidden_activation != _ACTIVATION:
             raise _not_allowed("hidden_activation", self.hidden_activation, _ACTIVATION)
         if self.num_attention_heads % self.num_key_value_heads:

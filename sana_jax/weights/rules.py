@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import PyTree
@@ -57,6 +58,7 @@ class Place(NamedTuple):
     layer: int | None
     layout: Layout
     shape: tuple[int, ...]  # as the checkpoint has it
+    floating: bool = True  # whether its numbers are floating-point ones
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Misfits:
         return bool(self.missing or self.unexpected or self.misshapen)
 
     def __str__(self) -> str:
-        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.misshapen}
+        parts = {"missing": self.missing, "unexpected": self.unexpected, "of another shape or dtype": self.misshapen}
         return "; ".join(
             f"{len(names)} {what}: {first_few(list(names), 'tensors')}" for what, names in parts.items() if names
         )
@@ -107,11 +109,12 @@ def places(rules: Sequence[Rule], abstract: PyTree) -> dict[str, Place]:
                 "that belongs to the weights"
             )
         shape = rule.layout.shape_in_theirs(leaf.shape[1:] if stacked else leaf.shape)
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         for layer in range(leaf.shape[0]) if stacked else (None,):
             key = theirs.replace(LAYER, str(layer))
             if key in found:
                 raise ValueError(f"{name} and {'/'.join(found[key].path)} both want {key}")
-            found[key] = Place(path, layer, rule.layout, shape)
+            found[key] = Place(path, layer, rule.layout, shape, floating)
     return found
 
 
@@ -124,6 +127,16 @@ def misfits(source: TensorSource, wanted: dict[str, Place], ignored: Sequence[st
         for name, place in wanted.items()
         if name in there and tuple(there[name].shape) != place.shape
     ]
+    misshapen += [
+        f"{name} {describe_array(there[name])}, not {'floating-point' if place.floating else 'whole'} numbers"
+        for name, place in wanted.items()
+        if name in there and jnp.issubdtype(there[name].dtype, jnp.floating) != place.floating
+    ]
+    both = {name: there[name].dtype.name for name in wanted if name in there}
+    if {"float16", "bfloat16"} <= set(both.values()):
+        # No checkpoint mixes them, and one read as the other is wrong without looking wrong.
+        rare = min(("float16", "bfloat16"), key=list(both.values()).count)
+        misshapen += [f"{name} is {rare} among others" for name, dtype in both.items() if dtype == rare]
     return Misfits(
         tuple(f"{name} {list(place.shape)}" for name, place in wanted.items() if name not in there),
         tuple(f"{name} {describe_array(there[name])}" for name in extra),

@@ -28,6 +28,7 @@ from sana_jax.nn.attention import mask_to_bias
 from tests.benchmarks.timing import Timing, paired_ratio, ratio, time_interleaved
 
 CONFIG = SanaConfig.sana_1600m()
+MODELS = {"600m": SanaConfig.sana_600m(), "1600m": CONFIG}
 CAPTION_TOKENS, KEPT_TOKENS = 300, 40
 LATENT_SIDE = {512: 16, 1024: 32}
 TIMESTEP = 999.0
@@ -65,9 +66,9 @@ def compile_timed(function: Callable, *arguments, static_argnums: tuple[int, ...
 # --- one block ------------------------------------------------------------------------------------------------------
 
 
-def block_function(side: int) -> tuple[Callable[[], jax.Array], dict]:
+def block_function(side: int, config: SanaConfig = CONFIG) -> tuple[Callable[[], jax.Array], dict]:
     """One block of full width on side x side tokens, and its compilation."""
-    block, tokens, features = SanaBlock(CONFIG), side * side, CONFIG.inner_dim
+    block, tokens, features = SanaBlock(config), side * side, config.inner_dim
     x, caption = array(1, tokens, features), array(1, CAPTION_TOKENS, features)
     bias, time_vectors = array(1, 1, 1, CAPTION_TOKENS), array(1, 6, features)
 
@@ -84,11 +85,11 @@ def block_function(side: int) -> tuple[Callable[[], jax.Array], dict]:
     return functools.partial(compiled, *arguments), compilation
 
 
-def block_products_function(side: int) -> Callable[[], list[jax.Array]]:
+def block_products_function(side: int, config: SanaConfig = CONFIG) -> Callable[[], list[jax.Array]]:
     """The matrix products of one block alone: against weights, and inside both attentions."""
-    tokens, features, hidden = side * side, CONFIG.inner_dim, CONFIG.mlp_hidden
-    heads, size = CONFIG.num_attention_heads, CONFIG.attention_head_dim
-    cross_heads, cross_size = CONFIG.num_cross_attention_heads, CONFIG.cross_attention_head_dim
+    tokens, features, hidden = side * side, config.inner_dim, config.mlp_hidden
+    heads, size = config.num_attention_heads, config.attention_head_dim
+    cross_heads, cross_size = config.num_cross_attention_heads, config.cross_attention_head_dim
     square = array(features, features)
     weights = random_like({
         "tokens": [square] * 6,  # self-attention's q, k, v and output; cross-attention's q and output
@@ -127,18 +128,20 @@ def block_products_function(side: int) -> Callable[[], list[jax.Array]]:
 # --- the whole network ----------------------------------------------------------------------------------------------
 
 
-def network_params() -> dict:
-    model = SanaTransformer(CONFIG)
-    arguments = (array(1, 2, 2, CONFIG.in_channels), array(1, 3, CONFIG.caption_channels), array(1))
+def network_params(config: SanaConfig = CONFIG) -> dict:
+    model = SanaTransformer(config)
+    arguments = (array(1, 2, 2, config.in_channels), array(1, 3, config.caption_channels), array(1))
     shapes = jax.eval_shape(lambda *arrays: model.init(jax.random.key(0), *arrays), *arguments)["params"]
     return random_like(shapes)
 
 
-def network_function(params: dict, side: int, scan_blocks: bool) -> tuple[Callable[[], jax.Array], dict]:
-    """The 1.6B network on a side x side latent, and its compilation."""
-    model = SanaTransformer(CONFIG, scan_blocks=scan_blocks)
+def network_function(
+    params: dict, side: int, scan_blocks: bool, config: SanaConfig = CONFIG
+) -> tuple[Callable[[], jax.Array], dict]:
+    """The whole network on a side x side latent, and its compilation."""
+    model = SanaTransformer(config, scan_blocks=scan_blocks)
     latent, caption = random_like(
-        (array(1, side, side, CONFIG.in_channels), array(1, CAPTION_TOKENS, CONFIG.caption_channels)), 1.0
+        (array(1, side, side, config.in_channels), array(1, CAPTION_TOKENS, config.caption_channels)), 1.0
     )
 
     def run(params, latent, caption, timestep, mask):
@@ -149,28 +152,28 @@ def network_function(params: dict, side: int, scan_blocks: bool) -> tuple[Callab
     return functools.partial(compiled, *arguments), compilation
 
 
-def network_products_function(side: int) -> Callable[[], list]:
+def network_products_function(side: int, config: SanaConfig = CONFIG) -> Callable[[], list]:
     """The matrix products of the whole network alone: those of a block, once per layer, and those around the blocks.
 
     The weights of one block are 312 MB, far more than a cache holds, so using them again is no help.
     """
-    block = block_products_function(side)
-    features = CONFIG.inner_dim
+    block = block_products_function(side, config)
+    features = config.inner_dim
     shapes = [  # rows, in, out
-        (side * side, CONFIG.in_channels, features),
-        (CAPTION_TOKENS, CONFIG.caption_channels, features),
+        (side * side, config.in_channels, features),
+        (CAPTION_TOKENS, config.caption_channels, features),
         (CAPTION_TOKENS, features, features),
         (1, 256, features),
         (1, features, features),
         (1, features, 6 * features),
-        (side * side, features, CONFIG.out_channels),
+        (side * side, features, config.out_channels),
     ]
     pairs = random_like([(array(rows, inner), array(inner, out)) for rows, inner, out in shapes])
     outer = jax.jit(lambda pairs: [left @ right for left, right in pairs])
 
     def run() -> list:
         results = outer(pairs)
-        for _ in range(CONFIG.num_layers):
+        for _ in range(config.num_layers):
             # One block's results at a time are alive, as in the network.
             results = jax.block_until_ready(block())
         return results
@@ -178,13 +181,15 @@ def network_products_function(side: int) -> Callable[[], list]:
     return run
 
 
-def torch_seconds(sides: dict[str, int], repetitions: int, threads: int) -> dict[str, Timing]:
+def torch_seconds(
+    sides: dict[str, int], repetitions: int, threads: int, config: SanaConfig = CONFIG
+) -> dict[str, Timing]:
     """Times diffusers' network, with weights of the same distribution."""
     import torch
     from diffusers import SanaTransformer2DModel
 
     torch.set_num_threads(threads)
-    fields = CONFIG.to_dict()
+    fields = config.to_dict()
     del fields["_class_name"]
     with torch.device("meta"):
         model = SanaTransformer2DModel(**fields)
@@ -193,7 +198,7 @@ def torch_seconds(sides: dict[str, int], repetitions: int, threads: int) -> dict
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02, generator=generator)
-    caption = torch.randn(1, CAPTION_TOKENS, CONFIG.caption_channels, generator=generator)
+    caption = torch.randn(1, CAPTION_TOKENS, config.caption_channels, generator=generator)
     mask = torch.from_numpy(caption_mask())
 
     def forward(latent):
@@ -201,12 +206,12 @@ def torch_seconds(sides: dict[str, int], repetitions: int, threads: int) -> dict
             return model(latent, caption, torch.full((1,), TIMESTEP), encoder_attention_mask=mask, return_dict=False)
 
     latents = {
-        name: torch.randn(1, CONFIG.in_channels, side, side, generator=generator) for name, side in sides.items()
+        name: torch.randn(1, config.in_channels, side, side, generator=generator) for name, side in sides.items()
     }
     functions = {name: functools.partial(forward, latent) for name, latent in latents.items()}
     # The same products as beside our network: by their two times one sees whether the machine's speed has changed.
     for name, side in sides.items():
-        functions[f"{name}_products"] = network_products_function(side)
+        functions[f"{name}_products"] = network_products_function(side, config)
     return time_interleaved(functions, repetitions, jax.block_until_ready)
 
 
@@ -229,10 +234,10 @@ def environment() -> dict:
     }
 
 
-def measure_block(side: int = 32, repetitions: int = 15) -> dict:
+def measure_block(side: int = 32, repetitions: int = 15, config: SanaConfig = CONFIG) -> dict:
     """One block beside its matrix products."""
-    block, compilation = block_function(side)
-    names = {"block": block, "block_products": block_products_function(side)}
+    block, compilation = block_function(side, config)
+    names = {"block": block, "block_products": block_products_function(side, config)}
     timings = time_interleaved(names, repetitions, jax.block_until_ready)
     return {
         "timings": timings,
@@ -241,20 +246,22 @@ def measure_block(side: int = 32, repetitions: int = 15) -> dict:
     }
 
 
-def measure_network(repetitions: int = 5, scan_blocks: bool = True, torch_threads: int = 2) -> dict:
+def measure_network(
+    repetitions: int = 5, scan_blocks: bool = True, torch_threads: int = 2, config: SanaConfig = CONFIG
+) -> dict:
     """The network at 512 and 1024 px beside its matrix products, then, its weights freed, PyTorch's."""
-    params = network_params()
+    params = network_params(config)
     functions, compilation = {}, {}
     for pixels, side in LATENT_SIDE.items():
         name = f"network_{pixels}"
-        functions[name], compilation[name] = network_function(params, side, scan_blocks)
-        functions[f"{name}_products"] = network_products_function(side)
+        functions[name], compilation[name] = network_function(params, side, scan_blocks, config)
+        functions[f"{name}_products"] = network_products_function(side, config)
     timings = time_interleaved(functions, repetitions, jax.block_until_ready)
     del params, functions
     gc.collect()
     jax.clear_caches()
     sides = {f"torch_{pixels}": side for pixels, side in LATENT_SIDE.items()}
-    timings |= torch_seconds(sides, repetitions, torch_threads)
+    timings |= torch_seconds(sides, repetitions, torch_threads, config)
     ratios = {}
     for pixels in LATENT_SIDE:
         ours = timings[f"network_{pixels}"]
@@ -290,15 +297,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--repetitions", type=int, default=5, help="of the whole network; a block gets three times that"
     )
+    parser.add_argument("--model", choices=MODELS, default="1600m", help="which network")
     parser.add_argument("--unrolled", action="store_true", help="time the unrolled blocks instead of the scan")
     parser.add_argument("--torch-threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
 
     report = environment()
-    parts = [measure_block(repetitions=3 * options.repetitions)]
+    config = MODELS[options.model]
+    parts = [measure_block(repetitions=3 * options.repetitions, config=config)]
     if options.full:
-        parts.append(measure_network(options.repetitions, not options.unrolled, options.torch_threads))
+        parts.append(measure_network(options.repetitions, not options.unrolled, options.torch_threads, config))
     for key in ("timings", "compilation", "ratios"):
         report[key] = {name: value for part in parts for name, value in part[key].items()}
     report["timings"] = {name: timing.summary() for name, timing in report["timings"].items()}

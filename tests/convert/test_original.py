@@ -11,7 +11,7 @@ from diffusers import SanaTransformer2DModel
 from safetensors.torch import save_file
 
 from configs.published import PUBLISHED_TRANSFORMERS
-from convert import original
+from convert import original as original_files
 from convert.engine import export_model, import_model
 from convert.original import infer_config
 from convert.renames import RenamedSource
@@ -214,7 +214,7 @@ def test_files_that_do_not_fit(change, message, tmp_path):
 
 def test_published_sizes_are_inferred(monkeypatch):
     """Full-size names and shapes of every published transformer, on no memory at all."""
-    monkeypatch.setattr(original, "_HEAD_SIZE", 32)
+    monkeypatch.setattr(original_files, "_HEAD_SIZE", 32)
     for name, published in PUBLISHED_TRANSFORMERS.items():
         wanted = published.config
         fields = {k: v for k, v in wanted.to_dict().items() if not k.startswith("_")}

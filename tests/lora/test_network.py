@@ -1,0 +1,122 @@
+"""The network with a LoRA beside its parameters against PEFT's: outputs and gradients, for every kind of layer."""
+
+from __future__ import annotations
+
+import copy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from sana_jax.lora import init_lora, lora_tree, merge_lora, read_lora
+from sana_jax.lora.trees import ATTENTION
+from sana_jax.models.sana import SanaTransformer
+from sana_jax.pipelines.opening import abstract_params
+from sana_jax.weights.rules import flatten
+from sana_jax.weights.tables.sana import transformer_rules
+from tests.lora.lora_oracle import ALL_LINEAR, CONV
+from tests.parity.sana_oracle import (
+    MASK,
+    channels_last,
+    draw_inputs,
+    jax_config,
+    params_for,
+    relative_error,
+    torch_inputs,
+    torch_model,
+)
+
+FORWARD, GRADIENT = 1e-5, 1e-4
+TARGETS = [*ALL_LINEAR, *CONV]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _full_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture(scope="module", params=["patch-2", "sprint"])
+def case(request, tmp_path_factory):
+    """(variant, our model, base parameters, LoRA tree, inputs, expected output, expected gradients of the LoRA)."""
+    variant = request.param
+    config = jax_config(variant)
+    model = copy.deepcopy(torch_model(variant))
+    model.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=TARGETS))
+    generator = torch.Generator().manual_seed(5)
+    adapter = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        for parameter in adapter.values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.4 / parameter[0].numel() ** 0.5)
+    inputs = draw_inputs(config)
+    with sdpa_kernel(SDPBackend.MATH):
+        out = model(**torch_inputs(inputs, MASK), return_dict=False)[0]
+    weights = torch.from_numpy(np.ascontiguousarray(inputs.output_weights.transpose(0, 3, 1, 2)))
+    found = torch.autograd.grad((out * weights).sum(), list(adapter.values()))
+    directory = tmp_path_factory.mktemp(variant)
+    values = get_peft_model_state_dict(model)
+    gradients = {name.replace(".default", ""): gradient for name, gradient in zip(adapter, found)}
+    assert set(values) == set(gradients)
+    transformer = SanaTransformer(config)
+    trees = []
+    for name, tensors in (("values", values), ("gradients", gradients)):
+        path = directory / f"{name}.safetensors"
+        save_file({f"transformer.{key}": tensor.contiguous() for key, tensor in tensors.items()}, path)
+        abstract = abstract_params(transformer)
+        trees.append(lora_tree([(read_lora(path, transformer_rules(config), abstract), 1.0)], abstract))
+    return variant, transformer, params_for(variant), trees[0], inputs, channels_last(out), trees[1]
+
+
+def apply(transformer, variables, inputs):
+    arrays = {name: None if array is None else jnp.asarray(array) for name, array in inputs.arrays().items()}
+    return transformer.apply(variables, **arrays, encoder_attention_mask=jnp.asarray(MASK))
+
+
+def test_output(case):
+    variant, transformer, params, lora, inputs, expected, _ = case
+    run = jax.jit(lambda variables: apply(transformer, variables, inputs))
+    beside = run({"params": params, "lora": lora})
+    merged = run({"params": merge_lora(params, lora)})
+    unrolled = SanaTransformer(jax_config(variant), scan_blocks=False)
+    in_turn = jax.jit(lambda variables: apply(unrolled, variables, inputs))({"params": params, "lora": lora})
+    print(f"{relative_error(beside, expected):.2e} {relative_error(merged, expected):.2e}")
+    assert relative_error(run({"params": params}), expected) > 0.01
+    for found in (beside, merged, in_turn):
+        assert relative_error(found, expected) <= FORWARD
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_gradients(case, remat):
+    variant, _, params, lora, inputs, _, expected = case
+    transformer = SanaTransformer(jax_config(variant), remat=remat)
+
+    def loss(lora):
+        return (apply(transformer, {"params": params, "lora": lora}, inputs) * inputs.output_weights).sum()
+
+    found, wanted = flatten(jax.jit(jax.grad(loss))(lora)), flatten(expected)
+    assert set(found) == set(wanted)
+    errors = {"/".join(path): relative_error(found[path], wanted[path]) for path in wanted}
+    worst = max(errors, key=errors.get)
+    print(f"worst {worst} {errors[worst]:.2e}")
+    assert errors[worst] <= GRADIENT
+
+
+def test_a_fresh_lora_changes_nothing_and_learns(case):
+    _, transformer, params, _, inputs, _, _ = case
+    lora = init_lora(abstract_params(transformer), ATTENTION, 2, jax.random.key(0))
+    run = jax.jit(lambda variables: apply(transformer, variables, inputs))
+    np.testing.assert_allclose(run({"params": params, "lora": lora}), run({"params": params}), atol=1e-6)
+
+    def loss(lora):
+        return jnp.square(apply(transformer, {"params": params, "lora": lora}, inputs)).mean()
+
+    step = jax.jit(lambda lora: jax.tree.map(lambda p, g: p - 0.3 * g, lora, jax.grad(loss)(lora)))
+    first = float(loss(lora))
+    for _ in range(5):
+        lora = step(lora)
+    assert float(loss(lora)) < 0.95 * first
