@@ -27,7 +27,7 @@ def inspect_model(
     Raises:
         FileNotFoundError, UserError: there is nothing that can be described.
     """
-    model = open_model(source, choices)
+    model = open_model(source, choices, checksums=False)
     report(f"{model.path}: {_kind(model.index, model.components)}")
     for component in model.components:
         _describe(component, every, report)

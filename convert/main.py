@@ -140,7 +140,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         UserError, FileNotFoundError: a mistake in the options or the checkpoint.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    name = words.pop(0) if words else "--help"
+    if not words:
+        raise UserError(f"no command; allowed are {', '.join(COMMANDS)}: {PROG} COMMAND SRC ..., or {PROG} --help")
+    name = words.pop(0)
     if name in ("-h", "--help"):
         print(f"usage: {PROG} COMMAND ...\n")
         for command_name, command in COMMANDS.items():

@@ -146,8 +146,13 @@ def tensor_bytes(info: TensorInfo) -> int:
     return count
 
 
-def open_model(path: str | Path, choices: Choices | None = None) -> Model:
+def open_model(path: str | Path, choices: Choices | None = None, *, checksums: bool = True) -> Model:
     """Finds out what a source is and opens all of it. No tensor is read.
+
+    Args:
+        path: a directory or file.
+        choices: what it leaves open.
+        checksums: whether files of ours are compared with their checksums, which reads them, or by their sizes alone.
 
     Raises:
         FileNotFoundError: there is nothing of this name.
@@ -165,13 +170,13 @@ def open_model(path: str | Path, choices: Choices | None = None) -> Model:
             ".pth or .safetensors file"
         )
     if (path / INDEX).is_file() and (path / "checkpoints").is_dir():
-        return _open_run(path, choices)
+        return _open_run(path, choices, checksums)
     _refuse(choices, path, "weights", "checkpoint_step")
     if (path / INDEX).is_file():
-        return _open_directory(path, choices)
+        return _open_directory(path, choices, checksums)
     if (path / CONFIG).is_file():
         notes: list[str] = []
-        component = open_component(path, "", choices.variant, notes)
+        component = open_component(path, "", choices.variant, notes, checksums)
         return Model(path, None, (component,), contract=_lone_contract(path, component), notes=tuple(notes))
     inside = sorted(str(found) for end in ("pth", "pt") for found in path.glob(f"**/*.{end}"))[:3]
     advice = f"name the file: {', '.join(inside)}" if inside else "name another directory"
@@ -189,7 +194,7 @@ def _refuse(choices: Choices, path: Path, *names: str) -> None:
             )
 
 
-def _open_directory(path: Path, choices: Choices) -> Model:
+def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
     _refuse(choices, path, "image_size", "flow_shift")
     index = read_json(path / INDEX)
     components, copies, notes, failures = [], {}, [], {}
@@ -208,7 +213,7 @@ def _open_directory(path: Path, choices: Choices) -> Model:
                 )
         else:
             try:
-                components.append(open_component(folder, name, choices.variant, notes))
+                components.append(open_component(folder, name, choices.variant, notes, checksums))
             except (UserError, FileNotFoundError) as error:
                 failures[name] = error
     copies |= {file: file.name for file in _small_files(path, _LICENSE_FILES, None)}
@@ -222,7 +227,9 @@ def _open_directory(path: Path, choices: Choices) -> Model:
     return Model(path, index, tuple(components), copies, {}, contract, tuple(notes), failures)
 
 
-def open_component(directory: Path, folder: str, variant: str | None, notes: list[str]) -> Component:
+def open_component(
+    directory: Path, folder: str, variant: str | None, notes: list[str], checksums: bool = True
+) -> Component:
     """One component's directory, published or converted; ``notes`` gets what the user should know.
 
     Raises:
@@ -234,6 +241,8 @@ def open_component(directory: Path, folder: str, variant: str | None, notes: lis
     if converted.is_dir():
         if variant is not None:
             raise UserError(f"--variant {variant}: {directory} is converted and has no variants; leave it out")
+        if problem := find_damage(converted, checksums=checksums):
+            raise CheckpointError(f"the weights in {converted} are damaged: {problem}; delete them and convert again")
         return _open_saved(directory, folder, config, converted, "converted", directory / KEPT)
     file = _weights_file(directory, stem_of(class_of(config)), variant, notes)
     source = SafetensorsSource(file)
@@ -260,8 +269,6 @@ def _open_saved(
 ) -> Component:
     """Weights that Orbax wrote, under their published names."""
     network = network_of(config, str(directory / CONFIG))
-    if origin == "converted" and (problem := find_damage(saved)):
-        raise CheckpointError(f"the weights in {saved} are damaged: {problem}; delete them and convert again")
     files = tuple((file, file.stat().st_size) for file in sorted(saved.rglob("*")) if file.is_file())
     tree = lazy_saved_tree(saved)
     problems = _tree_misfits(tree, network.abstract)
@@ -318,7 +325,7 @@ def _tree_misfits(saved: Any, abstract: Any) -> Misfits:
     )
 
 
-def _open_run(path: Path, choices: Choices) -> Model:
+def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     """A training run: its transformer, as a component of its own."""
     _refuse(choices, path, "variant", "image_size", "flow_shift")
     config = read_json(path / "transformer" / CONFIG)
@@ -333,7 +340,7 @@ def _open_run(path: Path, choices: Choices) -> Model:
         raise CheckpointError(f"{path} was trained without averaged weights; leave --weights ema out")
     if which == "auto":
         which = "ema" if "ema" in items else "params"
-    if problem := find_damage(checkpoints / str(step), [which]):
+    if problem := find_damage(checkpoints / str(step), [which], checksums=checksums):
         raise damaged_checkpoint(checkpoints, step, problem, "load")
     saved = checkpoints / str(step) / which
     component = _open_saved(path / "transformer", "", config, saved, "training run")

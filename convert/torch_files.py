@@ -24,7 +24,7 @@ import numpy as np
 
 from sana_jax.errors import CheckpointError
 from sana_jax.weights.messages import first_few, one_line
-from sana_jax.weights.safetensors_files import LFS_POINTER, TensorInfo, all_finite
+from sana_jax.weights.safetensors_files import LFS_POINTER, TensorInfo, all_finite, is_tensor_name
 
 Which = Literal["auto", "params", "ema"]
 
@@ -114,7 +114,10 @@ class TorchSource:
         """
         (dtype, key, _), offset, shape, strides = self._tensors[name]
         span = 0 if 0 in shape else 1 + sum((length - 1) * stride for length, stride in zip(shape, strides))
-        flat = np.fromfile(self._path, dtype, span, offset=self._starts[key][0] + offset * dtype.itemsize)
+        try:
+            flat = np.fromfile(self._path, dtype, span, offset=self._starts[key][0] + offset * dtype.itemsize)
+        except OSError as error:
+            raise CheckpointError(f"{self._path} can't be read ({error.strerror})") from error
         if flat.size != span:
             raise CheckpointError(f"{self._path} ends within the tensor {name}; download or copy it again")
         if not all_finite(flat):
@@ -144,8 +147,11 @@ class TorchSource:
 def _check_kind(path: Path) -> None:
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}; name the checkpoint")
-    with open(path, "rb") as file:
-        head = file.read(len(LFS_POINTER))
+    try:
+        with open(path, "rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror})") from error
     if head == LFS_POINTER:
         raise CheckpointError(f"{path} is a pointer to the weights, not the weights: fetch them with git lfs pull")
     if head.startswith(b"PK"):
@@ -364,8 +370,12 @@ def _choose_section(root: Any, which: Which, path: Path) -> tuple[str, Mapping[s
 
 
 def _tensors_of(weights: Mapping[Any, Any], path: Path) -> dict[str, _Tensor]:
-    others = [f"{name!r} ({type(value).__name__})" for name, value in weights.items() if not isinstance(value, _Tensor)]
-    others += [repr(name) for name in weights if not isinstance(name, str)]
+    others = [
+        f"{str(name)[:100]!r} ({type(value).__name__})"
+        for name, value in weights.items()
+        if not isinstance(value, _Tensor)
+    ]
+    others += [repr(name)[:100] for name in weights if not is_tensor_name(name)]
     if others or not weights:
         raise CheckpointError(
             f"{path} holds {first_few(others, 'entries') or 'nothing'} where tensors were expected; allowed are a dict "

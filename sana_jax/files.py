@@ -48,7 +48,10 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     advice = "download or write it again"
     if (size := path.stat().st_size) > _LONGEST_JSON:
         raise UserError(f"{path} has {size} bytes; allowed are {_LONGEST_JSON}: {advice}")
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}): {advice}") from error
     if text.startswith(b"version https://git-lfs"):
         raise UserError(f"{path} is a pointer to the file, not the file: fetch it with git lfs pull")
     try:

@@ -140,7 +140,7 @@ def read_lora(
         name = names.find(module)
         if name is None:
             _refuse_more_blocks(source.location, names, module, targets)
-            unmatched.append(key)
+            unmatched.append(key[:200])
             continue
         parts = found.setdefault(name, {})
         if part in parts:
@@ -305,7 +305,7 @@ def _alpha_and_scale(
 
 
 def _examples(names: Sequence[str] | Mapping[str, object]) -> str:
-    return ", ".join(name[:120] for name in list(names)[:3]) or "(it has none)"
+    return ", ".join(name[:200] for name in list(names)[:3]) or "(it has none)"
 
 
 def _range(values: Sequence[float]) -> str:

@@ -34,3 +34,13 @@ SANA: tuple[Rule, ...] = (
     (r"caption_norm/scale", (None,)),
     (r"scale_shift_table", (None, None)),
 )
+
+# A ControlNet has the transformer's blocks and embeddings, and neither q/k norms nor an output layer.
+_NOT_IN_A_CONTROLNET = (r"transformer_blocks/attn[12]/norm_[qk]/scale", r"proj_out/kernel", r"scale_shift_table")
+CONTROLNET: tuple[Rule, ...] = (
+    *(rule for rule in SANA if rule[0] not in _NOT_IN_A_CONTROLNET),
+    (r"input_block/kernel", ("fsdp", None)),
+    (r"input_block/bias", (None,)),
+    (r"controlnet_blocks/kernel", (None, "fsdp", None)),
+    (r"controlnet_blocks/bias", (None, None)),
+)

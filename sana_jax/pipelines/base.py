@@ -25,7 +25,7 @@ from sana_jax.errors import UserError
 from sana_jax.images import to_pil
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.checks import check_finite, check_multiple
-from sana_jax.pipelines.image_inputs import read_picture, to_network_range
+from sana_jax.pipelines.image_inputs import place, to_network_range
 from sana_jax.pipelines.lora import LoraPipeline
 from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.pipelines.opening import abstract_params, open_model, save_model
@@ -38,7 +38,7 @@ from sana_jax.pipelines.residency import (
     describe_plan,
     leave,
 )
-from sana_jax.pipelines.resolution import Binning, resize_and_crop, size_to_sample
+from sana_jax.pipelines.resolution import Binning, kept_window, resize_and_crop, size_to_sample
 from sana_jax.pipelines.sampling_function import initial_latents
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights.components import Resident
@@ -278,9 +278,9 @@ class ImagePipeline(LoraPipeline):
         width: int | None,
         binning: Binning | None,
         latents: Any = None,
-        picture: Any = None,
+        pictures: Sequence[Any] | None = None,
     ) -> Size:
-        """The size asked for (by the arguments, the latents, the picture, or the defaults), and the one sampled."""
+        """The size asked for (by the arguments, the latents, the pictures, or the defaults), and the one sampled."""
         factor = self.autoencoder.spatial_factor
         if latents is not None:
             if np.ndim(latents) != 4:
@@ -289,7 +289,11 @@ class ImagePipeline(LoraPipeline):
             width = np.shape(latents)[3] * factor if width is None else width
             if binning in (None, "nearest"):
                 binning = "off"  # latents have the size that is sampled
-        fallback = (self.defaults.height, self.defaults.width) if picture is None else picture.size[::-1]
+        sizes = {picture.size[::-1] for picture in pictures or ()}
+        if len(sizes) > 1 and (height is None or width is None):
+            shown = ", ".join(f"{rows}x{columns}" for rows, columns in sorted(sizes))
+            raise UserError(f"images of {shown} pixels; several are allowed if of one size: give height and width")
+        fallback = (self.defaults.height, self.defaults.width) if not sizes else next(iter(sizes))
         height = fallback[0] if height is None else height
         width = fallback[1] if width is None else width
         sampled = size_to_sample(height, width, binning, self.transformer.config.sample_size, factor)
@@ -317,16 +321,19 @@ class ImagePipeline(LoraPipeline):
             )
         return jnp.transpose(jnp.asarray(latents, jnp.float32), (0, 2, 3, 1))
 
-    def _encode_pictures(self, pictures: Any, count: int, size: Size, name: str) -> Float[Array, "B H W C"]:
-        """Latents of one picture for all, or of one for each; ``pictures`` as ``read_picture`` takes them."""
+    def _encode_pictures(self, pictures: Sequence[Any], count: int, size: Size, name: str) -> Float[Array, "B H W C"]:
+        """Latents of one picture for all, or of one for each; ``pictures`` are PIL images.
+
+        Each lies so that the cropping of the result gives back its place. diffusers stretches it over all that is
+        sampled, and where that is then cropped, the result is up to a few per cent out of place.
+        """
         if self.autoencoder.image_channels != 3:
             raise UserError(f"{name}: this model draws gray pictures and reads none; leave {name} out")
-        several = isinstance(pictures, list | tuple) or (isinstance(pictures, np.ndarray) and pictures.ndim == 4)
-        pictures = list(pictures) if several else [pictures]
         if len(pictures) not in (1, count):
             raise UserError(f"{len(pictures)} of {name} for {count} pictures; allowed is one for all or one each")
-        ready = [to_network_range(read_picture(picture, name), *size.sampled) for picture in pictures]
-        latents = jnp.asarray(self.autoencoder.encode(jnp.concatenate(ready)), jnp.float32)
+        window = kept_window(size.sampled, size.requested)
+        ready = [place(to_network_range(picture, *window)[0], size.sampled) for picture in pictures]
+        latents = jnp.asarray(self.autoencoder.encode(jnp.stack(ready)), jnp.float32)
         check_finite("encoding of the picture", latents)
         self._leave(AUTOENCODER)
         return jnp.broadcast_to(latents, (count, *latents.shape[1:]))
@@ -379,16 +386,15 @@ class ImagePipeline(LoraPipeline):
         output_type: OutputType,
         finish: Callable[[np.ndarray], np.ndarray] | None = None,
     ) -> Any:
-        """Latents as asked for; ``finish`` works on the decoded pictures before they are cropped and clamped."""
+        """Latents as asked for; ``finish`` works on the decoded pictures, cropped and not yet clamped."""
         if output_type == "latent":
             return np.asarray(jnp.transpose(latents, (0, 3, 1, 2)))
         decoded = self.autoencoder.decode(latents)
         check_finite("decoding", decoded)
         self._leave(AUTOENCODER)
-        decoded = np.asarray(decoded, np.float32)
+        decoded = resize_and_crop(np.asarray(decoded, np.float32), *size.requested)
         if finish is not None:
             decoded = finish(decoded)
-        decoded = resize_and_crop(decoded, *size.requested)
         pictures = np.clip(decoded / 2 + 0.5, 0.0, 1.0)
         return pictures if output_type == "np" else [to_pil(picture) for picture in pictures]
 

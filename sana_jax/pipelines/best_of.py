@@ -65,15 +65,18 @@ def best_of(
             f"num_candidates {num_candidates} and keep {keep}; allowed are 1 or more candidates, and from 1 to all of "
             "them kept"
         )
+    if not 0 <= seed <= 2**32 - num_candidates:
+        raise UserError(
+            f"seed {seed} with {num_candidates} candidates is not allowed; the last one's must be below 2³²: choose "
+            f"from 0 to {2**32 - num_candidates}"
+        )
     if arguments.get("num_images_per_prompt", 1) != 1 or "latents" in arguments:
         raise UserError("num_images_per_prompt and latents would draw one candidate again; leave them out")
     kept: list[tuple[float, int, Any]] = []
     scores: list[float] = []
     for index in range(num_candidates):
         image = pipeline(prompt, seed=seed + index, **arguments).images[0]
-        score = float(score_fn(image, prompt))
-        if math.isnan(score):
-            raise UserError(f"score_fn gave {score} for candidate {index}; allowed is a number: mend score_fn")
+        score = _number(score_fn(image, prompt), index)
         scores.append(score)
         # of equal scores the earlier one stays
         kept = sorted([*kept, (score, seed + index, image)], key=lambda entry: (-entry[0], entry[1]))[:keep]
@@ -83,3 +86,13 @@ def best_of(
         seeds=[candidate for _, candidate, _ in kept],
         all_scores=scores,
     )
+
+
+def _number(score: Any, index: int) -> float:
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if math.isnan(number):
+        raise UserError(f"score_fn gave {score!r} for candidate {index}; allowed is a number: mend score_fn")
+    return number

@@ -11,7 +11,7 @@ import numpy as np
 from sana_jax.errors import UserError
 from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.pipelines.base import SanaPipelineOutput
-from sana_jax.pipelines.image_inputs import read_picture
+from sana_jax.pipelines.image_inputs import read_pictures
 from sana_jax.pipelines.opening import open_model
 from sana_jax.pipelines.residency import CONTROLNET, Residency
 from sana_jax.pipelines.sampling_function import Network
@@ -124,17 +124,11 @@ class SanaControlNetPipeline(SanaPipeline):
             raise UserError(
                 f"controlnet_conditioning_scale {controlnet_conditioning_scale}; allowed is a finite number"
             )
-        several = isinstance(control_image, list | tuple)
-        control_image = (
-            [read_picture(picture, "control_image") for picture in control_image]
-            if several
-            else read_picture(control_image, "control_image")
-        )
         try:
             request = TextToImageRequest(prompt=prompt, **options)
         except TypeError as error:
             raise TypeError(f"SanaControlNetPipeline: {error}") from None
-        return self._draw(request, control_image, controlnet_conditioning_scale)
+        return self._draw(request, read_pictures(control_image, "control_image"), controlnet_conditioning_scale)
 
     def _network(self) -> Network:
         return Network(self.transformer, self.controlnet)

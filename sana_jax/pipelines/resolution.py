@@ -81,6 +81,7 @@ _BINS_2048 = _scaled((*_scaled(_BINS_1024, 2), *_MORE_BINS_2048), 1)
 # by the transformer's sample_size: latent side at a factor of 32
 BINS = {16: _scaled(_BINS_1024, 0.5), 32: _scaled(_BINS_1024, 1), 64: _BINS_2048, 128: _scaled(_BINS_2048, 2)}
 BINNED_FACTOR = 32
+_MOST_PIXELS = 1 << 28  # of a picture scaled to what was asked for: 16 times the largest that is sampled
 
 
 def nearest_bin(height: int, width: int, bins: tuple[Bin, ...]) -> Bin:
@@ -122,7 +123,27 @@ def size_to_sample(height: int, width: int, binning: Binning | None, sample_size
             f"size {height}x{width} is not one that this model was trained at; the nearest is "
             f"{found.height}x{found.width}: choose that, or binning nearest or off"
         )
+    scaled_height, scaled_width = _covering((found.height, found.width), (height, width))
+    if scaled_height * scaled_width > _MOST_PIXELS:
+        raise UserError(
+            f"size {height}x{width}: pictures of {found.height}x{found.width} would be scaled to "
+            f"{scaled_height}x{scaled_width} for it, more than {_MOST_PIXELS} pixels: choose a smaller size or one "
+            "nearer to a square"
+        )
     return found.height, found.width
+
+
+def _covering(sampled: tuple[int, int], requested: tuple[int, int]) -> tuple[int, int]:
+    """What the sampled size is scaled to before it is cropped to the requested one."""
+    ratio = max(want / have for want, have in zip(requested, sampled))
+    # rounding down may lose the last row of what was asked for
+    return tuple(max(int(have * ratio), want) for want, have in zip(requested, sampled))
+
+
+def kept_window(sampled: tuple[int, int], requested: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the middle of a sampled picture that ``resize_and_crop`` keeps."""
+    ratio = max(want / have for want, have in zip(requested, sampled))
+    return tuple(min(have, max(1, round(want / ratio))) for want, have in zip(requested, sampled))
 
 
 def resize_and_crop(pictures: Float[np.ndarray, "B H W C"], height: int, width: int) -> Float[np.ndarray, "B h w C"]:
@@ -133,9 +154,7 @@ def resize_and_crop(pictures: Float[np.ndarray, "B H W C"], height: int, width: 
     old_height, old_width = pictures.shape[1:3]
     if (old_height, old_width) == (height, width):
         return pictures
-    ratio = max(height / old_height, width / old_width)
-    # rounding down may lose the last row of what was asked for
-    new_height, new_width = max(int(old_height * ratio), height), max(int(old_width * ratio), width)
+    new_height, new_width = _covering((old_height, old_width), (height, width))
     shape = (pictures.shape[0], new_height, new_width, pictures.shape[3])
     pictures = np.asarray(jax.image.resize(pictures, shape, "linear", antialias=False))
     top, left = (new_height - height) // 2, (new_width - width) // 2

@@ -22,11 +22,12 @@ from sana_jax.pipelines.base import (
     first_step,
 )
 from sana_jax.pipelines.checks import check_common_options
+from sana_jax.pipelines.image_inputs import read_pictures
 from sana_jax.pipelines.prompts import encode_positive
 from sana_jax.pipelines.residency import TEXT, TRANSFORMER
 from sana_jax.pipelines.resolution import Binning
 from sana_jax.pipelines.sampling_function import Encoded, transformer_variables
-from sana_jax.pipelines.text_to_image import DEFAULT_STRENGTH, instruction_lines, one_picture
+from sana_jax.pipelines.text_to_image import DEFAULT_STRENGTH, instruction_lines
 
 MAX_TIMESTEPS = 1.57080
 INTERMEDIATE_TIMESTEPS = 1.3
@@ -114,8 +115,8 @@ class SanaSprintPipeline(ImagePipeline):
         if image is None and strength is not None:
             raise UserError("strength would not be used without image; give image or leave strength out")
         first = 0 if image is None else first_step(steps, DEFAULT_STRENGTH if strength is None else strength)
-        picture = one_picture(image, "image")
-        size = self._size(height, width, binning, latents, picture)
+        pictures = read_pictures(image, "image")
+        size = self._size(height, width, binning, latents, pictures)
 
         watch = Stopwatch()
         options = {
@@ -135,8 +136,8 @@ class SanaSprintPipeline(ImagePipeline):
 
         count = conditions.embeds.shape[0]
         start = self._noise(latents, count, size, seed) * sampler.sigma_data
-        if image is not None:
-            given = self._encode_pictures(image if picture is None else picture, count, size, "image")
+        if pictures is not None:
+            given = self._encode_pictures(pictures, count, size, "image")
             angle = schedule.timesteps[first]
             start = jnp.cos(angle) * given * sampler.sigma_data + jnp.sin(angle) * start
             watch.end("encode")
@@ -146,6 +147,7 @@ class SanaSprintPipeline(ImagePipeline):
             sampler, schedule, velocity, start, noise=noise, start_index=first, callback=callback_on_step_end,
             progress_bar=progress_bar,
         )  # fmt: skip
+        del velocity  # it holds the weights, which would stay in memory with it
         self._leave(TRANSFORMER)
         watch.end("denoise")
         images = self._output(state.denoised / sampler.sigma_data, size, output_type)

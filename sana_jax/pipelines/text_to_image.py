@@ -26,11 +26,11 @@ from sana_jax.pipelines.base import (
     first_step,
 )
 from sana_jax.pipelines.checks import check_options
-from sana_jax.pipelines.image_inputs import mask_at, read_mask, read_picture, to_network_range
+from sana_jax.pipelines.image_inputs import mask_at, place, read_mask, read_pictures, to_network_range
 from sana_jax.pipelines.opening import abstract_params
 from sana_jax.pipelines.prompts import encode_negative, encode_positive
 from sana_jax.pipelines.residency import CONTROLNET, TEXT, TRANSFORMER
-from sana_jax.pipelines.resolution import Binning
+from sana_jax.pipelines.resolution import Binning, kept_window
 from sana_jax.pipelines.sampling_function import (
     Control,
     Encoded,
@@ -149,7 +149,8 @@ class SanaPipeline(ImagePipeline):
                 authors' choice for SANA 1.6B (8) and 0.6B (14).
             image: a picture to begin from: file, PIL image, or array (H, W, 3); one for all or a list of one each.
             strength: how much of ``image`` is drawn anew, in (0, 1]; 0.6 if not given.
-            mask_image: white where ``image`` is drawn anew; elsewhere the result is ``image`` itself.
+            mask_image: white where ``image`` is drawn anew; elsewhere the result is ``image`` itself. A file, PIL
+                image or array (H, W), of the image's size.
             binning: ``"nearest"`` samples the trained size of the nearest shape and crops, ``"off"`` the size itself,
                 ``"error"`` refuses other sizes than trained ones. None: nearest where the model has a table.
             max_sequence_length: prompt tokens that count, where the text encoder has that setting.
@@ -180,8 +181,9 @@ class SanaPipeline(ImagePipeline):
             request.pag_adaptive_scale,
         )
         first = self._first_step(steps, request)
-        picture = one_picture(request.image, "image")
-        size = self._size(request.height, request.width, request.binning, request.latents, picture)
+        pictures = read_pictures(request.image, "image")
+        mask = None if request.mask_image is None else read_mask(request.mask_image, pictures[0])
+        size = self._size(request.height, request.width, request.binning, request.latents, pictures)
 
         watch = Stopwatch()
         positive, negative = self._conditions(request, is_guided(scale))
@@ -191,12 +193,12 @@ class SanaPipeline(ImagePipeline):
         count = positive.embeds.shape[0]
         start = noise = self._noise(request.latents, count, size, request.seed)
         amend = finish = control = None
-        if request.image is not None:
-            given = self._encode_pictures(request.image if picture is None else picture, count, size, "image")
+        if pictures is not None:
+            given = self._encode_pictures(pictures, count, size, "image")
             sigma = schedule.sigmas[first]
             start = (1 - sigma) * given + sigma * noise
-            if request.mask_image is not None:
-                amend, finish = _inpainting(request.mask_image, picture, size, schedule, given, noise)
+            if mask is not None:
+                amend, finish = _inpainting(mask, pictures[0], size, schedule, given, noise)
         if control_image is not None:
             control = Control(
                 self._encode_pictures(control_image, count, size, "control_image"), jnp.float32(conditioning_scale)
@@ -206,6 +208,7 @@ class SanaPipeline(ImagePipeline):
         velocity = self._velocity(watch, schedule, start, positive, negative, guidance, control)
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar}
         state = self._run(self.sampler, schedule, velocity, start, start_index=first, amend=amend, **options)
+        del velocity  # it holds the weights, which would stay in memory with it
         self._leave(TRANSFORMER)
         self._leave(CONTROLNET)
         watch.end("denoise")
@@ -279,7 +282,8 @@ class SanaPipeline(ImagePipeline):
             if names := [name for name, value in unused.items() if value is not None]:
                 raise UserError(f"{' and '.join(names)} would not be used without image; give image or leave it out")
             return 0
-        if request.mask_image is not None and isinstance(request.image, list | tuple):
+        several = isinstance(request.image, list | tuple) or getattr(request.image, "ndim", None) == 4
+        if request.mask_image is not None and several:
             raise UserError("mask_image goes with one image, not with a list; call once for each")
         return first_step(steps, DEFAULT_STRENGTH if request.strength is None else request.strength)
 
@@ -340,13 +344,8 @@ class Guidance:
         return jnp.float32(scale), jnp.float32(pag_scale)
 
 
-def one_picture(image: Any, name: str) -> Any:
-    """The picture, read; None where there is none or a list of them."""
-    return None if image is None or isinstance(image, list | tuple) else read_picture(image, name)
-
-
 def _inpainting(
-    mask_image: Any,
+    mask: Any,
     picture: Any,
     size: Size,
     schedule: Schedule,
@@ -354,9 +353,8 @@ def _inpainting(
     noise: Float[Array, "B H W C"],
 ) -> tuple[AmendFunction, Any]:
     """What keeps the unmasked part: of the latents after every step, at its noise level; of the decoded pictures."""
-    mask = read_mask(mask_image, picture)
-    height, width = given.shape[1:3]
-    latent_mask = jnp.asarray(mask_at(mask, height, width))[None, :, :, None]
+    sampled_mask = place(mask_at(mask, *kept_window(size.sampled, size.requested)), size.sampled)
+    latent_mask = jnp.asarray(mask_at(sampled_mask, *given.shape[1:3]))[None, :, :, None]
 
     @jax.jit
     def blend(latents, sigma):
@@ -365,8 +363,8 @@ def _inpainting(
     def amend(index: int, latents: Array) -> Array:
         return blend(latents, jnp.float32(schedule.sigmas[index + 1]))
 
-    pixel_mask = mask_at(mask, *size.sampled)[None, :, :, None]
-    original = to_network_range(picture, *size.sampled)
+    pixel_mask = mask_at(mask, *size.requested)[None, :, :, None]
+    original = to_network_range(picture, *size.requested)
 
     def finish(decoded: np.ndarray) -> np.ndarray:
         return pixel_mask * decoded + (1 - pixel_mask) * original

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from sana_jax.errors import CheckpointError
-from sana_jax.files import atomic_file
+from sana_jax.files import atomic_file, read_json
 from sana_jax.weights.messages import first_few
 
 DTYPES = {
@@ -109,7 +109,10 @@ class SafetensorsSource:
         dtype, shape = self.tensors[name]
         file, offset = self._places[name]
         count = int(np.prod(shape, dtype=np.int64))
-        array = np.fromfile(file, dtype, count, offset=offset)
+        try:
+            array = np.fromfile(file, dtype, count, offset=offset)
+        except OSError as error:
+            raise CheckpointError(f"{file} can't be read ({error.strerror}); {_AGAIN}") from error
         if array.size != count:
             raise CheckpointError(f"{file} ends within the tensor {name}; {_AGAIN}")
         if not all_finite(array):
@@ -138,6 +141,13 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"the weights file {path} is missing; {_AGAIN}")
+    try:
+        return _read_header(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror}); {_AGAIN}") from error
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with open(path, "rb") as file:
         prefix = file.read(len(LFS_POINTER))
@@ -169,6 +179,8 @@ def _check_header(header: Any, data_bytes: int) -> None:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
+        if not is_tensor_name(name):
+            raise ValueError(f"{name[:100]!r} is no tensor's name")
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
             raise ValueError(f"its entry of {name!r} is not dtype, shape and data_offsets")
         if entry["dtype"] not in DTYPES:
@@ -191,27 +203,28 @@ def _check_header(header: Any, data_bytes: int) -> None:
         raise ValueError(f"its tensors take {end} bytes, and there are {data_bytes}")
 
 
+def is_tensor_name(name: Any) -> bool:
+    """Whether a name can be printed: no control characters, nothing that is not text, not endless."""
+    return isinstance(name, str) and name.isprintable() and 0 < len(name) <= 1000
+
+
 def _whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """An index's ``weight_map``: tensor -> file name beside the index."""
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        items = list(weight_map.items())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"the index {path} is missing; {_AGAIN}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not an index of weights ({type(error).__name__}); {_AGAIN}") from error
-    for name, shard in items:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{path} is not an index of weights: it has no weight_map; {_AGAIN}")
+    for name, shard in weight_map.items():
         # A name with a directory in it could reach any file of the machine.
         if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise CheckpointError(
                 f"{path} says that {name!r} is in {shard!r}; allowed is the name of a .safetensors file beside it: "
                 "do not use this directory"
             )
-    return dict(items)
+    return weight_map
 
 
 def find_weights_file(directory: Path, stem: str, variant: str | None = None) -> Path:
