@@ -71,6 +71,7 @@ def _open(path: pathlib.Path, name: str) -> Image.Image:
         raise FileNotFoundError(f"{name} {path} is not a file; name a picture (png, jpg, webp)")
     try:
         with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of unknown tags and the like, while the pixels are good
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             picture = _still(Image.open(path), name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -133,10 +134,12 @@ def _upright(picture: Image.Image, name: str) -> Image.Image:
     from PIL import ImageOps
 
     try:
-        orientation = picture.getexif().get(0x0112, 1)
-        if orientation in range(2, 9):
-            picture = ImageOps.exif_transpose(picture)
-            print(f"{name}: turned as its EXIF orientation {orientation} asks")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            orientation = picture.getexif().get(0x0112, 1)
+            if orientation in range(2, 9):
+                picture = ImageOps.exif_transpose(picture)
+                print(f"{name}: turned as its EXIF orientation {orientation} asks")
     except Exception as error:  # damaged EXIF fails in many ways, and the picture is good without it
         print(f"{name}: its EXIF data can't be read ({type(error).__name__}), so it is taken as it lies")
     return picture

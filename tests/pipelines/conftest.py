@@ -1,11 +1,18 @@
-"""One tiny model for all tests of pipelines."""
+"""Tiny models for all tests of pipelines: a training run, and published directories of every kind."""
 
 from __future__ import annotations
 
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
+from sana_jax import SanaControlNetPipeline, SanaSprintPipeline
 from sana_jax.pipelines.text_to_image import SanaPipeline
 from tests.pipelines.tiny_model import Run, random_params, tiny_config, write_run
+
+CLASSES = {"sprint": SanaSprintPipeline, "sprint-img2img": SanaSprintPipeline, "controlnet": SanaControlNetPipeline}
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +28,32 @@ def run(tmp_path_factory) -> Run:
 @pytest.fixture(scope="session")
 def pipe(run) -> SanaPipeline:
     return SanaPipeline.from_pretrained(run.directory)
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory) -> Callable[[str], pathlib.Path]:
+    """kind -> a tiny random model as diffusers saves it, 32 pixels per latent; do not change it."""
+    from tests.parity import pipeline_oracle
+
+    made: dict[str, pathlib.Path] = {}
+
+    def get(kind: str) -> pathlib.Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp(kind)
+            pipeline_oracle.save(kind, made[kind])
+        return made[kind]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def opened(published) -> Callable[[str], Any]:
+    """kind -> its pipeline with every network kept, so that its compiled programs serve all tests."""
+    made: dict[str, Any] = {}
+
+    def get(kind: str) -> Any:
+        if kind not in made:
+            made[kind] = CLASSES.get(kind, SanaPipeline).from_pretrained(published(kind), residency="all")
+        return made[kind]
+
+    return get

@@ -1,0 +1,234 @@
+"""How far two results are apart, what is allowed, and the table and the file that say so."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sana_jax.files import atomic_file
+
+Report = Callable[[str], None]
+
+# float32, of a single module: twenty times what is measured on random weights of the published widths.
+MODULE_THRESHOLD = 1e-5
+# float32, of a whole network or pipeline, where the errors of all modules have added up.
+WHOLE_THRESHOLD = 1e-4
+# float32, largest difference of a pixel in [0, 1].
+PIXEL_THRESHOLD = 2e-4
+# bfloat16: how many times PyTorch's own bfloat16 error ours may be.
+BFLOAT16_RATIO = 1.5
+# bfloat16: what one rounding of a result alone makes of it, and the like of a pixel in [0, 1].
+_ROUNDING, _PIXEL_ROUNDING = 2.0**-8, 2.0**-7
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What is allowed.
+
+    Attributes:
+        module: float32, relative error of a module on the same input.
+        whole: float32, relative error of a whole network's or pipeline's result.
+        pixel: float32, largest difference of a pixel.
+        ratio: bfloat16, ours from PyTorch's float32 over PyTorch's bfloat16 from the same.
+    """
+
+    module: float = MODULE_THRESHOLD
+    whole: float = WHOLE_THRESHOLD
+    pixel: float = PIXEL_THRESHOLD
+    ratio: float = BFLOAT16_RATIO
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Of one array from another: largest absolute, relative (norm over norm), and the cosine between them."""
+
+    max_abs: float
+    relative: float
+    cosine: float
+
+    @classmethod
+    def of(cls, found: Any, expected: Any) -> Difference:
+        """Both in float64; anything that is not finite makes the difference infinite."""
+        found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+        if found.shape != expected.shape or not np.isfinite(found).all() or not np.isfinite(expected).all():
+            return cls(math.inf, math.inf, math.nan)
+        error = found - expected
+        size, other = np.linalg.norm(expected), np.linalg.norm(found)
+        norm = float(np.linalg.norm(error))
+        relative = norm / float(size) if size else (0.0 if norm == 0 else math.inf)
+        if size and other:
+            cosine = float((found / other).ravel() @ (expected / size).ravel())
+        else:
+            cosine = 1.0 if size == other else 0.0
+        return cls(float(np.abs(error).max(initial=0.0)), relative, cosine)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison.
+
+    Attributes:
+        name: the module's published name, or what else is compared.
+        shape: of what is compared.
+        difference: the one that is judged: of a module, on the same input.
+        threshold: what is allowed of it.
+        in_place: relative error on the network's own way there, where the errors of all modules before it are in; None
+            where that has no meaning.
+        reference: relative (of pixels: largest) error of PyTorch's own bfloat16; None for float32.
+        of_pixels: whether the largest difference is judged, not the relative one.
+        detail: whether it is a layer within a module that has a row of its own.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    difference: Difference
+    threshold: float
+    in_place: float | None = None
+    reference: float | None = None
+    of_pixels: bool = False
+    detail: bool = False
+
+    @property
+    def judged(self) -> float:
+        """The number that the threshold is for."""
+        return self.difference.max_abs if self.of_pixels else self.difference.relative
+
+    @property
+    def past(self) -> bool:
+        """Whether it is more than allowed, or no number."""
+        return not self.judged <= self.threshold
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the JSON file; numbers that JSON does not have are texts there."""
+        values = {
+            "module": self.name,
+            "shape": list(self.shape),
+            "max_abs": self.difference.max_abs,
+            "relative": self.difference.relative,
+            "cosine": self.difference.cosine,
+            "in_place_relative": self.in_place,
+            "pytorch_error": self.reference,
+            "threshold": self.threshold,
+            "judged": "max_abs" if self.of_pixels else "relative",
+            "detail": self.detail,
+            "ok": not self.past,
+        }
+        return {
+            name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+
+
+def make_row(
+    name: str,
+    ours: Any,
+    theirs: Any,
+    limit: float,
+    limits: Limits,
+    *,
+    own: Any = None,
+    in_place: Any = None,
+    of_pixels: bool = False,
+    detail: bool = False,
+) -> Row:
+    """A row of our result, PyTorch's in float32, and in bfloat16 PyTorch's ``own`` in bfloat16."""
+    difference, reference = Difference.of(ours, theirs), None
+    if own is not None:
+        other = Difference.of(own, theirs)
+        reference = other.max_abs if of_pixels else other.relative
+        limit = max(limits.ratio * reference, _PIXEL_ROUNDING if of_pixels else _ROUNDING)
+    way = None if in_place is None else Difference.of(in_place, theirs).relative
+    shape = tuple(np.shape(theirs))
+    return Row(name, shape, difference, limit, way, reference, of_pixels, detail)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """One component's rows, in the order in which the modules run, and the seconds that they took."""
+
+    name: str
+    rows: tuple[Row, ...]
+    seconds: float
+
+    @property
+    def first_past(self) -> Row | None:
+        """The first row past its threshold."""
+        return next((row for row in self.rows if row.past), None)
+
+
+_HEAD = ("max-abs", "relative", "cosine", "in place", "threshold", "")
+
+
+def print_section(section: Section, report: Report, *, every: bool) -> None:
+    """A component's table; layers within modules only where they are past, or if ``every`` is asked for."""
+    rows = [row for row in section.rows if every or not row.detail or row.past]
+    with_reference = any(row.reference is not None for row in rows)
+    width = max((len(row.name) for row in rows), default=6)
+    head = [*_HEAD]
+    if with_reference:
+        head.insert(4, "PyTorch's")
+    report(f"{'module':<{width}}  {'shape':<18} " + " ".join(f"{title:>9}" for title in head).rstrip())
+    for row in rows:
+        cells = [
+            _number(row.difference.max_abs),
+            _number(row.difference.relative),
+            f"{row.difference.cosine:.6f}",
+            "" if row.in_place is None else _number(row.in_place),
+        ]
+        if with_reference:
+            cells.append("" if row.reference is None else _number(row.reference))
+        cells += [_number(row.threshold), "PAST" if row.past else "ok"]
+        shape = "x".join(map(str, row.shape)) or "1"
+        report(f"{row.name:<{width}}  {shape:<18} " + " ".join(f"{cell:>9}" for cell in cells))
+    hidden = len(section.rows) - len(rows)
+    within = f"; {hidden} layers within them are ok too (--all lists them)" if hidden else ""
+    past = sum(row.past for row in section.rows)
+    report(
+        f"{section.name}: {len(section.rows)} comparisons, {past} past their thresholds{within}; {section.seconds:.1f} s"
+    )
+
+
+def _number(value: float) -> str:
+    return "0" if value == 0 else f"{value:.1e}"
+
+
+def verdict(sections: Iterable[Section]) -> str:
+    """The last line."""
+    sections = list(sections)
+    count = sum(len(section.rows) for section in sections)
+    for section in sections:
+        if (row := section.first_past) is not None:
+            past = sum(row.past for each in sections for row in each.rows)
+            measure = "largest difference" if row.of_pixels else "relative error"
+            return (
+                f"PAST: {past} of {count} comparisons; the first is {section.name}: {row.name}, {measure} "
+                f"{row.judged:.2e}, allowed {row.threshold:.2e}"
+            )
+    names = ", ".join(section.name for section in sections)
+    return f"ok: all {count} comparisons of {names} are within their thresholds"
+
+
+def write_json(path: str | Path, head: Mapping[str, Any], sections: Sequence[Section]) -> None:
+    """Everything that was compared, whole or not at all."""
+    past = [(section, row) for section in sections for row in section.rows if row.past]
+    content = {
+        **head,
+        "ok": not past,
+        "first_past": {"component": past[0][0].name, "module": past[0][1].name} if past else None,
+        "components": [
+            {
+                "component": section.name,
+                "seconds": round(section.seconds, 3),
+                "rows": [r.to_dict() for r in section.rows],
+            }
+            for section in sections
+        ],
+    }
+    with atomic_file(Path(path)) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
