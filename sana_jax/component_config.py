@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from sana_jax.errors import UserError
+from sana_jax.files import read_json
 
 
 def load_from_config(directory: str | pathlib.Path, loaders: Mapping[str, Callable[[dict[str, Any]], Any]]) -> Any:
@@ -24,15 +24,9 @@ def load_from_config(directory: str | pathlib.Path, loaders: Mapping[str, Callab
         raise FileNotFoundError(
             f"{path} is missing; a model directory has it: name a directory that python -m train.main has written"
         )
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        key = "_class_name" if "_class_name" in config else "model_type"
-        name = config[key]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} is not a component's configuration ({type(error).__name__}: {error}); allowed is a JSON object "
-            "with _class_name or model_type: write the model directory again"
-        ) from error
+    config = read_json(path)
+    key = "_class_name" if "_class_name" in config else "model_type"
+    name = config.get(key)
     if not isinstance(name, str) or name not in loaders:
         raise UserError(
             f"{path} has {key} {name!r}; allowed here: {', '.join(sorted(loaders))}; choose a model made of these"

@@ -116,22 +116,35 @@ def _run_ours(
         by_name = {tap.name: tap for tap in taps}
         for name in layers.values:
             rows += _tap_rows(by_name[name], reference, free, layers if by_name[name].detail else parts, own, limits)
-        compiled = by_layer(jax.jit(functools.partial(run.ours, dtype=compute))(params))
-        given, on_way = by_layer(parts.result), by_layer(free.result)
-        for name, expected in reference.result.items():
-            at = functools.partial(_own_result, own, name=name)
-            rows.append(
-                make_row(name, given[name], expected, limits.module, limits, own=at(PARTS), in_place=on_way[name])
-            )
-            rows.append(
-                make_row(
-                    f"{name}, whole network compiled", compiled[name], expected, limits.whole, limits, own=at(None)
-                )
-            )
+        rows += _result_rows(run, params, compute, reference, free, parts, own, limits)
     for number, whole in enumerate(wholes):
         found = whole.ours(params, compute, report)
         own_whole = theirs.own_wholes[number] if theirs.own_wholes else None
         rows += whole_rows(whole.kinds, found, theirs.wholes[number], own_whole, limits)
+    return rows
+
+
+def _result_rows(
+    run: Pass,
+    params: Any,
+    compute: Any,
+    reference: Recording,
+    free: Recording,
+    parts: Recording,
+    own: dict[str | None, Recording | None],
+    limits: Limits,
+) -> list[Row]:
+    """The network's results: behind PyTorch's last module, and compiled as the pipelines run it."""
+    rows = []
+    given, on_way = by_layer(parts.result), by_layer(free.result)
+    compiled = by_layer(jax.jit(functools.partial(run.ours, dtype=compute))(params)) if run.compiled else {}
+    for name, expected in reference.result.items():
+        at = functools.partial(_own_result, own, name=name)
+        way = on_way[name]
+        rows.append(make_row(name, given[name], expected, limits.module, limits, own=at(PARTS), in_place=way))
+        if run.compiled:
+            told = f"{name}, whole network compiled"
+            rows.append(make_row(told, compiled[name], expected, limits.whole, limits, own=at(None)))
     return rows
 
 

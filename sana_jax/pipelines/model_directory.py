@@ -26,7 +26,7 @@ from sana_jax.autoencoders import Autoencoder, load_autoencoder
 from sana_jax.contract import Contract, infer_contract
 from sana_jax.diffusion.samplers import Sampler, from_scheduler_config, to_scheduler_config
 from sana_jax.errors import UserError
-from sana_jax.files import atomic_file
+from sana_jax.files import atomic_file, read_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.models.sana import SanaConfig
 from sana_jax.text_encoders import TextEncoder, load_text_encoder
@@ -159,7 +159,7 @@ def read_model_directory(
     check_pipeline(index.get("_class_name"), pipeline, directory / _INDEX)
     transformer_config = SanaConfig.from_dict(_read_component(directory, "transformer", "SanaTransformer2DModel"))
     contract = None
-    if "contract" in index or any((directory / "transformer").glob("*.safetensors*")):
+    if "contract" in index or _is_published(index, directory):
         contract = infer_contract(directory, variant)
     text_dtype, image_dtype = (contract.text_encoder_dtype, contract.autoencoder_dtype) if contract else (None, None)
     text_encoder = load_text_encoder(directory / "text_encoder", dtype=text_dtype, variant=variant)
@@ -220,6 +220,13 @@ def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
     raise UserError(
         f"{where} has _class_name {class_name!r}; allowed is {allowed}: choose a text-to-image model of the SANA family"
     )
+
+
+def _is_published(index: Mapping[str, Any], directory: pathlib.Path) -> bool:
+    """Whether diffusers has written the directory; by its index alone if the weights are missing."""
+    source = index.get("transformer")
+    named = isinstance(source, list) and source[:1] == ["diffusers"]
+    return named or any((directory / "transformer").glob("*.safetensors*"))
 
 
 def _check_is_directory(directory: pathlib.Path) -> None:
@@ -283,10 +290,4 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
             f"{path} is missing, so its directory is not a model; allowed is a published or converted model, or a "
             "directory that python -m train.main has written, such as runs/digits: name that one or train again"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged ({error}); allowed is JSON: write the model directory again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}; allowed is a JSON object: write it again")
-    return content
+    return read_json(path)

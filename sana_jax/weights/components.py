@@ -14,6 +14,7 @@ import numpy as np
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
 from sana_jax.weights.converted import load_params
+from sana_jax.weights.recognition import looks_like
 from sana_jax.weights.rules import Rule, misfits, places, read_params
 from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
 from sana_jax.weights.trees import abstract_tree, tree_bytes
@@ -97,8 +98,10 @@ def open_component(
         return Resident(name, tree_bytes(abstract), lambda: load_params(converted, abstract))
     source = SafetensorsSource(find_weights_file(directory, stem, variant))
     if problems := misfits(source, places(rules, abstract), ignored):
+        family = looks_like(source.tensors)
+        seen = f" ({family})" if family else ""
         raise CheckpointError(
-            f"{source.location} does not fit its config.json: {problems}; give the one that belongs to it, or "
+            f"{source.location} does not fit its config.json{seen}: {problems}; give the one that belongs to it, or "
             "download it again"
         )
     return Resident(

@@ -201,6 +201,6 @@ def test_a_conversion_holds_a_few_arrays_at_a_time(tmp_path, dtype):
         peaks[name] = [measure(["import", published, ours])[1], measure(["export", ours, back])[1]]
         assert same_tensors(Path(published), Path(back))
     for little, much in zip(peaks["small"], peaks["large"]):
-        # Holding the tree and what Orbax copies of it takes more than 2 x. Here one array is a third of everything; with
-        # the published sizes it is less, and so is the share (python -m tests.benchmarks.conversion).
+        # Holding the tree and what Orbax copies of it takes more than 2 x. One array is a third of everything here, and
+        # less of it in the published sizes (python -m tests.benchmarks.conversion).
         assert much - little < 1.2 * size, f"{(much - little) / size:.2f} x the checkpoint of {size / 1e6:.0f} MB"
