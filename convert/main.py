@@ -5,6 +5,7 @@
     python -m convert.main import SRC DST     a published or original checkpoint -> a directory of ours
     python -m convert.main export SRC DST     ours, or a published one -> a directory that diffusers loads
     python -m convert.main inspect SRC        what it is, and every tensor that does not fit
+    python -m convert.main verify SRC         compares it with PyTorch on the same weights, module by module
 """
 
 from __future__ import annotations
@@ -84,6 +85,50 @@ class InspectConfig:
     """Of an original file: pixels per side that it was trained for, where the file does not say."""
 
 
+@dataclasses.dataclass(frozen=True)
+class VerifyConfig:
+    """Compares it with PyTorch, module by module and as a pipeline: verify SRC. Exit status 1 past a threshold."""
+
+    source: str
+    """Model directory (published or converted), one component's directory, a training run, or an original file."""
+    component: tuple[Literal["text_encoder", "transformer", "controlnet", "vae", "pipeline"], ...] = ()
+    """What to compare: one or several of these; none for all that there is."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of both sides. In bfloat16 ours must be about as near to PyTorch's float32 as PyTorch's own bfloat16 is."""
+    height: int | None = None
+    """Pixels; None: three latent pixels."""
+    width: int | None = None
+    """Pixels; None: five latent pixels."""
+    steps: int | None = None
+    """Steps of the pipeline; None: 3, of SANA-Sprint 2."""
+    prompt: tuple[str, ...] = ()
+    """One text or several; none for two of ours."""
+    seed: int = 0
+    """Of all inputs and noise."""
+    emulate_fp16_saturation: bool = False
+    """Clip linear attention to float16's range on both sides, for weights that were trained so."""
+    module_threshold: float | None = None
+    """Relative error allowed of a module on the same input, in float32; None: 1e-5."""
+    whole_threshold: float | None = None
+    """Relative error allowed of a whole network and of the pipeline's latents, in float32; None: 1e-4."""
+    pixel_threshold: float | None = None
+    """Difference allowed of a pixel in [0, 1], in float32; None: 2e-4."""
+    ratio: float | None = None
+    """In bfloat16: how many times PyTorch's own error ours may be, of whole networks and pipelines; None: 1.5."""
+    all: bool = False
+    """List the layers within the modules too, not only those past their thresholds."""
+    json: str | None = None
+    """File that everything compared is written to."""
+    variant: str | None = None
+    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
+    weights: Literal["auto", "params", "ema"] = "auto"
+    """Weights of a training run or an original file: averaged (ema), raw (params), or the averaged if any (auto)."""
+    checkpoint_step: int | None = None
+    """Checkpoint of a training run by its step; None: the newest."""
+    image_size: int | None = None
+    """Of an original file: pixels per side that it was trained for, where the file does not say."""
+
+
 def _import(config: ImportConfig) -> int:
     from convert.engine import import_model
 
@@ -116,6 +161,35 @@ def _inspect(config: InspectConfig) -> int:
     return 0 if inspect_model(config.source, _choices(config), every=config.all) else 1
 
 
+def _verify(config: VerifyConfig) -> int:
+    from convert.verify import PROMPTS, verify_model
+    from convert.verify.report import choose_limits
+
+    limits = choose_limits(
+        config.dtype,
+        module=config.module_threshold,
+        whole=config.whole_threshold,
+        pixel=config.pixel_threshold,
+        ratio=config.ratio,
+    )
+    fine = verify_model(
+        config.source,
+        _choices(config),
+        components=config.component,
+        dtype=config.dtype,
+        height=config.height,
+        width=config.width,
+        steps=config.steps,
+        prompts=config.prompt or PROMPTS,
+        seed=config.seed,
+        limits=limits,
+        emulate_fp16_saturation=config.emulate_fp16_saturation,
+        every=config.all,
+        json_file=config.json,
+    )
+    return 0 if fine else 1
+
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """One subcommand: its options, what runs it, and which options the first plain words are."""
@@ -130,6 +204,7 @@ COMMANDS = {
     "import": Command(ImportConfig, _import, ("source", "destination")),
     "export": Command(ExportConfig, _export, ("source", "destination")),
     "inspect": Command(InspectConfig, _inspect, ("source",)),
+    "verify": Command(VerifyConfig, _verify, ("source",)),
 }
 
 

@@ -218,6 +218,7 @@ def _settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]
         "steps": defaults.num_inference_steps if config.steps is None else config.steps,
         "guidance_scale": defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         "guidance_interval": config.guidance_interval,
+        "timesteps": config.timesteps,
         "sampler": str(pipeline.sampler),
         "seed": config.seed,
         "model": config.model,
@@ -227,20 +228,27 @@ def _settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]
         "checkpoint_step": pipeline.checkpoint_step,
         "height": config.height or (None if reads_a_picture else defaults.height),
         "width": config.width or (None if reads_a_picture else defaults.width),
+        "binning": config.binning,
+        "instruction": None if config.instruction == "default" else config.instruction,
+        "max_sequence_length": config.max_sequence_length,
         "image": config.image,
         "strength": config.strength,
         "mask": config.mask,
+        "controlnet": config.controlnet,
         "control_image": config.control_image,
         "control_scale": config.control_scale,
         "pag_scale": config.pag_scale,
         "pag_layers": config.pag_layers,
-        "lora": ", ".join(config.lora) or None,
+        "lora": pipeline.describe_lora() if config.lora else None,
         "dtype": str(jax.numpy.dtype(pipeline.transformer.dtype)),
+        "emulate_fp16_saturation": config.emulate_fp16_saturation or None,
         "license": defaults.license,
     }
 
 
 def _announce(config: GenerateConfig, pipeline: ImagePipeline, settings: dict[str, Any]) -> None:
+    from sana_jax.pipelines.text_to_image import DEFAULT_STRENGTH
+
     origin = "" if pipeline.weights is None else f", {pipeline.weights} weights of step {pipeline.checkpoint_step}"
     license_note = "" if settings["license"] is None else f", licence {settings['license']}"
     family = "" if pipeline.contract is None else f" ({pipeline.contract.family})"
@@ -253,6 +261,10 @@ def _announce(config: GenerateConfig, pipeline: ImagePipeline, settings: dict[st
     print(f"prompt: {', '.join(map(repr, config.prompt))}{negative}")
     height, width = settings["height"], settings["width"]
     size = f"{height}x{width} pixels" if height and width else f"the size of {config.image}"
+    if config.image is not None:
+        size += f" from {config.image}" if height and width else ""
+        size += f", strength {DEFAULT_STRENGTH if config.strength is None else config.strength:g}"
+        size += f" where {config.mask} is white" if config.mask is not None else ""
     print(
         f"sampling: {len(config.prompt) * config.num_images} x {size}, {settings['steps']} steps of "
         f"{settings['sampler']}, guidance {settings['guidance_scale']:g}{acts}, seed {config.seed}, "

@@ -26,6 +26,7 @@ def compare_component(
     limits: Limits,
     report: Report,
     *,
+    name: str,
     fp16_saturation: bool = False,
     more: Sequence[Whole] = (),
 ) -> Section:
@@ -37,6 +38,7 @@ def compare_component(
         dtype: ``float32`` or ``bfloat16``, of both sides.
         limits: what is allowed.
         report: takes one line after another.
+        name: of the component, in the table.
         fp16_saturation: whether both sides clip linear attention.
         more: what else the component does as a whole.
     """
@@ -47,14 +49,10 @@ def compare_component(
     theirs = _run_theirs(place, passes, wholes, dtype, fp16_saturation)
     seconds = time.perf_counter() - begin
     loading.collect()
-    report(f"{_name(place)}: PyTorch's side took {seconds:.1f} s and is freed; ours is read now")
+    report(f"{name}: PyTorch's side took {seconds:.1f} s and is freed; ours is read now")
     rows = _run_ours(place, passes, wholes, theirs, dtype, limits, report)
     loading.collect()
-    return Section(_name(place), tuple(rows), time.perf_counter() - begin)
-
-
-def _name(place: loading.Place) -> str:
-    return place.component.folder or place.component.network.family
+    return Section(name, tuple(rows), time.perf_counter() - begin)
 
 
 class _Theirs:
@@ -141,7 +139,9 @@ def _result_rows(
     for name, expected in reference.result.items():
         at = functools.partial(_own_result, own, name=name)
         way = on_way[name]
-        rows.append(make_row(name, given[name], expected, limits.module, limits, own=at(PARTS), in_place=way))
+        rows.append(
+            make_row(name, given[name], expected, limits.module, limits, own=at(PARTS), in_place=way, module=True)
+        )
         if run.compiled:
             told = f"{name}, whole network compiled"
             rows.append(make_row(told, compiled[name], expected, limits.whole, limits, own=at(None)))
@@ -177,6 +177,7 @@ def _tap_rows(
             own=their_own[i],
             in_place=free.values[tap.name][i],
             detail=tap.detail,
+            module=True,
         )
         for i, name in enumerate(names)
     ]

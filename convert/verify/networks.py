@@ -15,19 +15,17 @@ from convert.families import Network
 from convert.verify.taps import Tap, layer_taps
 from sana_jax.weights.rules import places
 
-# Pixels of a picture that one latent pixel stands for, in every published model.
-PIXELS = 32
 _CAPTION_TOKENS = 24
 
 WHOLE, EXACT, PIXELS_KIND = "whole", "exact", "pixels"
 
 
 class Inputs(NamedTuple):
-    """What the user chooses: pixels, prompts, and the seed of everything random."""
+    """What the user chooses: pixels, how many of them one latent pixel stands for, the seed of everything random."""
 
     height: int
     width: int
-    prompts: tuple[str, ...]
+    factor: int
     seed: int
 
 
@@ -132,7 +130,7 @@ def _caption(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _latent_size(config: Any, inputs: Inputs) -> tuple[int, int]:
-    return inputs.height // PIXELS, inputs.width // PIXELS
+    return inputs.height // inputs.factor, inputs.width // inputs.factor
 
 
 def transformer_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -> tuple[list[Pass], list[Whole]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sana_jax.errors import UserError
 from sana_jax.files import atomic_file
 
 Report = Callable[[str], None]
@@ -21,9 +22,12 @@ MODULE_THRESHOLD = 1e-5
 WHOLE_THRESHOLD = 1e-4
 # float32, largest difference of a pixel in [0, 1].
 PIXEL_THRESHOLD = 2e-4
-# bfloat16: how many times PyTorch's own bfloat16 error ours may be.
+# bfloat16: how many times PyTorch's own bfloat16 error ours may be, as the pipelines compute it.
 BFLOAT16_RATIO = 1.5
-# bfloat16: what one rounding of a result alone makes of it, and the like of a pixel in [0, 1].
+# The same of a single module. These run uncompiled here, where every addition of a bias and every factor of a SiLU
+# rounds by itself; PyTorch's fused forms round once. Measured: 1.8 times on random weights.
+BFLOAT16_MODULE_RATIO = 2.0
+# bfloat16: what one rounding of a result alone can make of it, and the like of a pixel in [0, 1].
 _ROUNDING, _PIXEL_ROUNDING = 2.0**-8, 2.0**-7
 
 
@@ -36,12 +40,30 @@ class Limits:
         whole: float32, relative error of a whole network's or pipeline's result.
         pixel: float32, largest difference of a pixel.
         ratio: bfloat16, ours from PyTorch's float32 over PyTorch's bfloat16 from the same.
+        module_ratio: the same of a module by itself.
     """
 
     module: float = MODULE_THRESHOLD
     whole: float = WHOLE_THRESHOLD
     pixel: float = PIXEL_THRESHOLD
     ratio: float = BFLOAT16_RATIO
+    module_ratio: float = BFLOAT16_MODULE_RATIO
+
+
+def choose_limits(dtype: str, **given: float | None) -> Limits:
+    """The limits with those given changed; ``given`` are fields of ``Limits``, None where nothing was said.
+
+    Raises:
+        UserError: a number that is not positive, or a limit that has no meaning in this dtype.
+    """
+    options = {"module": "module-threshold", "whole": "whole-threshold", "pixel": "pixel-threshold", "ratio": "ratio"}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"--{options[name]} {value}; allowed is a number above 0: choose one")
+        if (name == "ratio") != (dtype == "bfloat16"):
+            raise UserError(f"--{options[name]} {value} would not be used with --dtype {dtype}; leave it out")
+    return dataclasses.replace(Limits(), **chosen)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,13 +158,19 @@ def make_row(
     in_place: Any = None,
     of_pixels: bool = False,
     detail: bool = False,
+    module: bool = False,
 ) -> Row:
-    """A row of our result, PyTorch's in float32, and in bfloat16 PyTorch's ``own`` in bfloat16."""
+    """A row of our result, PyTorch's in float32, and in bfloat16 PyTorch's ``own``; ``limit`` is for float32."""
     difference, reference = Difference.of(ours, theirs), None
     if own is not None:
         other = Difference.of(own, theirs)
         reference = other.max_abs if of_pixels else other.relative
-        limit = max(limits.ratio * reference, _PIXEL_ROUNDING if of_pixels else _ROUNDING)
+        if of_pixels:
+            limit = max(limits.ratio * reference, _PIXEL_ROUNDING)
+        elif module:
+            limit = max(limits.module_ratio * reference, 2 * _ROUNDING)
+        else:
+            limit = max(limits.ratio * reference, _ROUNDING)
     way = None if in_place is None else Difference.of(in_place, theirs).relative
     shape = tuple(np.shape(theirs))
     return Row(name, shape, difference, limit, way, reference, of_pixels, detail)
@@ -190,7 +218,8 @@ def print_section(section: Section, report: Report, *, every: bool) -> None:
     within = f"; {hidden} layers within them are ok too (--all lists them)" if hidden else ""
     past = sum(row.past for row in section.rows)
     report(
-        f"{section.name}: {len(section.rows)} comparisons, {past} past their thresholds{within}; {section.seconds:.1f} s"
+        f"{section.name}: {len(section.rows)} comparisons, {past} past their thresholds{within}; "
+        f"{section.seconds:.1f} s"
     )
 
 

@@ -211,7 +211,10 @@ def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
     allowed = " or ".join(PIPELINES[pipeline])
     for other, classes in PIPELINES.items():
         if class_name in classes:
-            raise UserError(f"{where} has _class_name {class_name!r}; {pipeline} allows {allowed}: use {other}")
+            use = f"use {other}"
+            if (pipeline, other) == ("SanaControlNetPipeline", "SanaPipeline"):
+                use += ", or name the directory of a ControlNet as controlnet"
+            raise UserError(f"{where} has _class_name {class_name!r}; {pipeline} allows {allowed}: {use}")
     if family := _OTHER_FAMILIES.get(class_name):
         raise UserError(
             f"{where} looks like {family}: it has _class_name {class_name!r}; {pipeline} allows {allowed}: choose an "

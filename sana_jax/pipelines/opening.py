@@ -71,6 +71,11 @@ def open_model(
     ``controlnet`` names a ControlNet's own directory, for a model that comes without one.
     """
     directory = find_model(path)
+    if controlnet is not None and (directory / "controlnet").is_dir():
+        raise UserError(
+            f"{directory} has a ControlNet of its own, so controlnet {os.fspath(controlnet)} would not be used; leave "
+            "it out, or name a model without one"
+        )
     base = "SanaPipeline" if controlnet is not None else pipeline
     model = read_model_directory(directory, base, variant=variant)
     compute_dtype = _compute_dtype(dtype, model.contract, emulate_fp16_saturation)

@@ -161,11 +161,11 @@ def make_sampling_fn(
     """A whole sampling run as one pure function, to be jitted.
 
     Returns:
-        ``fn(params, latents, embeds, mask, null_embeds, null_mask, key)`` -> latents (B, H, W, C) in float32, where
-        ``latents`` (B, H, W, C) are unit normal, ``embeds`` (B, L, C) and ``mask`` (B, L) are the prompts', and
+        ``fn(params, latents, embeds, mask, null_embeds, null_mask, key, lora)`` -> latents (B, H, W, C) in float32,
+        where ``latents`` (B, H, W, C) are unit normal, ``embeds`` (B, L, C) and ``mask`` (B, L) are the prompts', and
         ``null_embeds`` (B or 1, L, C) and ``null_mask`` the negative ones. With a guidance scale of 1 or below the
         transformer sees each picture once per step, and the last two are not read and may be None. ``key`` serves
-        samplers that draw noise, and may be None for the others.
+        samplers that draw noise, and may be None for the others. ``lora`` is a tree beside the parameters, or None.
     """
     schedule = sampler.schedule(num_inference_steps)
     network = Network(transformer)
@@ -178,10 +178,11 @@ def make_sampling_fn(
         null_embeds: Float[Array, "B L C"] | None = None,
         null_mask: Int[Array, "B L"] | None = None,
         key: PRNGKeyArray | None = None,
+        lora: PyTree | None = None,
     ) -> Float[Array, "B H W C"]:
         negative = Encoded(null_embeds, null_mask) if is_guided(guidance_scale) else None
         velocity = _velocity_of_schedule(
-            network, params, schedule, Encoded(embeds, mask), negative, guidance_scale, guidance_interval
+            network, params, schedule, Encoded(embeds, mask), negative, guidance_scale, guidance_interval, lora
         )
         return sample_scan(sampler, schedule, velocity, latents, key).latents
 
@@ -196,6 +197,7 @@ def _velocity_of_schedule(
     negative: Encoded | None,
     guidance_scale: float,
     interval: tuple[float, float] | None,
+    lora: PyTree | None,
 ) -> VelocityFunction:
     """``guided_velocity`` as the sampling loops call it, with the guidance that a step's noise level asks for."""
 
@@ -204,7 +206,7 @@ def _velocity_of_schedule(
         if interval is not None:
             index = jnp.argmin(jnp.abs(jnp.asarray(schedule.timesteps) - timestep))
             scale = scale_in_interval(guidance_scale, jnp.asarray(schedule.sigmas)[index], interval)
-        return guided_velocity(network, params, latents, timestep, positive, negative, scale)
+        return guided_velocity(network, params, latents, timestep, positive, negative, scale, lora=lora)
 
     return velocity
 

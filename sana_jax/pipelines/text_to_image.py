@@ -203,7 +203,8 @@ class SanaPipeline(ImagePipeline):
             control = Control(
                 self._encode_pictures(control_image, count, size, "control_image"), jnp.float32(conditioning_scale)
             )
-        watch.end("encode")
+        if pictures is not None or control is not None:
+            watch.end("encode")
 
         velocity = self._velocity(watch, schedule, start, positive, negative, guidance, control)
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar}

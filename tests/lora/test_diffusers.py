@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
 from sana_jax import SanaControlNetPipeline, SanaPipeline, SanaSprintPipeline
 from sana_jax.errors import UserError
+from sana_jax.lora import lora_tree, read_lora
+from sana_jax.pipelines.opening import abstract_params
+from sana_jax.pipelines.sampling_function import make_sampling_fn
+from sana_jax.weights.tables.sana import transformer_rules
 from tests.lora import lora_oracle
 from tests.parity import pipeline_oracle as oracle
 from tests.parity.sana_oracle import relative_error
@@ -213,6 +218,23 @@ def test_kohya_names_and_alphas(models, lora_file, tmp_path):
     theirs.set_adapters("quiet", 2 / 4)
     ours.load_lora_weights(lora_oracle.rewrite(peft, tmp_path / "kohya", kohya_names))
     assert relative_error(our_latents(ours, "sana-1.0"), their_latents(theirs, "sana-1.0")) <= LATENTS
+
+
+def test_sampling_function(models, lora_file):
+    """What training previews with a LoRA call."""
+    _, ours = models("sana-1.0")
+    file = lora_file("sana-1.0", "everything")
+    noise, embeds = oracle.noise(2, HEIGHT, WIDTH), np.random.default_rng(1).standard_normal((2, 5, 24)).astype("f")
+    prompts = {"prompt_embeds": embeds, "prompt_attention_mask": np.ones((2, 5), np.int32)}
+    ours.load_lora_weights(file)
+    options = {**SIZE, "num_inference_steps": 2, "guidance_scale": 1.0, "binning": "off", "output_type": "latent"}
+    expected = ours(**prompts, **options, latents=noise).images.transpose(0, 2, 3, 1)
+    abstract = abstract_params(ours.transformer)
+    lora = lora_tree([(read_lora(file, transformer_rules(ours.transformer.config), abstract), 1.0)], abstract)
+    sample = jax.jit(make_sampling_fn(ours.transformer, ours.sampler, 2, 1.0))
+    inputs = [jnp.asarray(array) for array in (noise.transpose(0, 2, 3, 1), *prompts.values())]
+    assert relative_error(sample(ours.params, *inputs, lora=lora), expected) <= LATENTS
+    assert relative_error(sample(ours.params, *inputs), expected) > 0.01
 
 
 def test_what_is_not_allowed(models, lora_file, tmp_path, capsys):

@@ -151,7 +151,7 @@ def test_an_encoded_prompt_is_not_encoded_again(opened, monkeypatch):
 # -- writing and reading -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sana-1.0", "scaled-time", "2k", "sprint", "controlnet"])
+@pytest.mark.parametrize("kind", ["sana-1.0", "2k", "sprint", "controlnet"])
 def test_what_is_saved_is_read_back(opened, tmp_path, kind):
     pipe = opened(kind)
     pipe.save_pretrained(tmp_path / "model")
@@ -181,8 +181,10 @@ def test_a_controlnet_of_its_own(published, opened):
     ]
     np.testing.assert_array_equal(*found)
     assert relative_error(found[0], opened("controlnet")(PROMPT, **arguments).images) > 1e-3
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"use SanaPipeline, or name the directory of a ControlNet as controlnet"):
         SanaControlNetPipeline.from_pretrained(base)
+    with pytest.raises(UserError, match=r"has a ControlNet of its own, so controlnet .* would not be used"):
+        SanaControlNetPipeline.from_pretrained(other, controlnet=other)
     with pytest.raises(UserError, match=r"SanaTransformer2DModel.*SanaControlNetModel"):
         SanaControlNetPipeline.from_pretrained(base, controlnet=base / "transformer")
     with pytest.raises(UserError, match="SanaSprintPipeline"):
@@ -377,7 +379,8 @@ def test_the_original_float16_weights(copy, tmp_path, opened, capsys):
 
     plain = dataclasses.replace(pipe.transformer, fp16_saturation=False)
     latents, caption, time_ = jnp.ones((1, 2, 3, 8)), jnp.ones((1, 4, 24)), jnp.ones(1)
-    both = [jax.jit(model.apply) for model in (pipe.transformer, plain)]
+    quick = {"xla_backend_optimization_level": 0}
+    both = [jax.jit(model.apply, compiler_options=quick) for model in (pipe.transformer, plain)]
     params = pipe.params
     np.testing.assert_array_equal(*(run({"params": params}, latents, caption, time_) for run in both))
     for name in ("to_v", "to_out"):  # sums of some 10^8
