@@ -100,8 +100,11 @@ KINDS = {
         ("--pag-scale", 3, "--pag-layers", 1, "--steps", 1, *SIZE),
         {"pag_scale": "3.0", "pag_layers": "(1,)"},
     ),
-    "sprint": ("sprint", ("--timesteps", 1.5, 1.0, 0, *SIZE), {"timesteps": "(1.5, 1.0, 0.0)", "steps": "2"}),
-    "sprint from a picture": ("sprint", ("--image", "PHOTO", "--binning", "off"), {"image": "PHOTO"}),
+    "sprint from a picture": (
+        "sprint",
+        ("--timesteps", 1.5, 1.0, 0, "--image", "PHOTO", "--binning", "off"),
+        {"timesteps": "(1.5, 1.0, 0.0)", "steps": "2", "image": "PHOTO"},
+    ),
     "controlnet": (
         "controlnet",
         ("--control-image", "PHOTO", "--control-scale", 0.5, "--steps", 1, *SIZE),
@@ -215,11 +218,11 @@ def test_mistakes_are_one_line_and_leave_nothing(published, tmp_path, photo, cap
 
 
 def test_a_training_run_does_not_take_what_it_cannot_use(run, tmp_path, capsys):
-    for words in (("--max-sequence-length", 4), ("--instruction", "none"), ("--variant", "bf16")):
+    for words in (("--instruction", "none"), ("--variant", "bf16")):
         assert call("--model", run.directory, "--prompt", "a zero", "--output", tmp_path / "out.png", *words) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1
-        assert words[0].strip("-").replace("-", "_")[:8] in error
+        assert words[0].strip("-") in error
     assert not list(tmp_path.iterdir())
 
 

@@ -112,11 +112,11 @@ def test_the_first_step_starts_from_the_noised_picture(euler, monkeypatch):
         return run(sampler, schedule, velocity, start, **options)
 
     monkeypatch.setattr(euler, "_run", spy)
-    latent(euler, image=given, strength=0.3, latents=START, callback_on_step_end=lambda *a: seen.append(a[1:3]), **OFF)
+    latent(euler, image=given, strength=0.6, latents=START, callback_on_step_end=lambda *a: seen.append(a[1:3]), **OFF)
     schedule = euler.sampler.schedule(3)
-    assert seen == [(2, float(schedule.timesteps[2]))]
-    sigma = float(schedule.sigmas[2])
-    assert 0.3 < sigma < 0.7
+    assert seen == [(step, float(schedule.timesteps[step])) for step in (1, 2)]
+    sigma = float(schedule.sigmas[1])
+    assert 0.3 < sigma < 0.95
     assert relative_error(starts[0], (1 - sigma) * encoded(euler, given) + sigma * START) <= 1e-6
 
 
