@@ -180,10 +180,10 @@ class DistributedConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """One training run."""
+    """One training run: [PRESET] [--field.sub value ...] starts it, --resume RUN_DIR [...] continues it."""
 
     preset: str
-    """The preset it started from."""
+    """The preset it started from: the first word of the command, not an option."""
     run_dir: str
     """Where everything of the run goes."""
     steps: int

@@ -76,10 +76,11 @@ class Programs:
         """Forgets all of them."""
         self._compiled.clear()
 
-    def get(self, what: Hashable, function: Callable, *arguments: Any) -> Program:
-        """The program of ``function`` for arguments of these shapes.
+    def get(self, name: str, what: Hashable, function: Callable, *arguments: Any) -> Program:
+        """The program of ``function`` for arguments of these shapes; compiling prints what ``compile_ahead`` prints.
 
-        ``what`` tells functions with the same shapes apart: everything that the function closes over.
+        ``name`` is for the printed lines. ``what`` tells functions with the same shapes apart: everything that the
+        function closes over.
         """
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((jnp.shape(leaf), str(jnp.result_type(leaf)), _placement(leaf)) for leaf in leaves)
@@ -87,7 +88,7 @@ class Programs:
         seconds = 0.0
         if key not in self._compiled:
             begin = time.perf_counter()
-            self._compiled[key] = jax.jit(function).lower(*arguments).compile()
+            self._compiled[key] = compile_ahead(name, jax.jit(function), *arguments)
             seconds = time.perf_counter() - begin
         analysis = self._compiled[key].memory_analysis()
         device_bytes = None

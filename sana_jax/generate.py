@@ -156,9 +156,8 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     result = pipeline(
         list(config.prompt), num_images_per_prompt=config.num_images, seed=config.seed, progress_bar=True, **arguments
     )
-    memory = "" if result.device_bytes is None else f", {result.device_bytes / 2**20:.0f} MiB on the device"
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items() if seconds >= 0.005)
-    print(f"compiled in {result.compile_seconds:.1f} s{memory}; sampled in {result.sampling_seconds:.2f} s ({stages})")
+    print(f"sampled in {result.sampling_seconds:.2f} s ({stages})")
     settings = {**settings, "sampled_size": f"{result.sampled_size[0]}x{result.sampled_size[1]}"}
     return _write(config, result, settings)
 
@@ -169,7 +168,7 @@ def open_pipeline(config: GenerateConfig) -> ImagePipeline:
     from sana_jax.pipelines.model_directory import pipeline_of
     from sana_jax.pipelines.opening import find_model
 
-    directory = find_model(config.model)
+    directory = find_model(config.model, config.variant)
     name = "SanaControlNetPipeline" if config.controlnet is not None else pipeline_of(directory)
     options: dict[str, Any] = {
         "dtype": config.dtype,
@@ -259,6 +258,8 @@ def _announce(config: GenerateConfig, pipeline: ImagePipeline, settings: dict[st
     place = device.platform if device.device_kind == device.platform else f"{device.platform} ({device.device_kind})"
     negative = f", but not {config.negative_prompt!r}" if config.negative_prompt else ""
     print(f"prompt: {', '.join(map(repr, config.prompt))}{negative}")
+    if len(config.prompt) > 1 and not any(" " in text.strip() for text in config.prompt):
+        print(f'{len(config.prompt)} prompts of one word each; put a text of several words in quotes: --prompt "..."')
     height, width = settings["height"], settings["width"]
     size = f"{height}x{width} pixels" if height and width else f"the size of {config.image}"
     if config.image is not None:

@@ -14,8 +14,12 @@ import signal
 import socket
 import sys
 import threading
+import time
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds within which a second signal is the first one's echo: make and job runners signal the whole group and pass the
+# signal on as well.
+ONE_REQUEST = 2.0
 
 
 class StopRequest:
@@ -52,6 +56,7 @@ class StopRequest:
         self._writer.close()  # which ends the thread
 
     def _watch(self) -> None:
+        first = 0.0
         while word := self._reader.recv(1):
             if word[0] not in STOP_SIGNALS:
                 continue
@@ -61,9 +66,11 @@ class StopRequest:
                     _say(f"{asked.name}: stopping at once; nothing is lost, the same command continues")
                     os._exit(exit_status(self.signal or asked))
             if self.signal is not None:
+                if time.monotonic() - first < ONE_REQUEST:
+                    continue
                 _say(f"{asked.name} again: stopping at once; the last checkpoint stands, the same command continues")
                 os._exit(128 + asked)
-            self.signal = asked
+            self.signal, first = asked, time.monotonic()
             _say(f"{asked.name}: saving after this step, then stopping; once more to stop at once")
 
     def agreed(self) -> bool:

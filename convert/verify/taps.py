@@ -14,7 +14,6 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 PARTS, LAYERS = "parts", "layers"
@@ -189,7 +188,9 @@ def run_ours(
         if given is None or not tap.active(depth):
             return value
         kept = tap.to_ours(given.values[tap.name], [part.shape for part in parts])
-        new = [jnp.asarray(array, part.dtype) for array, part in zip(kept, parts, strict=True)]
+        # Placed as our own are: operations are compiled by where their arguments are, too.
+        pairs = zip(kept, parts, strict=True)
+        new = [jax.device_put(array.astype(part.dtype), part.sharding) for array, part in pairs]
         return tuple(new) if isinstance(value, tuple) else new[0]
 
     def intercept(run: Callable, args: tuple, kwargs: dict, context: Any) -> Any:

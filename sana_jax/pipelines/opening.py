@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ def open_model(
 
     ``controlnet`` names a ControlNet's own directory, for a model that comes without one.
     """
-    directory = find_model(path)
+    directory = find_model(path, variant)
     if controlnet is not None and (directory / "controlnet").is_dir():
         raise UserError(
             f"{directory} has a ControlNet of its own, so controlnet {os.fspath(controlnet)} would not be used; leave "
@@ -85,7 +86,7 @@ def open_model(
     resident, step, which = _transformer_weights(model, transformer, compute_dtype, variant, weights, checkpoint_step)
     network = network_weights = None
     if pipeline == "SanaControlNetPipeline":
-        folder = find_model(controlnet) if controlnet is not None else model.path / "controlnet"
+        folder = find_model(controlnet, variant) if controlnet is not None else model.path / "controlnet"
         if (folder / "controlnet").is_dir():
             folder = folder / "controlnet"
         network, network_weights = _open_controlnet(folder, compute_dtype, variant, emulate_fp16_saturation)
@@ -185,32 +186,51 @@ def save_model(pipeline: Any, path: pathlib.Path) -> None:
     )
 
 
-def find_model(path: str | os.PathLike[str]) -> pathlib.Path:
+def find_model(path: str | os.PathLike[str], variant: str | None = None) -> pathlib.Path:
     """The directory of a model: the local path, or a download of ``organisation/name`` from the Hub.
 
-    A local path never touches the network.
+    A local path never touches the network; nor does ``runs/...``, where training leaves its models. Of the weight files
+    only those of the variant are downloaded.
 
     Raises:
         FileNotFoundError: neither a directory here nor to be had from the Hub.
     """
     directory = pathlib.Path(path)
     name = os.fspath(path)
-    if directory.exists() or not _HUB_NAME.fullmatch(name) or name.startswith("."):
+    here = directory.exists() or (directory.parent.is_dir() and directory.parent != pathlib.Path("."))
+    if here or not _HUB_NAME.fullmatch(name) or name.startswith((".", "runs/")):
         return directory
+    print(f"{name}: no such directory here, looking for it on the Hub")
     try:
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
 
-        print(f"{name}: no such directory here, looking for it on the Hub")
-        patterns = ["*.json", "*.safetensors", "tokenizer/*", "*.txt"]
-        return pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+        files = files_to_fetch(HfApi().list_repo_files(name), variant)
+        return pathlib.Path(snapshot_download(name, allow_patterns=files))
     except ImportError:
         reason = "huggingface_hub is not installed"
     except Exception as error:  # the library raises a dozen kinds, from sockets to JSON
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = type(error).__name__
     raise FileNotFoundError(
         f"model {name} is neither a directory here nor to be had from the Hub ({reason}); download it where there is a "
         "network and name its directory, or train one: python -m train.main makes runs/digits"
     )
+
+
+def files_to_fetch(names: Sequence[str], variant: str | None) -> list[str]:
+    """Of a repository's files, those that a model directory needs: no other variants, no pickles, no pictures.
+
+    Where a component has only another variant than the one asked for, that one is taken.
+    """
+    kept = [name for name in names if name.endswith((".json", ".txt", "tokenizer.model", "README.md"))]
+    weights: dict[str, dict[str, list[str]]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if folder and file.endswith(".safetensors"):
+            found = re.fullmatch(r"[\w-]+?(?:\.([a-z]+\d*))?(?:-\d+-of-\d+)?\.safetensors", file)
+            weights.setdefault(folder, {}).setdefault((found and found[1]) or "", []).append(name)
+    for variants in weights.values():
+        kept += variants.get(variant or "") or variants.get("") or next(iter(variants.values()))
+    return kept
 
 
 def abstract_params(transformer: SanaTransformer, dtype: Any = jnp.float32) -> PyTree:

@@ -206,6 +206,7 @@ class SanaSprintPipeline(ImagePipeline):
             return trigflow_velocity(network_input, output, angle, sigma_data)
 
         params, lora, one = self.params, self._runtime_lora, jnp.float32(1.0)
-        program = self.programs.get(("sprint", sigma_data), run, params, lora, start, one, conditions, one)
+        name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
+        program = self.programs.get(name, ("sprint", sigma_data), run, params, lora, start, one, conditions, one)
         compiled = watch.compiled(program)
         return lambda latents, angle: compiled(params, lora, latents, angle, conditions, jnp.float32(scale))

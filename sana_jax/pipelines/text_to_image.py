@@ -317,7 +317,8 @@ class SanaPipeline(ImagePipeline):
         if guidance.interval is not None:
             scale_in_interval(guidance.scale, 0.0, guidance.interval)  # refuses a bad one before compiling
         params, lora, one = self._network_params(), self._runtime_lora, jnp.float32(1.0)
-        program = self.programs.get(layers, run, params, lora, start, one, positive, negative, one, one, control)
+        name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
+        program = self.programs.get(name, layers, run, params, lora, start, one, positive, negative, one, one, control)
         compiled = watch.compiled(program)
         sigmas = {float(timestep): float(sigma) for timestep, sigma in zip(schedule.timesteps, schedule.sigmas)}
 

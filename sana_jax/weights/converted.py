@@ -97,7 +97,7 @@ def lazy_saved_tree(directory: str | os.PathLike) -> PyTree:
     from etils import epath
 
     quiet_orbax()
-    path = epath.Path(directory)
+    path = epath.Path(Path(directory).absolute())  # Orbax takes no relative paths
     try:
         metadata = ocp.StandardCheckpointHandler().metadata(path).tree
         saved = ocp.tree.to_flat_dict(metadata)

@@ -45,7 +45,8 @@ def tree_differences(item_dir: Path, abstract: PyTree, *, name: str = "", cast: 
     import orbax.checkpoint as ocp
     from etils import epath
 
-    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item_dir)).tree
+    # Orbax takes no relative paths.
+    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item_dir.absolute())).tree
     saved = {key: leaf for key, leaf in ocp.tree.to_flat_dict(metadata).items() if hasattr(leaf, "shape")}
     wanted = ocp.tree.to_flat_dict(abstract)
     differences = []
@@ -82,7 +83,7 @@ def restore_tree(item_dir: Path, abstract: PyTree) -> PyTree:
     quiet_orbax()
     try:
         handler = ocp.StandardCheckpointHandler()
-        return handler.restore(epath.Path(item_dir), args=ocp.args.StandardRestore(abstract_tree(abstract)))
+        return handler.restore(epath.Path(item_dir.absolute()), args=ocp.args.StandardRestore(abstract_tree(abstract)))
     except Exception as error:  # Orbax raises bare Exceptions for unreadable data
         raise CheckpointError(f"reading {item_dir} failed: {one_line(error)}; check the disk and try again") from error
 

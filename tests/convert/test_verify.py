@@ -47,7 +47,7 @@ def names(rows) -> list[str]:
 # -- good models -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["sana-1.0", "2k", "scaled-time", "pag", "sprint"])
+@pytest.mark.parametrize("kind", ["sana-1.0", "2k", "sprint"])
 def test_transformers_pass_module_by_module(published, check, kind):
     fine, lines, rows = check(published(kind), "transformer")
     assert fine, lines[-1]
@@ -62,7 +62,7 @@ def test_transformers_pass_module_by_module(published, check, kind):
     layers = [row for row in rows["transformer"] if row["detail"]]
     assert len(layers) >= 3 * 11
     assert all(row["relative"] < 5e-6 for row in rows["transformer"])
-    assert any(0 < row["in_place_relative"] for row in layers)
+    assert any(row["in_place_relative"] > 0 for row in layers)
 
 
 def test_a_controlnet_passes(published, check):
@@ -79,17 +79,18 @@ def test_text_encoder_and_autoencoder_pass(published, check):
         assert name in found
     assert "empty negative prompt: encoding" in found
     exact = [row for row in rows["text_encoder"] if row["module"].endswith(("token ids", "mask"))]
-    assert exact and all(row["threshold"] == row["max_abs"] == 0 for row in exact)
+    assert exact
+    assert all(row["threshold"] == row["max_abs"] == 0 for row in exact)
     found = names(rows["vae"])
     assert {"encoder.down_blocks.3.0", "decoder.up_blocks.0.1", "encode a picture", "decode a latent"} <= set(found)
 
 
-@pytest.mark.parametrize("kind", ["sana-1.5", "sprint-img2img", "controlnet"])
+@pytest.mark.parametrize("kind", ["sprint-img2img", "controlnet"])
 def test_pipelines_pass(published, check, kind):
     fine, lines, rows = check(published(kind), "pipeline", steps=2)
     assert fine, lines[-1]
     assert names(rows["pipeline"]) == ["latents after step 1", "latents after step 2", "pixels"]
-    assert all(0 < row["max_abs"] for row in rows["pipeline"])
+    assert all(row["max_abs"] > 0 for row in rows["pipeline"])
     assert max(row["relative"] for row in rows["pipeline"]) < 1e-5
 
 
@@ -107,7 +108,8 @@ def test_in_bfloat16_ours_is_measured_by_pytorchs_own(published, check):
     assert fine, lines[-1]
     assert all(row["pytorch_error"] is not None for row in rows["transformer"])
     (whole,) = [row for row in rows["transformer"] if row["module"].endswith("compiled")]
-    assert 1e-3 < whole["pytorch_error"] and whole["relative"] <= 1.5 * whole["pytorch_error"]
+    assert whole["pytorch_error"] > 1e-3
+    assert whole["relative"] <= 1.5 * whole["pytorch_error"]
 
 
 def test_converted_and_original_weights_and_single_components(published, check, tmp_path, tiny_widths):
@@ -117,7 +119,8 @@ def test_converted_and_original_weights_and_single_components(published, check, 
     assert fine, lines[-1]
     assert any("as export writes them" in line for line in lines)
     fine, lines, rows = check(source / "transformer")
-    assert fine and list(rows) == ["transformer"]
+    assert fine
+    assert list(rows) == ["transformer"]
     assert any("from the source itself" in line for line in lines)
     torch.save({"state_dict": cases.as_original(cases.transformer().state_dict())}, tmp_path / "original.pth")
     fine, lines, rows = check(tmp_path / "original.pth")
@@ -247,7 +250,8 @@ def test_a_fault_in_the_weights_is_named(published, check, monkeypatch, fault):
     assert not fine
     past = [row["module"] for row in rows[component] if not row["ok"]]
     assert past[0] == expected
-    assert lines[-1].startswith("PAST:") and f"{component}: {expected}" in lines[-1]
+    assert lines[-1].startswith("PAST:")
+    assert f"{component}: {expected}" in lines[-1]
     if not fault.startswith("swapped"):
         # Nothing behind the fault is blamed for it: the module around it and the result are the only others.
         layer = expected.split(":")[0]
@@ -276,14 +280,20 @@ def run_with(code: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("package", ["torch", "diffusers"])
 def test_without_pytorch_one_line_says_so(published, package):
     program = (
-        f"import sys; sys.modules[{package!r}] = None\n"
+        "import sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] == {package!r}:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Absent())\n"
         "from convert.main import main\nfrom sana_jax.errors import run_command_line\n"
         f"run_command_line(lambda: main(['verify', {str(published('sana-1.0'))!r}, '--component', 'transformer']))"
     )
     done = run_with(program)
     assert done.returncode == 2, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert f"the package {package} is not installed" in done.stderr and "pip install" in done.stderr
+    assert f"the package {package} is not installed" in done.stderr
+    assert "pip install" in done.stderr
 
 
 def test_damaged_directories(published, tmp_path):
@@ -324,8 +334,9 @@ def test_bad_options(published, options, message):
 
 def test_thresholds(published, check):
     fine, lines, _ = check(published("sana-1.0"), "transformer", limits=Limits(module=1e-9))
-    assert not fine and lines[-1].startswith("PAST:")
-    with pytest.raises(UserError, match="--ratio 2.0 would not be used with --dtype float32"):
+    assert not fine
+    assert lines[-1].startswith("PAST:")
+    with pytest.raises(UserError, match=r"--ratio 2\.0 would not be used with --dtype float32"):
         choose_limits("float32", ratio=2.0)
     with pytest.raises(UserError, match="--module-threshold -1"):
         choose_limits("float32", module=-1)
@@ -336,7 +347,8 @@ def test_what_is_not_finite_or_of_another_shape_is_past():
     limits = Limits()
     for found in (np.array([1.0, np.nan]), np.array([1.0, 2.0, 3.0])):
         row = make_row("x", found, np.array([1.0, 2.0]), 1e9, limits)
-        assert row.past and row.to_dict()["relative"] == "inf"
+        assert row.past
+        assert row.to_dict()["relative"] == "inf"
     same = Difference.of(np.zeros(3), np.zeros(3))
     assert (same.max_abs, same.relative, same.cosine) == (0, 0, 1)
 
@@ -346,7 +358,8 @@ def test_command_line(published, capsys, tmp_path):
     assert command.main([*arguments, "--height", "64", "--width", "96"]) == 0
     out = capsys.readouterr().out
     assert out.strip().splitlines()[-1].startswith("ok: all ")
-    assert "layers within them are ok too (--all lists them)" in out and "plan: transformer" in out
+    assert "layers within them are ok too (--all lists them)" in out
+    assert "plan: transformer" in out
     assert json.loads((tmp_path / "x.json").read_text())["first_past"] is None
     tight = ["--module-threshold", "1e-9", "--height", "64", "--width", "96"]
     assert command.main([*arguments, *tight]) == 1

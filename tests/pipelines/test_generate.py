@@ -33,10 +33,11 @@ def test_picture_and_what_is_said(run, pipe, tmp_path, capsys):
     for part in ("1 x 8x8 pixels", "3 steps of FlowEuler", "guidance 2.5", "seed 3", "float32 on cpu"):
         assert part in lines[2]
     assert "in memory: transformer" in lines[3]
-    assert "compiled in" in lines[4]
-    assert "sampled in" in lines[4]
-    assert str(path) in lines[5]
-    assert "enlarged 16 times from 8x8 to 128x128" in lines[5]
+    assert lines[4] == "compiling the transformer for latents 1x8x8x1 ..."
+    assert "memory per device" in lines[5]
+    assert "sampled in" in lines[6]
+    assert str(path) in lines[7]
+    assert "enlarged 16 times from 8x8 to 128x128" in lines[7]
     with Image.open(path) as image:
         assert (image.mode, image.size) == ("L", (128, 128))
         np.testing.assert_array_equal(np.asarray(image)[::16, ::16], np.asarray(pipe(PROMPT, seed=3).images[0]))
@@ -45,6 +46,16 @@ def test_picture_and_what_is_said(run, pipe, tmp_path, capsys):
         assert image.text["sampler"].startswith("FlowEuler")
         assert image.text["model"] == str(run.directory)
         assert image.text["license"] == "CC-BY-4.0"
+
+
+def test_a_relative_path_and_words_without_quotes(run, tmp_path, capsys, monkeypatch):
+    """As the README writes it; Orbax itself takes absolute paths only."""
+    monkeypatch.chdir(run.directory.parent)
+    words = ("--prompt", "a", "--prompt", "handwritten", "--out", tmp_path / "out.png", "--steps", 1)
+    assert call("--model", run.directory.name, *words) == 0
+    assert (
+        '2 prompts of one word each; put a text of several words in quotes: --prompt "..."' in capsys.readouterr().out
+    )
 
 
 def test_options_reach_the_pipeline(run, tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_text_to_image_twice(published, tmp_path, capsys):
             line.startswith(("compiling the text", "compiled the text", "compiling DC", "compiled DC"))
             for line in compiling
         )
-        assert lines[-2].startswith("compiled in ")
+        assert lines[-2].startswith("sampled in ")
         assert "text " in lines[-2]
         assert lines[-1].startswith("picture: ")
         for part in ("1 x 64x96 pixels", "2 steps of DPMSolver", "guidance 4", "seed 3", "float32 on cpu"):

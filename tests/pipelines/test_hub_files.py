@@ -1,0 +1,39 @@
+"""Which of a repository's files are downloaded."""
+
+from __future__ import annotations
+
+from sana_jax.pipelines.opening import files_to_fetch
+
+REPOSITORY = [
+    "README.md",
+    "asset/picture.png",
+    "model_index.json",
+    "text_encoder/config.json",
+    "text_encoder/model.bf16-00001-of-00002.safetensors",
+    "text_encoder/model.bf16-00002-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.bf16.json",
+    "tokenizer/tokenizer.json",
+    "transformer/config.json",
+    "transformer/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model-00002-of-00002.safetensors",
+    "transformer/diffusion_pytorch_model.bf16.safetensors",
+    "transformer/diffusion_pytorch_model.bin",
+    "vae/diffusion_pytorch_model.safetensors",
+]
+
+
+def weights(variant: str | None) -> list[str]:
+    return [name for name in files_to_fetch(REPOSITORY, variant) if name.endswith(("safetensors", "bin", "png"))]
+
+
+def test_plain_files_and_where_there_are_none_the_variant():
+    assert weights(None) == [*REPOSITORY[4:6], *REPOSITORY[9:11], REPOSITORY[13]]
+
+
+def test_the_variant_and_where_there_is_none_the_plain_files():
+    assert weights("bf16") == [*REPOSITORY[4:6], REPOSITORY[11], REPOSITORY[13]]
+
+
+def test_configurations_and_tokenizer_always():
+    small = [name for name in REPOSITORY if name.endswith((".json", ".md"))]
+    assert set(small) <= set(files_to_fetch(REPOSITORY, None))
