@@ -76,8 +76,9 @@ def verify_model(
     model = open_model(source, choices)
     by_name = {part.folder or _BY_CLASS[part.network.class_name]: part for part in model.components}
     wanted = _choose(model, by_name, tuple(components), steps)
-    parts = {name: by_name[name] for name in COMPONENTS if name in _needed(wanted, by_name)}
-    _require_whole(model, parts)
+    needed = set(by_name) | set(model.failures) if PIPELINE in wanted else set(wanted)
+    parts = {name: by_name[name] for name in COMPONENTS if name in needed and name in by_name}
+    _require_whole(model, parts, needed)
     inputs = _inputs(parts, height, width, seed)
     if {"transformer", "controlnet"} & parts.keys():
         _check_contract(model, dtype, emulate_fp16_saturation, report)
@@ -146,16 +147,13 @@ def _choose(
     return tuple(name for name in COMPONENTS if name in wanted) or tuple(wanted)
 
 
-def _needed(wanted: tuple[str, ...], by_name: dict[str, Component]) -> set[str]:
-    return set(by_name) if PIPELINE in wanted else set(wanted)
-
-
-def _require_whole(model: Model, parts: dict[str, Component]) -> None:
+def _require_whole(model: Model, parts: dict[str, Component], needed: set[str]) -> None:
     """Raises with everything that is wrong with what is to be compared."""
-    failed = [f"{name}: {error}" for name, error in model.failures.items()]
+    errors = {name: error for name, error in model.failures.items() if name in needed}
+    failed = [f"{name}: {error}" for name, error in errors.items()]
     failed += [f"{name}: the weights do not fit: {part.problems}" for name, part in parts.items() if part.problems]
-    if len(failed) == len(model.failures) == 1:
-        raise next(iter(model.failures.values()))
+    if len(failed) == len(errors) == 1:
+        raise next(iter(errors.values()))
     if failed:
         raise CheckpointError(
             f"{model.path} cannot be verified. {'. '.join(failed)}. python -m convert.main inspect {model.path} --all "

@@ -98,7 +98,17 @@ class SanaConfig:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            check_field(f"transformer.{field.name}", field.type, getattr(self, field.name))
+            value = getattr(self, field.name)
+            check_field(f"transformer.{field.name}", field.type, value)
+            if field.type.startswith("float") and value is not None:
+                object.__setattr__(self, field.name, float(value))  # JSON writes 1.0 as 1
+        if not 0 < self.norm_eps < 1:
+            raise UserError(f"transformer.norm_eps={self.norm_eps} is not allowed; 1e-6 is the published one")
+        if self.interpolation_scale is not None and not self.interpolation_scale > 0:
+            raise UserError(
+                f"transformer.interpolation_scale={self.interpolation_scale} is not allowed; allowed is more than 0, or "
+                "none for no position table"
+            )
         if self.mlp_hidden < 1:
             raise UserError(
                 f"transformer.mlp_ratio={self.mlp_ratio} leaves no hidden channel; 2.5 is the published one"
