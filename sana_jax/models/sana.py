@@ -106,8 +106,8 @@ class SanaConfig:
             raise UserError(f"transformer.norm_eps={self.norm_eps} is not allowed; 1e-6 is the published one")
         if self.interpolation_scale is not None and not self.interpolation_scale > 0:
             raise UserError(
-                f"transformer.interpolation_scale={self.interpolation_scale} is not allowed; allowed is more than 0, or "
-                "none for no position table"
+                f"transformer.interpolation_scale={self.interpolation_scale} is not allowed; allowed is more than 0, "
+                "or none for no position table"
             )
         if self.mlp_hidden < 1:
             raise UserError(

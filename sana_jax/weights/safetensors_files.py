@@ -218,10 +218,11 @@ def _read_index(path: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{path} is not an index of weights: it has no weight_map; {_AGAIN}")
     for name, shard in weight_map.items():
-        # A name with a directory in it could reach any file of the machine.
-        if not isinstance(shard, str) or Path(shard).name != shard or not shard.endswith(".safetensors"):
+        # A name with a directory in it could reach any file of the machine; file systems end at 255 bytes.
+        plain = isinstance(shard, str) and Path(shard).name == shard and len(shard.encode(errors="replace")) <= 255
+        if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path} says that {name!r} is in {shard!r}; allowed is the name of a .safetensors file beside it: "
+                f"{path} says that {name!r} is in {str(shard)[:80]!r}; allowed is the name of a .safetensors file beside it: "
                 "do not use this directory"
             )
     return weight_map
