@@ -16,7 +16,7 @@ from sana_jax.files import atomic_file
 
 Report = Callable[[str], None]
 
-# float32, of a single module: twenty times what is measured on random weights of the published widths.
+# float32, of a single module: about five times the worst that is measured on tiny random weights.
 MODULE_THRESHOLD = 1e-5
 # float32, of a whole network or pipeline, where the errors of all modules have added up.
 WHOLE_THRESHOLD = 1e-4

@@ -222,7 +222,7 @@ def _read_index(path: Path) -> dict[str, str]:
         plain = isinstance(shard, str) and Path(shard).name == shard and len(shard.encode(errors="replace")) <= 255
         if not plain or not shard.endswith(".safetensors"):
             raise CheckpointError(
-                f"{path} says that {name!r} is in {str(shard)[:80]!r}; allowed is the name of a .safetensors file beside "
+                f"{path} says that {name!r} is in {str(shard)[:80]!r}; allowed is a .safetensors file's name beside "
                 "it: do not use this directory"
             )
     return weight_map
