@@ -24,7 +24,7 @@ from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_file
 from sana_jax.pipelines.model_directory import SamplingDefaults, check_fit, write_model_directory
-from sana_jax.weights import checkpoint_steps
+from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
 
 CONFIG_NAME = "config.json"
 # What else a run puts into its directory. None of it may be there before a run is.
@@ -76,6 +76,7 @@ def claim(config: RunConfig) -> bool:
 
     Raises:
         UserError: it cannot be written to, or holds a run of another configuration, or a model that is not a run.
+        CheckpointError: its newest checkpoint is damaged.
     """
     run_dir = Path(config.run_dir)
     if not config.run_dir or (run_dir.exists() and not run_dir.is_dir()):
@@ -97,7 +98,15 @@ def claim(config: RunConfig) -> bool:
             f"{run_dir} holds a run of another configuration: {shown}{more}; name another --run-dir, or continue that "
             f"run as it is with --resume {run_dir}"
         )
+    _check_newest_checkpoint(run_dir / "checkpoints")
     return True
+
+
+def _check_newest_checkpoint(checkpoints: Path) -> None:
+    """Raises ``CheckpointError`` for missing or shortened files before anything is compiled; restoring reads all."""
+    steps = checkpoint_steps(checkpoints)
+    if steps and (problem := find_damage(checkpoints / str(steps[-1]), checksums=False)):
+        raise damaged_checkpoint(checkpoints, steps[-1], problem, "resume from")
 
 
 def _check_writable(run_dir: Path) -> None:
