@@ -97,8 +97,9 @@ def open_component(
             raise CheckpointError(f"{directory} is converted and has no variants; leave variant={variant!r} out")
         return Resident(name, tree_bytes(abstract), lambda: load_params(converted, abstract))
     source = SafetensorsSource(find_weights_file(directory, stem, variant))
-    if problems := misfits(source, places(rules, abstract), ignored):
-        family = looks_like(source.tensors)
+    wanted = places(rules, abstract)
+    if problems := misfits(source, wanted, ignored):
+        family = None if wanted.keys() & source.tensors.keys() else looks_like(source.tensors)
         seen = f" ({family})" if family else ""
         raise CheckpointError(
             f"{source.location} does not fit its config.json{seen}: {problems}; give the one that belongs to it, or "
