@@ -204,7 +204,9 @@ def find_model(path: str | os.PathLike[str], variant: str | None = None) -> path
     try:
         from huggingface_hub import HfApi, snapshot_download
 
-        files = files_to_fetch(HfApi().list_repo_files(name), variant)
+        # Not list_repo_files, which tries again and again for half a minute where there is no network.
+        names = [file.rfilename for file in HfApi().model_info(name, timeout=10).siblings]
+        files = files_to_fetch(names, variant)
         return pathlib.Path(snapshot_download(name, allow_patterns=files))
     except ImportError:
         reason = "huggingface_hub is not installed"
