@@ -122,7 +122,7 @@ def export_model(
         for component in model.components:
             begin = time.perf_counter()
             folder = temporary / component.folder
-            _write_json(folder / CONFIG, component.config)
+            _write_json(folder / CONFIG, _named_config(component, model))
             count = _write_shards(folder, component.source, _stem(component), shard_bytes)
             files = f"{count} file{'s' if count > 1 else ''}"
             report(f"{_describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
@@ -217,6 +217,14 @@ def _new_directory(destination: str | Path) -> Iterator[Path]:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with atomic_file(path) as file:
         file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _named_config(component: Component, model: Model) -> dict[str, Any]:
+    """A configuration that goes on saying which weights need float16's saturation: diffusers has no contract."""
+    contract = model.contract
+    if component.folder != "transformer" or contract is None or not contract.fp16_saturation or not contract.source:
+        return component.config
+    return {**component.config, "_name_or_path": contract.source}
 
 
 def _write_small(model: Model, temporary: Path) -> None:

@@ -91,7 +91,3 @@ class RenamedSource:
                 raise CheckpointError(f"{self.location}: {name} and {self._parts[key][0]} are both {key}")
             self.tensors[key] = TensorInfo(info.dtype, shape)
             self._parts[key] = (name, part, rename)
-
-
-def _pattern(original: str) -> re.Pattern[str]:
-    return re.compile(re.escape(original).replace(re.escape(LAYER), r"(\d+)"))

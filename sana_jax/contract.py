@@ -264,7 +264,8 @@ def contract_of(
     name = _published_name(names)
     dtypes_stored = set(stored.get("transformer", ()))
     saturation: bool | None
-    if name is not None:
+    if name is not None and not (_PUBLISHED[name] is not False and dtypes_stored == {"bfloat16"}):
+        # (the originals were never published in bfloat16: a folder's name does not make them of these)
         saturation = _PUBLISHED[name]
         may_be_original = saturation is None
     elif config.qk_norm is not None or config.interpolation_scale is not None or "bfloat16" in dtypes_stored:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -33,6 +34,25 @@ def atomic_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A new directory for ``path`` under a temporary name beside it, renamed when the block ends well.
+
+    After an error nothing is left. ``path`` must not exist, or be an empty directory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path = pathlib.Path(path).absolute()
+    temporary = path.with_name(f".{path.name}.half-written-{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -153,13 +154,23 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     arguments = _arguments(config, pipeline)
     settings = _settings(config, pipeline)
     _announce(config, pipeline, settings)
-    result = pipeline(
-        list(config.prompt), num_images_per_prompt=config.num_images, seed=config.seed, progress_bar=True, **arguments
-    )
+    fixed = {"num_images_per_prompt": config.num_images, "seed": config.seed, "progress_bar": True}
+    try:
+        result = pipeline(list(config.prompt), **fixed, **arguments)
+    except UserError as error:
+        raise type(error)(_with_option_names(str(error))) from error
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items() if seconds >= 0.005)
-    print(f"sampled in {result.sampling_seconds:.2f} s ({stages})")
+    print(f"sampled in {sum(result.seconds.values()):.2f} s ({stages})")
     settings = {**settings, "sampled_size": f"{result.sampled_size[0]}x{result.sampled_size[1]}"}
     return _write(config, result, settings)
+
+
+def _with_option_names(message: str) -> str:
+    """A pipeline's message with the command line's names for its arguments."""
+    for option, argument in sorted(_PASSED.items(), key=lambda pair: -len(pair[1])):
+        if option != argument:
+            message = re.sub(rf"(?<![\w-]){argument}(?![\w-])", f"--{option.replace('_', '-')}", message)
+    return message
 
 
 def open_pipeline(config: GenerateConfig) -> ImagePipeline:
@@ -238,7 +249,10 @@ def _settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]
         "control_scale": config.control_scale,
         "pag_scale": config.pag_scale,
         "pag_layers": config.pag_layers,
-        "lora": pipeline.describe_lora() if config.lora else None,
+        "lora": ", ".join(config.lora) or None,
+        "lora_merge": config.lora_merge or None,
+        "num_images": config.num_images if config.num_images > 1 else None,
+        "variant": config.variant,
         "dtype": str(jax.numpy.dtype(pipeline.transformer.dtype)),
         "emulate_fp16_saturation": config.emulate_fp16_saturation or None,
         "license": defaults.license,

@@ -22,9 +22,10 @@ from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.sampling import AmendFunction, sample_loop
 from sana_jax.errors import UserError
+from sana_jax.files import atomic_directory
 from sana_jax.images import to_pil
 from sana_jax.models.sana import SanaTransformer
-from sana_jax.pipelines.checks import check_finite, check_multiple
+from sana_jax.pipelines.checks import check_finite, check_multiple, not_finite
 from sana_jax.pipelines.image_inputs import place, to_network_range
 from sana_jax.pipelines.lora import LoraPipeline
 from sana_jax.pipelines.model_directory import SamplingDefaults
@@ -199,7 +200,13 @@ class ImagePipeline(LoraPipeline):
         path = pathlib.Path(path)
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise UserError(f"{path} exists already; allowed is a new or empty directory: choose another name")
-        save_model(self, path)
+        try:
+            with atomic_directory(path) as temporary:
+                save_model(self, temporary)
+        except OSError as error:
+            raise UserError(
+                f"writing {path} failed ({error.strerror or error}); nothing was left there: name another directory"
+            ) from error
 
     def check_components(self) -> None:
         """Raises ``UserError`` for components that this pipeline cannot use."""
@@ -250,6 +257,7 @@ class ImagePipeline(LoraPipeline):
         if given:
             fields = {field.name for field in dataclasses.fields(encoder)} if dataclasses.is_dataclass(encoder) else ()
             if unknown := sorted(set(given) - set(fields)):
+                unknown = ["max_sequence_length" if name == "max_length" else name for name in unknown]
                 raise UserError(
                     f"{', '.join(unknown)} would not be used: the text encoder {type(encoder).__name__} has no such "
                     "setting; leave it out"
@@ -257,12 +265,13 @@ class ImagePipeline(LoraPipeline):
             encoder = dataclasses.replace(encoder, **given)
 
         def encode(texts: Sequence[str], negative: bool) -> tuple[np.ndarray, np.ndarray]:
-            keys = [(text, negative, tuple(sorted(given.items()))) for text in texts]
+            own = (id(self.text_encoder), negative, tuple(sorted(given.items())))
+            keys = [(text, *own) for text in texts]
             new = {key: key[0] for key in keys if key not in self._encodings}
             if new:
                 embeds, mask = encoder.encode(list(new.values()), negative=negative)
                 embeds, mask = np.asarray(embeds), np.asarray(mask)
-                self._encodings.update({key: (embeds[row], mask[row]) for row, key in enumerate(new)})
+                self._encodings.update({key: (embeds[row].copy(), mask[row].copy()) for row, key in enumerate(new)})
             found = [self._encodings[key] for key in keys]
             for key in list(self._encodings)[:-_KEPT_ENCODINGS]:
                 del self._encodings[key]
@@ -287,7 +296,7 @@ class ImagePipeline(LoraPipeline):
                 raise UserError(f"latents of shape {np.shape(latents)}; allowed is (B, C, h, w): bring them to 4 axes")
             height = np.shape(latents)[2] * factor if height is None else height
             width = np.shape(latents)[3] * factor if width is None else width
-            if binning in (None, "nearest"):
+            if binning is None:
                 binning = "off"  # latents have the size that is sampled
         sizes = {picture.size[::-1] for picture in pictures or ()}
         if len(sizes) > 1 and (height is None or width is None):
@@ -359,7 +368,7 @@ class ImagePipeline(LoraPipeline):
         finite: list[tuple[int, Array]] = []
 
         def on_step(index: int, timestep: float, latents: Array) -> bool | None:
-            finite.append((index, jnp.isfinite(latents).all()))
+            finite.append((index, jnp.isfinite(latents).all(axis=(1, 2, 3))))
             if bar is not None:
                 jax.block_until_ready(latents)
                 bar.update()
@@ -373,8 +382,8 @@ class ImagePipeline(LoraPipeline):
             if bar is not None:
                 bar.close()
         for index, good in finite:
-            if not good:
-                check_finite(f"sampling step {index + 1} of {schedule.num_inference_steps}", state.latents)
+            if not good.all():
+                raise not_finite(f"sampling step {index + 1} of {schedule.num_inference_steps}", good)
         return jax.block_until_ready(state)
 
     # -- pictures out --------------------------------------------------------------------------------------------

@@ -29,8 +29,7 @@ def check_options(
     ``negatives`` are the negative prompt, its embeddings and their mask.
     """
     check_common_options(output_type, num_images_per_prompt, seed)
-    if not math.isfinite(scale):
-        raise UserError(f"guidance_scale {scale} is not allowed; choose a finite number, 1 is off")
+    check_scale(scale)
     if latents is not None and seed != 0:
         raise UserError(f"seed {seed} would not be used, since latents are given; leave one of them out")
     text, embeds, mask = negatives
@@ -56,10 +55,29 @@ def check_common_options(output_type: str, num_images_per_prompt: int, seed: int
     """Raises ``UserError`` for a value that no pipeline allows."""
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type {output_type!r} is not allowed; choose one of {', '.join(OUTPUT_TYPES)}")
-    if num_images_per_prompt < 1:
+    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
         raise UserError(f"num_images_per_prompt {num_images_per_prompt} is not allowed; choose 1 or more")
-    if not 0 <= seed < 2**32:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is not allowed; choose a whole number from 0 to {2**32 - 1}")
+
+
+def check_scale(guidance_scale: float) -> None:
+    """Raises ``UserError`` for a guidance scale that is not finite."""
+    if not math.isfinite(guidance_scale):
+        raise UserError(f"guidance_scale {guidance_scale} is not allowed; choose a finite number")
+
+
+def check_text_options(
+    max_sequence_length: Any, complex_human_instruction: Any, encodes_prompt: bool, encodes_negative: bool = False
+) -> None:
+    """Raises ``UserError`` for settings of the text encoder where it is given nothing to encode."""
+    unused = []
+    if complex_human_instruction is not None and not encodes_prompt:
+        unused.append("complex_human_instruction")
+    if max_sequence_length is not None and not (encodes_prompt or encodes_negative):
+        unused.append("max_sequence_length")
+    if unused:
+        raise UserError(f"{' and '.join(unused)} would not be used, since embeddings are given; leave it out")
 
 
 def check_multiple(name: str, value: int, multiple: int) -> None:
@@ -77,10 +95,14 @@ def check_multiple(name: str, value: int, multiple: int) -> None:
 def check_finite(stage: str, values: Shaped[Array, "B *X"]) -> None:
     """Raises ``UserError`` naming the stage if any value is infinite or not a number."""
     finite = np.asarray(jnp.isfinite(values))
-    if finite.all():
-        return
-    bad = int((~finite.reshape(finite.shape[0], -1).all(axis=1)).sum())
-    raise UserError(
-        f"{stage} gave values that are not finite in {bad} of {finite.shape[0]} pictures; nothing is drawn from them: "
-        "try dtype float32, another guidance_scale, or an earlier checkpoint"
+    if not finite.all():
+        raise not_finite(stage, finite.reshape(finite.shape[0], -1).all(axis=1))
+
+
+def not_finite(stage: str, good: Shaped[Array, " B"]) -> UserError:
+    """The error for a stage after which not all pictures are ``good``."""
+    good = np.asarray(good)
+    return UserError(
+        f"{stage} gave values that are not finite in {int((~good).sum())} of {good.size} pictures; nothing is drawn "
+        "from them: try dtype float32, another guidance_scale, or an earlier checkpoint"
     )

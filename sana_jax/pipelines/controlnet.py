@@ -73,6 +73,8 @@ class SanaControlNetPipeline(SanaPipeline):
             model.defaults,
             contract=model.contract,
             checkpoint_id=model.checkpoint_id,
+            checkpoint_step=model.checkpoint_step,
+            weights=model.weights,
             residency=residency,
             controlnet=model.controlnet,
             controlnet_params=model.controlnet_weights,
@@ -111,7 +113,7 @@ class SanaControlNetPipeline(SanaPipeline):
         Args:
             prompt: one or several texts.
             control_image: file, PIL image, or array (H, W, 3); one for all pictures or a list of one each. It is
-                resized to the size that is sampled.
+                resized to the size of the result.
             controlnet_conditioning_scale: multiplies what the ControlNet adds; 0 is without it.
             options: all other arguments of ``SanaPipeline``.
 

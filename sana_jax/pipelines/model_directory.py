@@ -261,7 +261,7 @@ def _defaults(
     """What our index says, or what the published pipelines do."""
     if "defaults" in index or contract is None:
         return SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}")
-    side, license = config.sample_size * _PIXELS_PER_SAMPLE, None if contract is None else contract.license
+    side, license = config.sample_size * _PIXELS_PER_SAMPLE, contract.license
     steps = _PUBLISHED_STEPS.get(pipeline, SamplingDefaults.num_inference_steps)
     return SamplingDefaults(num_inference_steps=steps, height=side, width=side, license=license)
 

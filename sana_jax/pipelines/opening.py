@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import pathlib
@@ -205,13 +206,17 @@ def find_model(path: str | os.PathLike[str], variant: str | None = None) -> path
         from huggingface_hub import HfApi, snapshot_download
 
         # Not list_repo_files, which tries again and again for half a minute where there is no network.
-        names = [file.rfilename for file in HfApi().model_info(name, timeout=10).siblings]
-        files = files_to_fetch(names, variant)
-        return pathlib.Path(snapshot_download(name, allow_patterns=files))
+        info = HfApi().model_info(name, timeout=10)
+        files = files_to_fetch([file.rfilename for file in info.siblings], variant)
+        return pathlib.Path(snapshot_download(name, allow_patterns=files, revision=info.sha))
     except ImportError:
         reason = "huggingface_hub is not installed"
     except Exception as error:  # the library raises a dozen kinds, from sockets to JSON
         reason = type(error).__name__
+        with contextlib.suppress(Exception):
+            cached = pathlib.Path(snapshot_download(name, local_files_only=True))
+            print(f"{name}: not to be had from the Hub now ({reason}); using what was downloaded before, {cached}")
+            return cached
     raise FileNotFoundError(
         f"model {name} is neither a directory here nor to be had from the Hub ({reason}); download it where there is a "
         "network and name its directory, or train one: python -m train.main makes runs/digits"
@@ -225,9 +230,10 @@ def files_to_fetch(names: Sequence[str], variant: str | None) -> list[str]:
     """
     kept = [name for name in names if name.endswith((".json", ".txt", "tokenizer.model", "README.md"))]
     weights: dict[str, dict[str, list[str]]] = {}
+    whole_model = "model_index.json" in names  # whose root may hold copies of weights that nothing reads
     for name in names:
         folder, _, file = name.rpartition("/")
-        if folder and file.endswith(".safetensors"):
+        if (folder or not whole_model) and file.endswith(".safetensors"):
             found = re.fullmatch(r"[\w-]+?(?:\.([a-z]+\d*))?(?:-\d+-of-\d+)?\.safetensors", file)
             weights.setdefault(folder, {}).setdefault((found and found[1]) or "", []).append(name)
     for variants in weights.values():

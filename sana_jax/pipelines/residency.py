@@ -54,7 +54,7 @@ def describe_plan(
         total = sum(sized[name].num_bytes for name in present)
         lines.append(f"{stage}: {named}" + (f"; together {readable_bytes(total)}" if len(present) > 1 else ""))
         if residency == "one_at_a_time":
-            present = []
+            present = [name for name in present if sized[name].stays]
         elif residency == "text_encoder_freed":
-            present = [name for name in present if name != TEXT]
+            present = [name for name in present if name != TEXT or sized[name].stays]
     return lines

@@ -21,7 +21,7 @@ from sana_jax.pipelines.base import (
     Stopwatch,
     first_step,
 )
-from sana_jax.pipelines.checks import check_common_options
+from sana_jax.pipelines.checks import check_common_options, check_scale, check_text_options
 from sana_jax.pipelines.image_inputs import read_pictures
 from sana_jax.pipelines.prompts import encode_positive
 from sana_jax.pipelines.residency import TEXT, TRANSFORMER
@@ -108,6 +108,7 @@ class SanaSprintPipeline(ImagePipeline):
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
         scale = float(self.defaults.guidance_scale if guidance_scale is None else guidance_scale)
         check_common_options(output_type, num_images_per_prompt, seed)
+        check_scale(scale)
         if latents is not None and step_noise is not None and seed != 0:
             raise UserError(f"seed {seed} would not be used, since latents and step_noise are given; leave it out")
         sampler = self._sampler(steps, max_timesteps, intermediate_timesteps, timesteps)
@@ -119,6 +120,7 @@ class SanaSprintPipeline(ImagePipeline):
         size = self._size(height, width, binning, latents, pictures)
 
         watch = Stopwatch()
+        check_text_options(max_sequence_length, complex_human_instruction, prompt is not None)
         options = {
             "max_length": max_sequence_length,
             "complex_human_instruction": instruction_lines(complex_human_instruction),

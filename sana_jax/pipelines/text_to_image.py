@@ -25,7 +25,7 @@ from sana_jax.pipelines.base import (
     Stopwatch,
     first_step,
 )
-from sana_jax.pipelines.checks import check_options
+from sana_jax.pipelines.checks import check_options, check_text_options
 from sana_jax.pipelines.image_inputs import mask_at, place, read_mask, read_pictures, to_network_range
 from sana_jax.pipelines.opening import abstract_params
 from sana_jax.pipelines.prompts import encode_negative, encode_positive
@@ -206,7 +206,7 @@ class SanaPipeline(ImagePipeline):
         if pictures is not None or control is not None:
             watch.end("encode")
 
-        velocity = self._velocity(watch, schedule, start, positive, negative, guidance, control)
+        velocity = self._velocity(watch, schedule, start, positive, negative, guidance, control, first)
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar}
         state = self._run(self.sampler, schedule, velocity, start, start_index=first, amend=amend, **options)
         del velocity  # it holds the weights, which would stay in memory with it
@@ -241,6 +241,8 @@ class SanaPipeline(ImagePipeline):
                 "complex_human_instruction": instruction_lines(request.complex_human_instruction),
             }
         )
+        encodes = request.prompt is not None, guided and request.negative_prompt_embeds is None
+        check_text_options(request.max_sequence_length, request.complex_human_instruction, *encodes)
         channels, repeats = self.transformer.config.caption_channels, request.num_images_per_prompt
         positive = encode_positive(
             encode, channels, request.prompt, request.prompt_embeds, request.prompt_attention_mask, repeats
@@ -305,6 +307,7 @@ class SanaPipeline(ImagePipeline):
         negative: Encoded | None,
         guidance: Guidance,
         control: Control | None,
+        first: int,
     ) -> VelocityFunction:
         """(latents, timestep) -> velocity, compiled once for all steps, numbers of steps and scales."""
         network, layers = self._network(), guidance.perturbed_layers
@@ -320,10 +323,11 @@ class SanaPipeline(ImagePipeline):
         name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
         program = self.programs.get(name, layers, run, params, lora, start, one, positive, negative, one, one, control)
         compiled = watch.compiled(program)
-        sigmas = {float(timestep): float(sigma) for timestep, sigma in zip(schedule.timesteps, schedule.sigmas)}
+        # The loop asks once for every step, in order; timesteps may repeat.
+        sigmas = iter(schedule.sigmas[first:])
 
         def velocity(latents: Array, timestep: Array) -> Array:
-            scale, pag_scale = guidance.at(float(timestep), sigmas[float(timestep)])
+            scale, pag_scale = guidance.at(float(timestep), float(next(sigmas)))
             return compiled(params, lora, latents, timestep, positive, negative, scale, pag_scale, control)
 
         return velocity

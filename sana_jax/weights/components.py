@@ -30,6 +30,7 @@ class Resident:
     Attributes:
         name: of the network, for messages.
         num_bytes: what they take on the device.
+        stays: whether someone else holds them, so that ``free`` frees nothing.
     """
 
     def __init__(self, name: str, num_bytes: int, read: Callable[[], PyTree]) -> None:
@@ -37,11 +38,14 @@ class Resident:
         self.num_bytes = num_bytes
         self._read = read
         self._params: PyTree | None = None
+        self.stays = False
 
     @classmethod
     def of(cls, name: str, params: PyTree) -> Resident:
-        """Parameters that are there already; ``free`` only lets go of a reading, so these stay."""
-        return cls(name, tree_bytes(params), lambda: params)
+        """Parameters that someone else holds: always in memory, whatever is freed."""
+        resident = cls(name, tree_bytes(params), lambda: params)
+        resident.stays = True
+        return resident
 
     @property
     def params(self) -> PyTree:
@@ -59,7 +63,7 @@ class Resident:
     @property
     def loaded(self) -> bool:
         """Whether they are in memory."""
-        return self._params is not None
+        return self.stays or self._params is not None
 
     def free(self) -> None:
         """Lets go of them; the next ``params`` reads them again."""

@@ -139,11 +139,14 @@ def run_diffusers(directory: pathlib.Path, threads: int) -> dict:
     pipe.set_progress_bar_config(disable=True)
     moments: dict[str, float] = {}
 
-    def begin(*_):
-        moments.setdefault("denoise", time.perf_counter())
+    def note(stage):
+        def hook(*_):  # what a hook returns would take the input's place
+            moments.setdefault(stage, time.perf_counter())
 
-    modules["transformer"].register_forward_pre_hook(begin)
-    modules["vae"].decoder.register_forward_pre_hook(lambda *_: moments.setdefault("decode", time.perf_counter()))
+        return hook
+
+    modules["transformer"].register_forward_pre_hook(note("denoise"))
+    modules["vae"].decoder.register_forward_pre_hook(note("decode"))
     for prompt in PROMPTS:
         moments.clear()
         started = time.perf_counter()
