@@ -91,7 +91,7 @@ def test_several_pictures_become_a_sheet(run, tmp_path, capsys):
         (("--num-images", "0"), ("--num-images 0",)),
         (("--num-image", "2"), ("unknown option --num-image", "--num-images", "--help")),
         (("--steps", "few"), ("--steps", "'few'", "an integer")),
-        (("--steps", "0"), ("num_inference_steps=0",)),
+        (("--steps", "0"), ("--steps=0",)),
         (("--enlarge", "-1"), ("--enlarge -1",)),
         (("--output", "out.mp4"), ("'out.mp4'", "out.png")),
         (("--model", "nowhere"), ("nowhere", "train.main")),
