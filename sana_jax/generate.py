@@ -157,7 +157,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     fixed = {"num_images_per_prompt": config.num_images, "seed": config.seed, "progress_bar": True}
     try:
         result = pipeline(list(config.prompt), **fixed, **arguments)
-    except UserError as error:
+    except (UserError, FileNotFoundError) as error:
         raise type(error)(_with_option_names(str(error))) from error
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items() if seconds >= 0.005)
     print(f"sampled in {sum(result.seconds.values()):.2f} s ({stages})")

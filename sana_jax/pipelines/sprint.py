@@ -120,7 +120,7 @@ class SanaSprintPipeline(ImagePipeline):
         size = self._size(height, width, binning, latents, pictures)
 
         watch = Stopwatch()
-        check_text_options(max_sequence_length, complex_human_instruction, prompt is not None)
+        check_text_options(max_sequence_length, complex_human_instruction, prompt_embeds is None)
         options = {
             "max_length": max_sequence_length,
             "complex_human_instruction": instruction_lines(complex_human_instruction),

@@ -241,7 +241,7 @@ class SanaPipeline(ImagePipeline):
                 "complex_human_instruction": instruction_lines(request.complex_human_instruction),
             }
         )
-        encodes = request.prompt is not None, guided and request.negative_prompt_embeds is None
+        encodes = request.prompt_embeds is None, guided and request.negative_prompt_embeds is None
         check_text_options(request.max_sequence_length, request.complex_human_instruction, *encodes)
         channels, repeats = self.transformer.config.caption_channels, request.num_images_per_prompt
         positive = encode_positive(

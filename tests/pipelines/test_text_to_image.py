@@ -369,3 +369,24 @@ def test_values_that_are_not_finite_name_their_stage(pipe, monkeypatch):
 def test_dtype_that_is_not_allowed(run):
     with pytest.raises(UserError, match=r"'int8'.*float32"):
         text_to_image.SanaPipeline.from_pretrained(run.directory, dtype="int8")
+
+
+def test_text_settings_that_would_not_be_used(pipe):
+    embeds, mask = pipe.text_encoder.encode([PROMPT])
+    given = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "guidance_scale": 1.0}
+    with pytest.raises(UserError, match="max_sequence_length would not be used, since embeddings are given"):
+        pipe(**given, max_sequence_length=4)
+    with pytest.raises(UserError, match="would not be used: the text encoder WordEncoder has no such setting"):
+        pipe(PROMPT, complex_human_instruction=["draw"])
+    with pytest.raises(UserError, match="seed 1.5"):
+        pipe(PROMPT, seed=1.5)
+
+
+def test_a_save_that_fails_leaves_nothing(pipe, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sana_jax.pipelines.opening.write_model_directory", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        pipe.save_pretrained(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
