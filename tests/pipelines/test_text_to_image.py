@@ -378,7 +378,7 @@ def test_text_settings_that_would_not_be_used(pipe):
         pipe(**given, max_sequence_length=4)
     with pytest.raises(UserError, match="would not be used: the text encoder WordEncoder has no such setting"):
         pipe(PROMPT, complex_human_instruction=["draw"])
-    with pytest.raises(UserError, match="seed 1.5"):
+    with pytest.raises(UserError, match=r"seed 1\.5"):
         pipe(PROMPT, seed=1.5)
 
 
