@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,9 @@ from convert.families import parameter_count
 from convert.sources import CONFIG, INDEX, KEPT, Choices, Component, Model, open_model, tensor_bytes
 from sana_jax.compilation import readable_bytes
 from sana_jax.errors import CheckpointError, UserError
-from sana_jax.files import atomic_file
+from sana_jax.files import atomic_directory, write_json
 from sana_jax.weights.components import CONVERTED
 from sana_jax.weights.converted import save_params
-from sana_jax.weights.quiet import remove_partial
 from sana_jax.weights.rules import lazy_params
 from sana_jax.weights.safetensors_files import TensorInfo, TensorSource, write_safetensors
 from sana_jax.weights.trees import disk_shortage
@@ -73,7 +71,7 @@ def import_model(
         for component in model.components:
             begin = time.perf_counter()
             folder = temporary / component.folder
-            _write_json(folder / CONFIG, component.config)
+            write_json(folder / CONFIG, component.config)
             network = component.network
             tree = lazy_params(component.source, network.rules, network.abstract, ignored=network.ignored)
             save_params(folder / CONVERTED, tree)
@@ -82,7 +80,7 @@ def import_model(
         _write_small(model, temporary)
         if model.index is not None:
             index = {key: value for key, value in model.index.items() if key != "contract"}
-            _write_json(temporary / INDEX, _with_contract(index, model))
+            write_json(temporary / INDEX, _with_contract(index, model))
     report(f"converted: {destination}")
     return model
 
@@ -122,13 +120,13 @@ def export_model(
         for component in model.components:
             begin = time.perf_counter()
             folder = temporary / component.folder
-            _write_json(folder / CONFIG, _named_config(component, model))
+            write_json(folder / CONFIG, _named_config(component, model))
             count = _write_shards(folder, component.source, _stem(component), shard_bytes)
             files = f"{count} file{'s' if count > 1 else ''}"
             report(f"{_describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
         _write_small(model, temporary)
         if model.index is not None:
-            _write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
+            write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
     report(f"exported: {destination}")
     return model
 
@@ -198,25 +196,16 @@ def _check_destination(destination: str | Path, model: Model) -> None:
 
 @contextlib.contextmanager
 def _new_directory(destination: str | Path) -> Iterator[Path]:
-    """A temporary directory beside ``destination`` that is renamed to it when the block ends well, else removed."""
-    final = Path(destination).absolute()
-    temporary = final.with_name(f".{final.name}.half-written-{os.getpid()}")
+    """A directory that appears when the block ends well, with a failure to write it in our words."""
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        os.replace(temporary, final)
+        with atomic_directory(destination) as temporary:
+            yield temporary
+    except FileNotFoundError:
+        raise  # something to be read is missing, and the message names it
     except OSError as error:
         raise CheckpointError(
             f"writing {destination} failed: {error.strerror or error}; nothing was left there, name another directory"
         ) from error
-    finally:
-        if temporary.exists():
-            remove_partial(temporary)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _named_config(component: Component, model: Model) -> dict[str, Any]:
@@ -232,7 +221,7 @@ def _write_small(model: Model, temporary: Path) -> None:
         (temporary / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(file, temporary / name)
     for name, content in model.written.items():
-        _write_json(temporary / name, content)
+        write_json(temporary / name, content)
 
 
 def _with_contract(index: dict[str, Any], model: Model) -> dict[str, Any]:
@@ -279,7 +268,7 @@ def _write_shards(folder: Path, source: TensorSource, stem: str, shard_bytes: in
         total = sum(tensor_bytes(info) for info in source.tensors.values())
         weight_map = {name: file for file, infos in shards.items() for name in infos}
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / f"{stem}.safetensors.index.json", index)
+        write_json(folder / f"{stem}.safetensors.index.json", index)
     return len(shards)
 
 

@@ -7,7 +7,8 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 from sana_jax.errors import UserError
@@ -52,7 +53,23 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         yield temporary
         os.replace(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary.exists():
+            remove_partial(temporary)
+
+
+def remove_partial(path: pathlib.Path) -> None:
+    """Removes a failed save's directory. Writes that were queued may still come in and make it again for a moment."""
+    deadline, absent = time.monotonic() + 10, 0
+    while absent < 3 and time.monotonic() < deadline:
+        absent = 0 if path.exists() else absent + 1
+        shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.02)
+
+
+def write_json(path: str | os.PathLike[str], content: Mapping[str, Any]) -> None:
+    """Writes a JSON object, indented; the file appears whole or not at all."""
+    with atomic_file(path) as file:
+        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from orbax.checkpoint import checkpoint_managers
 import sana_jax
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError, UserError
+from sana_jax.files import remove_partial
 from sana_jax.weights import (
     TEMPORARY_MARK,
     abstract_tree,
@@ -41,7 +42,6 @@ from sana_jax.weights import (
     one_line,
     quiet_failed_writes,
     quiet_orbax,
-    remove_partial,
     restore_tree,
     saved_items,
     tree_bytes,

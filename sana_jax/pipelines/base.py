@@ -175,7 +175,8 @@ class ImagePipeline(LoraPipeline):
         return cls._from_model(model, residency)
 
     @classmethod
-    def _from_model(cls, model: Any, residency: Residency) -> Any:
+    def _from_model(cls, model: Any, residency: Residency, **networks: Any) -> Any:
+        """The pipeline of an opened model; ``networks`` are those that a subclass has beside the transformer."""
         return cls(
             model.transformer,
             model.transformer_weights,
@@ -188,6 +189,7 @@ class ImagePipeline(LoraPipeline):
             contract=model.contract,
             checkpoint_id=model.checkpoint_id,
             residency=residency,
+            **networks,
         )
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:

@@ -60,25 +60,9 @@ class SanaControlNetPipeline(SanaPipeline):
             UserError: a damaged file, or networks that do not fit one another.
             CheckpointError: weights that are missing, damaged, or do not fit.
         """
-        return cls._from_model(open_model(path, cls.class_name, controlnet=controlnet, **options), residency)
-
-    @classmethod
-    def _from_model(cls, model: Any, residency: Residency) -> SanaControlNetPipeline:
-        return cls(
-            model.transformer,
-            model.transformer_weights,
-            model.sampler,
-            model.text_encoder,
-            model.autoencoder,
-            model.defaults,
-            contract=model.contract,
-            checkpoint_id=model.checkpoint_id,
-            checkpoint_step=model.checkpoint_step,
-            weights=model.weights,
-            residency=residency,
-            controlnet=model.controlnet,
-            controlnet_params=model.controlnet_weights,
-        )
+        model = open_model(path, cls.class_name, controlnet=controlnet, **options)
+        networks = {"controlnet": model.controlnet, "controlnet_params": model.controlnet_weights}
+        return cls._from_model(model, residency, **networks)
 
     def check_components(self) -> None:
         """Raises ``UserError`` for a ControlNet that was made for another width or latent."""

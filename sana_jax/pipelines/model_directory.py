@@ -16,7 +16,6 @@ The layout is the one that diffusers publishes in. A training run's directory is
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 from collections.abc import Mapping
@@ -26,7 +25,7 @@ from sana_jax.autoencoders import Autoencoder, load_autoencoder
 from sana_jax.contract import Contract, infer_contract
 from sana_jax.diffusion.samplers import Sampler, from_scheduler_config, to_scheduler_config
 from sana_jax.errors import UserError
-from sana_jax.files import atomic_file, read_json
+from sana_jax.files import read_json, write_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.models.sana import SanaConfig
 from sana_jax.text_encoders import TextEncoder, load_text_encoder
@@ -127,8 +126,8 @@ def write_model_directory(
         "vae": ("config.json", autoencoder.to_config()),
     }
     for folder, (name, config) in parts.items():
-        write_config(directory / folder / name, config)
-    write_config(
+        write_json(directory / folder / name, config)
+    write_json(
         directory / _INDEX,
         {
             "_class_name": pipeline,
@@ -279,12 +278,6 @@ def check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoen
             f"transformer in_channels {config.in_channels} and out_channels {out_channels} must be the autoencoder's "
             f"latent channels {autoencoder.latent_channels}: set all alike"
         )
-
-
-def write_config(path: pathlib.Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file, whole or not at all."""
-    with atomic_file(path) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

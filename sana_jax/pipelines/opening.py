@@ -19,6 +19,7 @@ from sana_jax.autoencoders import Autoencoder
 from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.errors import CheckpointError, UserError
+from sana_jax.files import write_json
 from sana_jax.models.controlnet import SanaControlNet, init_controlnet_params
 from sana_jax.models.sana import SanaTransformer, init_params
 from sana_jax.pipelines.model_directory import (
@@ -26,7 +27,6 @@ from sana_jax.pipelines.model_directory import (
     SamplingDefaults,
     read_controlnet_config,
     read_model_directory,
-    write_config,
     write_model_directory,
 )
 from sana_jax.text_encoders import TextEncoder
@@ -174,7 +174,7 @@ def save_model(pipeline: Any, path: pathlib.Path) -> None:
     if tokenizer := getattr(pipeline.text_encoder, "tokenizer", None):
         shutil.copytree(pathlib.Path(tokenizer.location).parent, path / "tokenizer")
     if networks["controlnet"] is not None:
-        write_config(path / "controlnet" / "config.json", pipeline.controlnet.config.to_dict())
+        write_json(path / "controlnet" / "config.json", pipeline.controlnet.config.to_dict())
     write_model_directory(
         path,
         transformer_config=pipeline.transformer.config,

@@ -33,7 +33,6 @@ from sana_jax.weights.quiet import (
     TEMPORARY_MARK,
     quiet_failed_writes,
     quiet_orbax,
-    remove_partial,
 )
 from sana_jax.weights.trees import (
     abstract_tree,
@@ -60,7 +59,6 @@ __all__ = [
     "one_line",
     "quiet_failed_writes",
     "quiet_orbax",
-    "remove_partial",
     "restore_tree",
     "save_params",
     "saved_items",

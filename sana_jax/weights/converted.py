@@ -12,10 +12,11 @@ import numpy as np
 
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
+from sana_jax.files import remove_partial
 from sana_jax.weights.lazy import LazyArray, in_groups, write_tree
 from sana_jax.weights.manifest import MANIFEST_NAME, find_damage, write_manifest
 from sana_jax.weights.messages import one_line
-from sana_jax.weights.quiet import TEMPORARY_MARK, quiet_failed_writes, quiet_orbax, remove_partial
+from sana_jax.weights.quiet import TEMPORARY_MARK, quiet_failed_writes, quiet_orbax
 from sana_jax.weights.safetensors_files import TensorInfo
 from sana_jax.weights.trees import (
     disk_shortage,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
-import time
 import warnings
-from pathlib import Path
 
 TEMPORARY_MARK = ".orbax-checkpoint-tmp"  # Orbax's own; a directory with it in its name was not finished
 
@@ -71,12 +68,3 @@ def quiet_failed_writes() -> None:
         sys.unraisablehook = _LATE_WRITES[0]
         logging.getLogger("asyncio").addFilter(_LATE_WRITES[0])
         warnings.filterwarnings("ignore", "coroutine 'async_serialize", RuntimeWarning)
-
-
-def remove_partial(path: Path) -> None:
-    """Removes a failed save's directory. Writes that were queued may still come in and make it again for a moment."""
-    deadline, absent = time.monotonic() + 10, 0
-    while absent < 3 and time.monotonic() < deadline:
-        absent = 0 if path.exists() else absent + 1
-        shutil.rmtree(path, ignore_errors=True)
-        time.sleep(0.02)

@@ -1,29 +1,22 @@
 """``AutoencoderDC``: ``vae/diffusion_pytorch_model.safetensors``.
 
 Batch norms of the published in and mix members also store ``num_batches_tracked``, how many batches their statistics
-were gathered from. No network uses it, so it is not a parameter of ours. Who wants a checkpoint back as it was reads
-the counts with ``read_batch_counts`` beside the parameters and hands them to ``write_dc_ae``; without them an export
-has zeros there, as a PyTorch network that has not been trained.
+were gathered from. No network uses it, so it is not a parameter of ours; ``convert`` keeps it beside the parameters, so
+that an export gives it back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from kernels.typing import PyTree
 from sana_jax.weights.layouts import CONV, DEPTHWISE, POINTWISE, grouped_pointwise
-from sana_jax.weights.rules import Rule, linear, norm, write_params
-from sana_jax.weights.safetensors_files import TensorInfo, TensorSource
+from sana_jax.weights.rules import Rule, linear, norm
 
 if TYPE_CHECKING:  # the autoencoders import this table
     from sana_jax.autoencoders.dc_ae_config import DCAEConfig
 
 COUNT = "num_batches_tracked"
 NOT_PARAMETERS = (rf".*\.{COUNT}",)
-_COUNT_INFO = TensorInfo(np.dtype(np.int64), ())
 
 
 def dc_ae_rules(config: DCAEConfig) -> tuple[Rule, ...]:
@@ -70,36 +63,3 @@ def _norm(ours: str, theirs: str) -> tuple[Rule, ...]:
         Rule(f"{ours}/mean", f"{theirs}.running_mean"),
         Rule(f"{ours}/var", f"{theirs}.running_var"),
     )
-
-
-def read_batch_counts(source: TensorSource) -> dict[str, int]:
-    """The counts that a checkpoint's batch norms store; empty where it has no batch norms."""
-    return {name: int(source.read(name)) for name in source.tensors if name.endswith(f".{COUNT}")}
-
-
-def write_dc_ae(
-    params: PyTree, config: DCAEConfig, batch_counts: Mapping[str, int] | None = None
-) -> tuple[dict[str, TensorInfo], Iterator[tuple[str, np.ndarray]]]:
-    """``write_params`` for this family, with the counts that PyTorch's batch norms want.
-
-    Args:
-        params: ``{"encoder": ..., "decoder": ...}``.
-        config: the shape.
-        batch_counts: what ``read_batch_counts`` gave; None for zeros.
-
-    Raises:
-        ValueError: counts for norms that this network does not have, or not for all.
-    """
-    infos, tensors = write_params(params, dc_ae_rules(config))
-    suffix = ".running_mean"
-    names = [f"{name.removesuffix(suffix)}.{COUNT}" for name in infos if name.endswith(suffix)]
-    counts = dict.fromkeys(names, 0) if batch_counts is None else dict(batch_counts)
-    if set(counts) != set(names):
-        raise ValueError(f"counts of {sorted(counts)} are not those of the network's batch norms {sorted(names)}")
-
-    def all_tensors() -> Iterator[tuple[str, np.ndarray]]:
-        yield from tensors
-        for name in names:
-            yield name, np.array(counts[name], np.int64)
-
-    return infos | dict.fromkeys(names, _COUNT_INFO), all_tensors()
