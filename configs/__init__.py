@@ -1,4 +1,4 @@
-"""Presets: one small Python file per recipe, whose ``CONFIG`` is a ``RunConfig``."""
+"""Configurations of runs, and presets of them: one small Python file per recipe in ``configs/presets``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from configs.schema import RunConfig
 from sana_jax.errors import UserError
 
 # Preset name -> module. The first is what `python -m train.main` runs without a name.
-PRESETS = {"digits": "configs.digits"}
+PRESETS = {
+    "digits": "configs.presets.digits",
+    "lora": "configs.presets.lora",
+    "finetune": "configs.presets.finetune",
+}
 DEFAULT_PRESET = "digits"
 
 

@@ -10,6 +10,10 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.controlnet import ControlNetConfig
+from configs.data import ImageDataConfig
+from configs.lora import LoraConfig
+from configs.optimizer import OptimizerConfig, check_optimizer
 from sana_jax.errors import UserError
 from sana_jax.models.sana import SanaConfig
 
@@ -44,8 +48,9 @@ class DigitsDataConfig:
 class FlowConfig:
     """The flow-matching objective (arXiv 2410.10629, section 3.2)."""
 
-    flow_shift: float = 3.0
-    """Bends the noise levels towards noise, in training and in sampling; 1 leaves them alone."""
+    flow_shift: float | None = 3.0
+    """Bends the noise levels towards noise, in training and in sampling; 1 leaves them alone. None takes the base
+    model's."""
     density: Literal["uniform", "logit_normal", "stretched_logit_normal", "mode"] = "logit_normal"
     """From which density the noise levels are drawn, before the shift."""
     logit_mean: float = 0.0
@@ -60,34 +65,6 @@ class FlowConfig:
     """Scale of the mode density; 1.29 in its paper."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the encoding of no text, which classifier-free guidance needs."""
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with decoupled weight decay, a learning-rate schedule and clipping by the global norm."""
-
-    learning_rate: float = 1e-4
-    """Peak learning rate."""
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """What the learning rate does after the warm-up: stay, or fall to final_learning_rate at the last step."""
-    warmup_steps: int = 0
-    """Steps over which the learning rate rises from 0; a tenth of a run that would end before that, which is said."""
-    final_learning_rate: float = 0.0
-    """Where cosine and linear schedules end."""
-    beta1: float = 0.9
-    """Decay of the first moment."""
-    beta2: float = 0.999
-    """Decay of the second moment."""
-    epsilon: float = 1e-10
-    """Added to the root of the second moment."""
-    weight_decay: float = 0.0
-    """Decoupled weight decay."""
-    no_decay: tuple[str, ...] = (r".*/bias", r".*/scale", r".*scale_shift_table")
-    """Path patterns (regular expressions that match a parameter's whole path) without weight decay."""
-    clip_norm: float | None = 1.0
-    """Gradients are scaled down to this global norm; None for no clipping."""
-    frozen: tuple[str, ...] = ()
-    """Path patterns of parameters that are not trained."""
 
 
 @dataclass(frozen=True)
@@ -142,8 +119,12 @@ class PreviewConfig:
     """Pictures of each caption."""
     num_inference_steps: int = 20
     """Sampling steps; the run's directory takes them as its default for sampling."""
-    guidance_scale: float = 4.5
-    """Guidance scale; the run's directory takes it as its default for sampling."""
+    guidance_scale: float | None = 4.5
+    """Guidance scale; the run's directory takes it as its default for sampling. None takes the base model's."""
+    prompts: tuple[str, ...] = ()
+    """What to draw; without any, captions of the data."""
+    captions: int = 8
+    """How many captions of the data are drawn at most, where no prompts are given."""
     sampler: Literal["dpm_solver", "flow_euler"] = "dpm_solver"
     """Sampler; the run's directory takes it as its default for sampling."""
     seed: int = 0
@@ -188,10 +169,19 @@ class RunConfig:
     """Where everything of the run goes."""
     steps: int
     """Optimizer steps in all."""
-    transformer: SanaConfig
-    """The network's shape."""
-    data: DigitsDataConfig
+    transformer: SanaConfig | None
+    """The network's shape; None where it is the base model's."""
+    data: DigitsDataConfig | ImageDataConfig
     """What it is trained on."""
+    model: str | None = None
+    """The model that training starts from: a published, converted or trained model's directory, or its name on the
+    Hub."""
+    model_variant: str | None = None
+    """Variant of its published weight files: bf16, fp16."""
+    lora: LoraConfig | None = None
+    """Trains a LoRA beside the base model instead of the model itself."""
+    controlnet: ControlNetConfig | None = None
+    """Trains a ControlNet beside the base model instead of the model itself."""
     batch_size: int = 64
     """Samples per optimizer step, over all devices."""
     accumulation: int = 1
@@ -227,35 +217,24 @@ class RunConfig:
         _require("preview.per-caption", self.preview.per_caption, self.preview.per_caption >= 1, "1 or more")
         dropout = self.flow.caption_dropout
         _require("flow.caption-dropout", dropout, 0 <= dropout < 1, "0 up to, not including, 1")
-        _require("flow.flow-shift", self.flow.flow_shift, self.flow.flow_shift > 0, "above 0")
+        shift, scale = self.flow.flow_shift, self.preview.guidance_scale
+        _require("flow.flow-shift", shift, shift is None or shift > 0, "above 0")
         _require("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "0 up to, not including, 1")
         steps = self.preview.num_inference_steps
         _require("preview.num-inference-steps", steps, steps >= 1, "1 or more")
-        _require("preview.guidance-scale", self.preview.guidance_scale, self.preview.guidance_scale >= 0, "0 or more")
+        _require("preview.guidance-scale", scale, scale is None or scale >= 0, "0 or more")
+        _require("preview.captions", self.preview.captions, self.preview.captions >= 1, "1 or more")
         _require("max-nonfinite", self.max_nonfinite, self.max_nonfinite >= 0, "0 or more")
-        o = self.optimizer
-        _require("optimizer.learning-rate", o.learning_rate, 0 < o.learning_rate < 1, "above 0 and below 1")
-        final = o.final_learning_rate
-        _require("optimizer.final-learning-rate", final, 0 <= final < 1, "0 up to, not including, 1")
-        falls = o.schedule != "constant"
-        _require(
-            "optimizer.final-learning-rate", final, falls or final == 0, "0 where --optimizer.schedule is constant"
-        )
-        _require("optimizer.final-learning-rate", final, final <= o.learning_rate, f"0 to the peak, {o.learning_rate}")
-        _require("optimizer.warmup-steps", o.warmup_steps, o.warmup_steps >= 0, "0 or more")
-        _require("optimizer.beta1", o.beta1, 0 <= o.beta1 < 1, "0 up to, not including, 1")
-        _require("optimizer.beta2", o.beta2, 0 <= o.beta2 < 1, "0 up to, not including, 1")
-        _require("optimizer.epsilon", o.epsilon, o.epsilon > 0, "above 0")
-        _require("optimizer.weight-decay", o.weight_decay, o.weight_decay >= 0, "0 or more")
-        _require("optimizer.clip-norm", o.clip_norm, o.clip_norm is None or o.clip_norm > 0, "above 0, or None")
+        check_optimizer(self.optimizer)
         context = self.mesh.context
         _require(
             "mesh.context", context, context == 1, "1 for networks of pictures, which do not cut a sample's tokens"
         )
         at = " ".join(map(str, self.preview.at))
         _require("preview.at", at, self.preview.every > 0 or not at, "none where --preview.every is 0")
-        width, wanted = self.data.embedding_dim, self.transformer.caption_channels
-        _require("data.embedding-dim", width, width == wanted, f"--transformer.caption-channels, which is {wanted}")
+        if isinstance(self.data, DigitsDataConfig) and self.transformer is not None:
+            width, wanted = self.data.embedding_dim, self.transformer.caption_channels
+            _require("data.embedding-dim", width, width == wanted, f"--transformer.caption-channels, which is {wanted}")
 
 
 def _require(option: str, value, condition: bool, allowed: str) -> None:

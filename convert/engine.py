@@ -108,14 +108,28 @@ def export_model(
     Raises:
         as ``import_model``.
     """
-    shard_bytes = parse_size(max_shard_size)
+    parse_size(max_shard_size)  # before a long reading
     model = open_model(source, choices)
+    export_opened(model, destination, max_shard_size=max_shard_size, dry_run=dry_run, report=report)
+    return model
+
+
+def export_opened(
+    model: Model,
+    destination: str | Path,
+    *,
+    max_shard_size: str = "5GB",
+    dry_run: bool = False,
+    report: Report = print,
+) -> None:
+    """``export_model`` of what is open already; arguments and errors as there."""
+    shard_bytes = parse_size(max_shard_size)
     model.require_whole()
     _announce(model, report)
     _check_destination(destination, model)
     if dry_run:
         _plan(model, report, lambda component: ", ".join(_shards(component.source, _stem(component), shard_bytes)))
-        return model
+        return
     with _new_directory(destination) as temporary:
         for component in model.components:
             begin = time.perf_counter()
@@ -128,7 +142,6 @@ def export_model(
         if model.index is not None:
             write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
     report(f"exported: {destination}")
-    return model
 
 
 def parse_size(text: str) -> int:

@@ -4,6 +4,7 @@
 
     python -m convert.main import SRC DST     a published or original checkpoint -> a directory of ours
     python -m convert.main export SRC DST     ours, or a published one -> a directory that diffusers loads
+    python -m convert.main merge SRC LORA DST a model with a LoRA in its weights -> a directory that diffusers loads
     python -m convert.main inspect SRC        what it is, and every tensor that does not fit
     python -m convert.main verify SRC         compares it with PyTorch on the same weights, module by module
 """
@@ -49,6 +50,32 @@ class ExportConfig:
 
     source: str
     """Converted or published model, one component of it, a training run (its transformer), or an original file."""
+    destination: str
+    """New directory; it appears when everything is in it."""
+    max_shard_size: str = "5GB"
+    """Weights above this size become several files and an index."""
+    variant: str | None = None
+    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
+    weights: Literal["auto", "params", "ema"] = "auto"
+    """Weights of a training run or an original file: averaged (ema), raw (params), or the averaged if any (auto)."""
+    checkpoint_step: int | None = None
+    """Checkpoint of a training run by its step; None: the newest."""
+    image_size: int | None = None
+    """Of an original file: pixels per side that it was trained for, where the file does not say."""
+    flow_shift: float | None = None
+    """Of an original file: shift of the noise schedule; None: as published for the size."""
+    dry_run: bool = False
+    """Say which bytes would be read and written, and stop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MergeConfig:
+    """Writes a directory that diffusers loads, with a LoRA in the transformer's weights: merge SRC LORA DST."""
+
+    source: str
+    """Converted or published model, its transformer, a training run, or an original file."""
+    lora: str
+    """LoRA file, or a directory with one; FILE:WEIGHT for another strength than 1."""
     destination: str
     """New directory; it appears when everything is in it."""
     max_shard_size: str = "5GB"
@@ -155,6 +182,23 @@ def _export(config: ExportConfig) -> int:
     return 0
 
 
+def _merge(config: MergeConfig) -> int:
+    from convert.lora import merge_model
+    from sana_jax.lora import parse_lora_option
+
+    lora, weight = parse_lora_option(config.lora)
+    merge_model(
+        config.source,
+        lora,
+        config.destination,
+        _choices(config),
+        weight=weight,
+        max_shard_size=config.max_shard_size,
+        dry_run=config.dry_run,
+    )
+    return 0
+
+
 def _inspect(config: InspectConfig) -> int:
     from convert.inspection import inspect_model
 
@@ -203,6 +247,7 @@ class Command:
 COMMANDS = {
     "import": Command(ImportConfig, _import, ("source", "destination")),
     "export": Command(ExportConfig, _export, ("source", "destination")),
+    "merge": Command(MergeConfig, _merge, ("source", "lora", "destination")),
     "inspect": Command(InspectConfig, _inspect, ("source",)),
     "verify": Command(VerifyConfig, _verify, ("source",)),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 try:
-    from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped
+    from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree, Shaped, UInt8
 except ModuleNotFoundError:
     from jax import Array
 
@@ -17,7 +17,7 @@ except ModuleNotFoundError:
         def __class_getitem__(cls, _shape):
             return Any
 
-    Bool = Float = Int = Shaped = PyTree = _Anything
+    Bool = Float = Int = Shaped = UInt8 = PyTree = _Anything
     PRNGKeyArray = Array
 
-__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree", "Shaped"]
+__all__ = ["Array", "Bool", "Float", "Int", "PRNGKeyArray", "PyTree", "Shaped", "UInt8"]

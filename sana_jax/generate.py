@@ -151,8 +151,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def generate(config: GenerateConfig) -> pathlib.Path:
     """Draws what ``config`` asks for, says what it does, and returns where the picture is."""
     pipeline = open_pipeline(config)
-    arguments = _arguments(config, pipeline)
-    settings = _settings(config, pipeline)
+    arguments = call_arguments(config, pipeline)
+    settings = picture_settings(config, pipeline)
     _announce(config, pipeline, settings)
     fixed = {"num_images_per_prompt": config.num_images, "seed": config.seed, "progress_bar": True}
     try:
@@ -203,7 +203,7 @@ def open_pipeline(config: GenerateConfig) -> ImagePipeline:
     return pipeline
 
 
-def _arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
+def call_arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
     """The call's arguments that were given; raises ``UserError`` for those that the pipeline does not have."""
     fields = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     given = {name: getattr(config, name) for name in _PASSED if getattr(config, name) != fields[name]}
@@ -220,7 +220,7 @@ def _arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any
     return arguments
 
 
-def _settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
+def picture_settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
     """What the picture's text chunks say, and the line about sampling with them."""
     defaults, contract = pipeline.defaults, pipeline.contract
     reads_a_picture = config.image is not None

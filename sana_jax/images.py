@@ -1,10 +1,11 @@
-"""Pictures as files: PNGs that say how they were made, contact sheets, enlargement of tiny pictures."""
+"""Pictures as files: PNGs that say how they were made, sheets, strips and tables of pictures, moving GIFs."""
 
 from __future__ import annotations
 
 import math
 import os
 import pathlib
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 _SMALLEST_SHOWN = 128  # px: below this a picture can hardly be seen
+_NARROWEST_LABEL, _WIDEST_ROW_LABEL = 96, 180  # px: a column's label is wrapped to the picture or this, a row's to this
 
 
 def to_pil(image: Float[np.ndarray, "H W C"]) -> Image.Image:
@@ -105,6 +107,115 @@ def image_grid(
     return sheet
 
 
+def strip(images: Sequence[Image.Image], labels: Sequence[str], *, vertical: bool = False) -> Image.Image:
+    """Pictures of one size in a row, or one below the other, each with its label below it.
+
+    Raises:
+        UserError: as ``image_grid``.
+    """
+    return image_grid(images, 1 if vertical else max(1, len(images)), labels)
+
+
+def labelled_table(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    *,
+    margin: int = 4,
+) -> Image.Image:
+    """A table of pictures on white: labels of the columns above it, those of the rows on its left.
+
+    Args:
+        rows: as many pictures in each as there are columns, of any sizes; None leaves a place empty.
+        row_labels: one text per row; long ones are wrapped.
+        column_labels: one text per column, likewise.
+        margin: pixels around each cell.
+
+    Raises:
+        UserError: no pictures at all, or another number of labels.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    pictures = [picture for row in rows for picture in row if picture is not None]
+    if not pictures:
+        raise UserError("a table without pictures; give one or more")
+    if len(rows) != len(row_labels) or any(len(row) != len(column_labels) for row in rows):
+        raise UserError(
+            f"{len(row_labels)} and {len(column_labels)} labels for {len(rows)} rows of "
+            f"{sorted({len(row) for row in rows})} pictures; give one label for every row and every column"
+        )
+    font = ImageFont.load_default()
+    draw = ImageDraw.Draw(Image.new("L", (1, 1)))
+    width, height = (max(picture.size[axis] for picture in pictures) for axis in (0, 1))
+    character = max(1.0, draw.textlength("n", font=font))
+    above = [_wrapped(label, max(width, _NARROWEST_LABEL) / character) for label in column_labels]
+    beside = [_wrapped(label, _WIDEST_ROW_LABEL / character) for label in row_labels]
+
+    def extent(text: str) -> tuple[int, int]:
+        box = draw.multiline_textbbox((0, 0), text, font=font)
+        return math.ceil(box[2]), math.ceil(box[3])
+
+    cell_width = max([width, *(extent(label)[0] for label in above)]) + 2 * margin
+    cell_height = max([height, *(extent(label)[1] for label in beside)]) + 2 * margin
+    left = max(extent(label)[0] for label in beside) + 2 * margin
+    top = max(extent(label)[1] for label in above) + 2 * margin
+    mode = "L" if all(picture.mode == "L" for picture in pictures) else "RGB"
+    white, black = (255, 0) if mode == "L" else ((255, 255, 255), (0, 0, 0))
+    table = Image.new(mode, (left + cell_width * len(above), top + cell_height * len(beside)), white)
+    draw = ImageDraw.Draw(table)
+    for column, label in enumerate(above):
+        draw.multiline_text((left + column * cell_width + margin, margin), label, fill=black, font=font)
+    for row, label in enumerate(beside):
+        draw.multiline_text((margin, top + row * cell_height + margin), label, fill=black, font=font)
+        for column, picture in enumerate(rows[row]):
+            if picture is not None:
+                table.paste(picture, (left + column * cell_width + margin, top + row * cell_height + margin))
+    return table
+
+
+def _wrapped(text: str, characters: float) -> str:
+    lines = [textwrap.wrap(line, max(1, int(characters))) or [""] for line in text.splitlines() or [""]]
+    return "\n".join(part for parts in lines for part in parts)
+
+
+def save_gif(
+    path: str | os.PathLike[str], frames: Sequence[Image.Image], milliseconds: int = 500, *, comment: str | None = None
+) -> pathlib.Path:
+    """Writes a GIF that shows the frames one after another, for ever; it appears whole or not at all.
+
+    A GIF has 256 colours in each frame. Equal frames that follow one another are stored once, and shown as long as
+    they would be.
+
+    Args:
+        path: where; missing folders are made.
+        frames: one or more pictures of one size.
+        milliseconds: for which each is shown, a multiple of 10 from 20 on: what browsers keep to.
+        comment: a text in the file, at most 255 bytes.
+
+    Raises:
+        UserError: the name does not end in ``.gif``, is a folder or cannot be written; no frames, several sizes, or a
+            time that is not allowed.
+    """
+    path = check_picture_path(path, ".gif")
+    sizes = {frame.size for frame in frames}
+    if len(sizes) != 1:
+        raise UserError(
+            f"a GIF of {len(frames)} frames of sizes {sorted(sizes)}; allowed is one or more frames of one size"
+        )
+    if milliseconds < 20 or milliseconds % 10:
+        raise UserError(f"{milliseconds} milliseconds is not allowed; choose a multiple of 10 from 20 on")
+    first, *others = (frame if frame.mode == "L" else frame.convert("RGB") for frame in frames)
+    options = {} if comment is None else {"comment": comment.encode()[:255]}
+    try:
+        with atomic_file(path) as file:
+            first.save(
+                file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0, **options
+            )
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from error
+    return path
+
+
 def save_png(
     path: str | os.PathLike[str],
     image: Image.Image | Float[np.ndarray, "H W C"],
@@ -146,11 +257,20 @@ def check_png_path(path: str | os.PathLike[str]) -> pathlib.Path:
     Raises:
         UserError: the name does not end in ``.png`` or is a folder.
     """
+    return check_picture_path(path, ".png")
+
+
+def check_picture_path(path: str | os.PathLike[str], suffix: str) -> pathlib.Path:
+    """The path, if a picture of this kind, ``.png`` or ``.gif``, can have that name.
+
+    Raises:
+        UserError: the name does not end so, or is a folder.
+    """
     path = pathlib.Path(path)
-    if path.suffix.lower() != ".png":
+    if path.suffix.lower() != suffix:
         raise UserError(
-            f"output {str(path)!r} is not allowed; a picture's name ends in .png: try {path.with_suffix('.png')}"
+            f"output {str(path)!r} is not allowed; a picture's name ends in {suffix}: try {path.with_suffix(suffix)}"
         )
     if path.is_dir():
-        raise UserError(f"output {path} is a folder; allowed is a file's name: try {path / 'out.png'}")
+        raise UserError(f"output {path} is a folder; allowed is a file's name: try {path / f'out{suffix}'}")
     return path

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -49,6 +48,7 @@ from sana_jax.weights import (
     tree_handler,
     write_manifest,
 )
+from train.distributed import gather_messages
 
 TREES = ("params", "ema", "opt_state")
 PROGRESS_FILE = "metadata"  # the name that Orbax's JSON handler gives
@@ -244,7 +244,7 @@ class CheckpointStore:
         step = choose_checkpoint(self.directory, step)
         step_dir = self.directory / str(step)
         part = (jax.process_index(), jax.process_count())
-        problems = _gather(find_damage(step_dir, part=part) or "")
+        problems = gather_messages(find_damage(step_dir, part=part) or "")
         if problem := next(filter(None, problems), None):
             raise damaged_checkpoint(self.directory, step, problem, "resume from")
         try:
@@ -322,7 +322,9 @@ class CheckpointStore:
                 f"free some space and resume from {_step_or_beginning(self.steps())}"
             )
         position = zlib.crc32(json.dumps(progress["data_position"]).encode())
-        positions, problems = zip(*(message.split(" ", 1) for message in _gather(f"{position} {problem or ''}")))
+        positions, problems = zip(
+            *(message.split(" ", 1) for message in gather_messages(f"{position} {problem or ''}"))
+        )
         if any(problems):  # of whichever process: all of them stop, or none does and waits for the others
             raise CheckpointError(next(filter(None, problems)))
         if len(set(positions)) > 1:
@@ -381,18 +383,6 @@ def _progress(step: int, has_ema: bool, data_position: Any, config: dict[str, An
 
 def _step_or_beginning(steps: list[int]) -> str:
     return f"step {steps[-1]}" if steps else "the beginning (no checkpoint exists yet)"
-
-
-def _gather(message: str, size: int = 1024) -> list[str]:
-    """Every process's message, on every process."""
-    if jax.process_count() == 1:
-        return [message]
-    from jax.experimental import multihost_utils
-
-    buffer = np.zeros(size, np.uint8)
-    encoded = message.encode()[:size]
-    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(buffer)]
 
 
 def _sync(name: str) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
+import numpy as np
 
 from configs.schema import DistributedConfig
 from sana_jax.errors import UserError
@@ -51,6 +54,41 @@ def describe_processes() -> str:
     if jax.process_count() == 1:
         return kind
     return f"{kind} over {jax.process_count()} processes"
+
+
+def gather_messages(message: str, size: int = 1024) -> list[str]:
+    """Every process's message, cut to ``size`` bytes, on every process."""
+    if jax.process_count() == 1:
+        return [message]
+    from jax.experimental import multihost_utils
+
+    buffer = np.zeros(size, np.uint8)
+    encoded = message.encode()[:size]
+    buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(buffer)]
+
+
+def on_first_process(action: Callable[[], Path | None]) -> Path | None:
+    """Does something that makes a file or directory in one process, on a file system that all share.
+
+    The other processes wait, and go on with the same path.
+
+    Raises:
+        UserError: on the other processes, what went wrong on the first, where it is raised as it was.
+    """
+    outcome, error = "", None
+    if jax.process_index() == 0:
+        try:
+            outcome = f"made {path}" if (path := action()) is not None else "stopped"
+        except Exception as caught:
+            error, outcome = caught, f"failed {' '.join(str(caught).split())}"
+    outcome = gather_messages(outcome)[0]
+    if error is not None:
+        raise error
+    kind, _, text = outcome.partition(" ")
+    if kind == "failed":
+        raise UserError(f"process 0 could not go on: {text}")
+    return Path(text) if kind == "made" else None
 
 
 def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:

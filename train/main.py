@@ -28,15 +28,16 @@ import sana_jax
 from configs import DEFAULT_PRESET, PRESETS, load_preset
 from configs.schema import DistributedConfig, RunConfig
 from configs.serialization import to_dict
+from kernels.typing import PyTree
 from sana_jax.command_line import parse
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError, run_command_line
-from sana_jax.models.sana import SanaTransformer
-from sana_jax.models.sharding_rules import SANA
 from train import run_directory
+from train.assembly import assemble, open_base
+from train.batch import Batch
 from train.checkpoints import CheckpointStore
-from train.data import Loader, make_dataset
+from train.data import Loader
 from train.distributed import describe_processes, join_processes
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.objectives.flow_matching import FlowMatching
@@ -107,35 +108,35 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     mesh = make_mesh(config.mesh)
     jax.set_mesh(mesh)
     check_batch(config.batch_size, config.accumulation, mesh)
-    continuing = run_directory.claim(config)
+    run_directory.check_writable(config)
     say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")
     say(f"run: {config.preset}, {config.steps} steps of {config.batch_size} in {config.run_dir}; compiled code {cache}")
 
-    # ---- data --------------------------------------------------------------------------------------------------------
-    dataset = make_dataset(config.data)
+    # ---- what is trained, on what ------------------------------------------------------------------------------------
     rows_sharding = batch_sharding(mesh)
     rows = local_rows(rows_sharding, config.batch_size)
+    config, base = open_base(config)
+    continuing = run_directory.claim(config)
+    parts = assemble(config, base, say, stop)
+    if parts is None:
+        return exit_status(stop.signal)
+    dataset, recipe = parts.dataset, parts.recipe
     loader = Loader(dataset, seed=config.seed, batch_size=config.batch_size, rows=rows)
     say(f"data: {dataset.describe()}")
+    run_directory.check_parts(parts)
 
     # ---- model and state ---------------------------------------------------------------------------------------------
     compute = config.compute
-    transformer = SanaTransformer(
-        config.transformer, jnp.dtype(compute.dtype), remat=compute.remat, scan_blocks=compute.scan_blocks
-    )
-    plan = plan_state(config, transformer, SANA, mesh)
-    say(
-        f"model: {parameter_count(plan.abstract.params):,} parameters in {config.transformer.num_layers} blocks, "
-        f"computed in {compute.dtype}, remat {compute.remat}"
-    )
+    base_weights = None if base is None else base.abstract_weights(mesh, compute.dtype)
+    frozen = base_weights if recipe.keeps_base else None
+    plan = plan_state(config, recipe, base_weights, mesh)
+    say(_model_line(config, plan, base_weights))
     if (warmup := warmup_steps(config.optimizer, config.steps)) != config.optimizer.warmup_steps:
         say(f"warm-up: {warmup} steps, not {config.optimizer.warmup_steps}, since the run has {config.steps} steps")
     if plan.whole and mesh.size > 1:
         say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
-    run_directory.check_parts(config, dataset)
-    null_embeds, null_mask = dataset.text_encoder.null_encoding()
-    objective = FlowMatching(transformer, config.flow, jnp.asarray(null_embeds), jnp.asarray(null_mask))
-    previewer = Previewer(config, dataset, transformer, mesh, stop.writing)
+    objective = FlowMatching(recipe, config.flow, *map(jnp.asarray, dataset.null_encoding()))
+    previewer = Previewer(parts, mesh, stop.writing)
     store = _open_store(config)
     run = Run(config, stop, store, loader, previewer, say)
     newest = store.latest_step()
@@ -147,30 +148,53 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, plan.abstract), replicated(mesh))
     step_function = make_train_step(objective, plan.optimizer, config)
     step_function = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
-    first_batch = dataset.batch(np.zeros(config.batch_size, int))
-    abstract_batch = jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows_sharding), first_batch
-    )
-    name = f"the train step for latents {'x'.join(map(str, first_batch.latents.shape))}"
-    train_step = compile_ahead(name, step_function, plan.abstract, abstract_batch, say=say)
+    train_steps = {}
+    for shape, indices in dataset.buckets.items():
+        first_batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
+        abstract_batch = jax.tree.map(
+            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows_sharding), first_batch
+        )
+        name = f"the train step for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
+        train_steps[shape] = compile_ahead(name, step_function, plan.abstract, frozen, abstract_batch, say=say)
     if config.preview.every:
-        previewer.compile(plan.abstract.params if plan.abstract.ema is None else plan.abstract.ema, say)
+        averaged = plan.abstract.params if plan.abstract.ema is None else plan.abstract.ema
+        previewer.compile(averaged, frozen, say)
 
     # ---- restore -----------------------------------------------------------------------------------------------------
+    weights = None if base is None else base.weights(base_weights)
     if newest is not None:
         state = _restore(config, store, plan, loader, say)
     else:
         if continuing:
             say(f"{config.run_dir} has no checkpoint yet: starting at step 0")
-        state = compile_ahead("the first state", plan.initialize, say=say)()
+        start = compile_ahead("the first state", plan.initialize, base_weights, say=say)
+        state = start(None if weights is None else weights.params)
+    frozen = weights.params if recipe.keeps_base else None
+    if weights is not None and not recipe.keeps_base:
+        weights.free()
     with stop.writing:
-        run_directory.write(config, dataset)
+        run_directory.write(parts)
 
     # ---- loop --------------------------------------------------------------------------------------------------------
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return train_steps[batch.latents.shape[1:]](state, frozen, batch)
+
+    previewer.frozen = frozen
     with store:
         status = run.loop(state, train_step, lambda batch: to_global(batch, rows_sharding, config.batch_size, rows[0]))
     stop.nothing_to_lose = True
     return status
+
+
+def _model_line(config: RunConfig, plan: StatePlan, base: PyTree | None) -> str:
+    count = parameter_count(plan.abstract.params)
+    computed = f"computed in {config.compute.dtype}, remat {config.compute.remat}"
+    blocks = f"{config.transformer.num_layers} blocks"
+    if base is None:
+        return f"model: {count:,} parameters in {blocks}, {computed}"
+    whole = parameter_count(base)
+    share = "" if count == whole else f", of them {count:,} trained ({100 * count / whole:.2f} % of the base model's)"
+    return f"model: {config.model}, {whole:,} parameters in {blocks}{share}, {computed}"
 
 
 class Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from configs.schema import RunConfig
 from kernels.typing import PyTree
 from sana_jax.compilation import compile_ahead
 from sana_jax.images import automatic_enlargement, enlarge_image, image_grid, save_png, to_pil
-from sana_jax.models.sana import SanaTransformer
-from sana_jax.pipelines.sampling_function import initial_latents, make_sampling_fn
+from sana_jax.pipelines.sampling_function import initial_latents
+from train.assembly import RunParts
 from train.metrics import MetricsWriter
+from train.recipes import Prompts
 from train.run_directory import run_sampler
 from train.sharding import replicated
 
@@ -25,23 +25,27 @@ from train.sharding import replicated
 class Previewer:
     """Draws ``samples/step_<step>.png``: one column per caption, one row per noise.
 
-    ``writing`` is held while a file is written, so that nothing ends the process in between.
+    ``writing`` is held while a file is written, so that nothing ends the process in between. ``frozen`` are the base
+    model's parameters, where the recipe keeps them; they are set before the first preview is drawn.
     """
 
-    def __init__(
-        self, config: RunConfig, dataset, transformer: SanaTransformer, mesh: Mesh, writing: AbstractContextManager
-    ):
+    def __init__(self, parts: RunParts, mesh: Mesh, writing: AbstractContextManager):
         self.failures = 0
-        self._writing = writing
-        self._config, self._dataset, self._mesh = config, dataset, mesh
-        self._transformer = transformer
+        self.frozen: PyTree | None = None
+        self._parts, self._mesh, self._writing = parts, mesh, writing
+        self._config = parts.config
         self._sample: Callable | None = None
+
+    @property
+    def captions(self) -> list[str]:
+        """What is drawn."""
+        preview = self._config.preview
+        return list(preview.prompts) or self._parts.dataset.captions[: preview.captions]
 
     @property
     def example_prompt(self) -> str:
         """A caption to try the finished model with."""
-        captions = self._dataset.captions
-        return captions[min(7, len(captions) - 1)]
+        return self.captions[min(7, len(self.captions) - 1)]
 
     def due(self, step: int) -> bool:
         """Whether a preview belongs to this step."""
@@ -63,30 +67,32 @@ class Previewer:
 
         return bool(multihost_utils.broadcast_one_to_all(np.asarray(missing)))
 
-    def compile(self, abstract_params: PyTree, say: Callable[[str], None]) -> None:
-        """Compiles sampling ahead of time."""
-        preview = self._config.preview
-        rows = preview.per_caption * len(self._dataset.captions)
-        height, width, channels = self._dataset.latent_shape
+    def compile(self, abstract_params: PyTree, frozen: PyTree | None, say: Callable[[str], None]) -> None:
+        """Compiles sampling ahead of time; ``frozen`` as shapes."""
+        preview, dataset = self._config.preview, self._parts.dataset
+        rows = preview.per_caption * len(self.captions)
+        height, width, channels = dataset.preview_shape
         everywhere = replicated(self._mesh)
-        embeds, mask = self._dataset.text_encoder.encode(self._dataset.captions * preview.per_caption)
-        null = self._dataset.text_encoder.null_encoding()
+        prompts = Prompts(*dataset.encode(self.captions * preview.per_caption), *dataset.null_encoding())
         # Picture i has the noise that generate gives its picture i, in PyTorch's order.
         latents = initial_latents(preview.seed, rows, (channels, height, width)).transpose(0, 2, 3, 1)
-        inputs = jax.device_put((np.asarray(latents), embeds, mask, *null), everywhere)
-        sampling = make_sampling_fn(
-            self._transformer, run_sampler(self._config), preview.num_inference_steps, preview.guidance_scale
+        inputs = jax.device_put((np.asarray(latents), prompts, {}), everywhere)
+        sampling = self._parts.recipe.sampling_function(
+            run_sampler(self._config), preview.num_inference_steps, preview.guidance_scale
         )
         name = f"sampling of {rows} previews ({height}x{width} latents, {preview.num_inference_steps} steps)"
-        compiled = compile_ahead(name, jax.jit(sampling, out_shardings=everywhere), abstract_params, *inputs, say=say)
-        self._sample = lambda params: compiled(params, *inputs)
+        jitted = jax.jit(sampling, out_shardings=everywhere)
+        compiled = compile_ahead(name, jitted, abstract_params, frozen, *inputs, say=say)
+        self._sample = lambda params: compiled(params, self.frozen, *inputs)
 
     def draw(self, step: int, params: PyTree, writer: MetricsWriter, say: Callable[[str], None]) -> Path | None:
         """Samples, writes the grid, and returns where it is; None if it failed, which is said and counted."""
         try:
             started = time.perf_counter()
             latents = self._sample(params)
-            images = np.asarray(self._dataset.autoencoder.decode(latents))
+            images = np.asarray(self._parts.autoencoder.decode(latents))
+            if free := getattr(self._parts.autoencoder, "free", None):
+                free()  # until the next preview
             if jax.process_index() != 0:
                 return None
             finite = np.isfinite(images).all()
@@ -106,8 +112,18 @@ class Previewer:
             return None
 
     def _grid(self, images):
-        captions = self._dataset.captions
+        captions = self.captions
         factor = automatic_enlargement(*images.shape[1:3]) // 2 or 1
         pictures = [enlarge_image(to_pil(image), factor) for image in images]
-        labels = [caption.split()[-1] for caption in captions] * self._config.preview.per_caption
+        labels = short_labels(captions) * self._config.preview.per_caption
         return image_grid(pictures, columns=len(captions), labels=labels)
+
+
+def short_labels(captions: Sequence[str], longest: int = 24) -> list[str]:
+    """Captions without the words that all of them begin with, and cut to what fits above a picture."""
+    words = [caption.split() for caption in captions]
+    common = 0
+    if len(words) > 1:
+        common = next((i for i, column in enumerate(zip(*words)) if len(set(column)) > 1), min(map(len, words)))
+    rest = [" ".join(own[common:]) or caption for own, caption in zip(words, captions)]
+    return [text if len(text) <= longest else text[: longest - 1].rstrip() + "…" for text in rest]

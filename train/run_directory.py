@@ -25,6 +25,7 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_file
 from sana_jax.pipelines.model_directory import SamplingDefaults, check_fit, write_model_directory
 from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
+from train.assembly import RunParts
 
 CONFIG_NAME = "config.json"
 # What else a run puts into its directory. None of it may be there before a run is.
@@ -34,6 +35,7 @@ NAMES = (
     "checkpoints",
     "tensorboard",
     "model_index.json",
+    "base_model.json",
     "transformer",
     "scheduler",
     "text_encoder",
@@ -78,11 +80,8 @@ def claim(config: RunConfig) -> bool:
         UserError: it cannot be written to, or holds a run of another configuration, or a model that is not a run.
         CheckpointError: its newest checkpoint is damaged.
     """
+    check_writable(config)
     run_dir = Path(config.run_dir)
-    if not config.run_dir or (run_dir.exists() and not run_dir.is_dir()):
-        kind = "is a file" if config.run_dir else "is empty"
-        raise UserError(f"--run-dir {config.run_dir!r} {kind}; name a directory that is new or holds this run")
-    _check_writable(run_dir)
     if not (run_dir / CONFIG_NAME).exists():
         if found := [name for name in NAMES if (run_dir / name).exists()]:
             raise UserError(
@@ -109,8 +108,16 @@ def _check_newest_checkpoint(checkpoints: Path) -> None:
         raise damaged_checkpoint(checkpoints, steps[-1], problem, "resume from")
 
 
-def _check_writable(run_dir: Path) -> None:
-    """Asked before minutes of compiling; the folder itself is made when there is something to put into it."""
+def check_writable(config: RunConfig) -> None:
+    """Asked before minutes of preparation; the folder itself is made when there is something to put into it.
+
+    Raises:
+        UserError: the run's directory is a file, or cannot be written to.
+    """
+    run_dir = Path(config.run_dir)
+    if not config.run_dir or (run_dir.exists() and not run_dir.is_dir()):
+        kind = "is a file" if config.run_dir else "is empty"
+        raise UserError(f"--run-dir {config.run_dir!r} {kind}; name a directory that is new or holds this run")
     folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not folder.is_dir():
         raise UserError(f"--run-dir {run_dir} lies in {folder}, which is a file; name a place for a directory")
@@ -126,13 +133,13 @@ def run_sampler(config: RunConfig) -> Sampler:
     return make_sampler(config.preview.sampler, flow_shift=config.flow.flow_shift)
 
 
-def check_parts(config: RunConfig, dataset) -> None:
+def check_parts(parts: RunParts) -> None:
     """Raises ``UserError`` if the network, the data's encoders and the sampler do not make a model."""
-    check_fit(config.transformer, dataset.text_encoder, dataset.autoencoder)
-    run_sampler(config)
+    check_fit(parts.config.transformer, parts.text_encoder, parts.autoencoder)
+    run_sampler(parts.config)
 
 
-def write(config: RunConfig, dataset) -> None:
+def write(parts: RunParts) -> None:
     """Writes the configuration and what makes the directory a model directory. Process 0 only.
 
     Raises:
@@ -140,9 +147,10 @@ def write(config: RunConfig, dataset) -> None:
     """
     if jax.process_index() != 0:
         return
+    config, base = parts.config, parts.base
     run_dir = Path(config.run_dir)
-    factor = dataset.autoencoder.spatial_factor
-    height, width, _ = dataset.latent_shape
+    factor = parts.autoencoder.spatial_factor
+    height, width, _ = parts.dataset.preview_shape
     try:
         # first of all, since it says whose directory this is
         with atomic_file(run_dir / CONFIG_NAME) as file:
@@ -151,14 +159,17 @@ def write(config: RunConfig, dataset) -> None:
             run_dir,
             transformer_config=config.transformer,
             sampler=run_sampler(config),
-            text_encoder=dataset.text_encoder,
-            autoencoder=dataset.autoencoder,
+            text_encoder=parts.text_encoder,
+            autoencoder=parts.autoencoder,
             defaults=SamplingDefaults(
                 guidance_scale=config.preview.guidance_scale,
                 num_inference_steps=config.preview.num_inference_steps,
                 height=height * factor,
                 width=width * factor,
+                license=None if base is None else base.parts.defaults.license,
             ),
+            pipeline=parts.pipeline,
+            trained_from=parts.trained_from,
         )
     except OSError as error:
         raise UserError(

@@ -12,7 +12,7 @@ import optax
 from configs.schema import RunConfig
 from kernels.typing import Array, Bool, Float, PyTree
 from train.batch import Batch
-from train.objectives.flow_matching import Draws, FlowMatching
+from train.objectives.base import Objective
 from train.optimizers import learning_rate_schedule, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
@@ -33,24 +33,25 @@ class StepMetrics(NamedTuple):
     """Samples in each bin."""
 
 
-def make_train_step(
-    objective: FlowMatching, optimizer: optax.GradientTransformation, config: RunConfig
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
-    """The step function; jit it with the state donated.
+StepFunction = Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]
+
+
+def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, config: RunConfig) -> StepFunction:
+    """The step function ``(state, frozen, batch) -> (state, metrics)``; jit it with the state donated.
 
     Gradients are the mean over the whole batch, whatever the accumulation. A step whose loss or gradient norm is not
     finite leaves parameters, average and optimizer as they were and reports ``finite=False``.
     """
     schedule = learning_rate_schedule(config.optimizer, config.steps)
 
-    def mean_loss(params, batch, draws):
-        params = stop_frozen(params, config.optimizer.frozen)
-        with batch_stays_cut(batch.latents.shape[0]):
-            losses = objective.losses(params, batch, draws)
-        return losses.loss.mean(), losses
+    def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        def mean_loss(params, batch, draws):
+            params = stop_frozen(params, config.optimizer.frozen)
+            with batch_stays_cut(batch.latents.shape[0]):
+                losses = objective.losses(params, frozen, batch, draws)
+            return losses.loss.mean(), losses
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        draws = objective.draw(config.seed, state.step, batch.latents)
+        draws = objective.draw(config.seed, state.step, batch)
         loss, losses, grads = accumulate(
             jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, draws, config.accumulation
         )
@@ -80,7 +81,7 @@ def make_train_step(
     return train_step
 
 
-def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: Draws, parts: int):
+def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: PyTree, parts: int):
     """Loss, per-sample losses (in the batch's order) and gradient, computed in ``parts`` parts one after the other.
 
     Part p takes the rows p, p + parts, ...: every device then finds its share of each part among its own rows.

@@ -25,14 +25,22 @@ def grouped_convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw 
 
 
 def shifted_multiply_add(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
-    """Pads once and adds kh x kw weighted views, in ``x``'s dtype. Channels stay last: no transposition."""
+    """Pads once and adds kh x kw weighted views, in float32, rounded once to ``x``'s dtype.
+
+    Channels stay last: no transposition.
+    """
     kernel_height, kernel_width, _ = kernel.shape
     _, height, width, _ = x.shape
     padding = [(0, 0), (kernel_height // 2,) * 2, (kernel_width // 2,) * 2, (0, 0)]
-    padded = jnp.pad(x, padding)
+    padded, weights = jnp.pad(x, padding), _wide(kernel)
     taps = [
-        padded[:, i : i + height, j : j + width, :] * kernel[i, j]
+        _wide(padded[:, i : i + height, j : j + width, :]) * weights[i, j]
         for i in range(kernel_height)
         for j in range(kernel_width)
     ]
-    return sum(taps[1:], start=taps[0])
+    return sum(taps[1:], start=taps[0]).astype(x.dtype)
+
+
+def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Half precision as float32; a sum of nine or more terms in bfloat16 would round at every one."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

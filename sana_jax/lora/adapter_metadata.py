@@ -12,7 +12,8 @@ from typing import Any
 from sana_jax.errors import CheckpointError
 from sana_jax.weights.safetensors_files import SafetensorsSource
 
-_KEY = "lora_adapter_metadata"
+KEY = "lora_adapter_metadata"
+PREFIX = "transformer."  # of what is said of the transformer, which is all that there is in SANA's files
 # A pattern is a regular expression that comes with the file, so only a part of the language is allowed, in which no
 # expression takes long: names, dots, a few ".*" and "\d+".
 _ALLOWED = re.compile(r"\^?(?:\w|-|\.|\\\.|\.\*|\.\+|\\d\+?|\[0-9\]\+?)*\$?")
@@ -50,16 +51,16 @@ def read_adapter_metadata(source: SafetensorsSource) -> AdapterMetadata | None:
     Raises:
         CheckpointError: an entry that is not what PEFT writes.
     """
-    text = source.metadata.get(_KEY)
+    text = source.metadata.get(KEY)
     if text is None:
         return None
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{source.location}: {_KEY} in its header is not JSON ({error}); save it again") from None
+        raise CheckpointError(f"{source.location}: {KEY} in its header is not JSON ({error}); save it again") from None
     if not isinstance(entries, dict):
-        raise CheckpointError(f"{source.location}: {_KEY} in its header is not a JSON object; save it again")
-    prefixed = {k.removeprefix("transformer."): v for k, v in entries.items() if k.startswith("transformer.")}
+        raise CheckpointError(f"{source.location}: {KEY} in its header is not a JSON object; save it again")
+    prefixed = {k.removeprefix(PREFIX): v for k, v in entries.items() if k.startswith(PREFIX)}
     entries = prefixed or entries
     if "r" not in entries and "lora_alpha" not in entries:
         return None

@@ -15,13 +15,13 @@ from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.lora.adapter_metadata import AdapterMetadata, read_adapter_metadata
 from sana_jax.lora.names import ModuleNames, Target, lora_targets, split_key, why_unsupported
+from sana_jax.lora.targets import LARGEST_RANK
 from sana_jax.weights.layouts import DEPTHWISE
 from sana_jax.weights.messages import describe_array, first_few
 from sana_jax.weights.rules import Rule
 from sana_jax.weights.safetensors_files import SafetensorsSource
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-_LARGEST_RANK = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,12 +63,15 @@ class Lora:
         layers: what it adds.
         unmatched: tensors of layers that the network does not have.
         unsupported: tensors that are no part of a plain LoRA, and why.
+        header: the file's header, where it says all that its tensors do not; None where there is no file, or where
+            tensors say more than the header (alpha) or are not used, so that the header is not right for the rest.
     """
 
     location: str
     layers: tuple[LoraLayer, ...]
     unmatched: tuple[str, ...] = ()
     unsupported: tuple[str, ...] = ()
+    header: Mapping[str, str] | None = None
 
     def table(self) -> str:
         """Every layer with rank, alpha, scale and the size of its change, then the tensors that are not used."""
@@ -159,7 +162,9 @@ def read_lora(
     layers = tuple(
         _read_layer(source, name, found[name], target, metadata) for name, target in targets.items() if name in found
     )
-    return Lora(source.location, layers, tuple(unmatched), tuple(unsupported))
+    told_by_tensors = any("alpha" in parts for parts in found.values())
+    header = None if told_by_tensors or unmatched or unsupported else dict(source.metadata)
+    return Lora(source.location, layers, tuple(unmatched), tuple(unsupported), header)
 
 
 def find_lora_file(path: str | os.PathLike[str], weight_name: str | None = None) -> Path:
@@ -223,10 +228,10 @@ def _check_shapes(
     for name, keys in found.items():
         target, down, up = targets[name], source.tensors[keys["down"]], source.tensors[keys["up"]]
         rank = down.shape[0] if down.shape else 0
-        if not 1 <= rank <= _LARGEST_RANK:
+        if not 1 <= rank <= LARGEST_RANK:
             raise CheckpointError(
                 f"{source.location}: {keys['down']} is {describe_array(down)}, of rank {rank}; allowed is 1 to "
-                f"{_LARGEST_RANK}"
+                f"{LARGEST_RANK}"
             )
         expected = (rank, *target.shape[1:]), (target.shape[0], rank)
         if not _same_shape(down.shape, expected[0]) or not _same_shape(up.shape, expected[1]):
@@ -273,13 +278,19 @@ def _read_layer(
     down = np.ascontiguousarray(target.layout.to_ours(down.reshape(rank, *target.shape[1:])))
     up = np.ascontiguousarray(up.reshape(target.shape[0], rank).T)
     alpha, scale = _alpha_and_scale(source, name, keys.get("alpha"), rank, metadata)
-    wide_down, wide_up = down.astype(np.float64), up.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore"):
-        # the norm of a product by the small products of its factors with themselves
-        change = abs(scale) * math.sqrt(max(0.0, ((wide_down.T @ wide_down) * (wide_up @ wide_up.T)).sum()))
+    change = size_of_change(down, up, scale)
     if not math.isfinite(change) or change > float(np.finfo(np.float32).max):
         raise CheckpointError(f"{source.location}: what it adds to {name} is too large for float32; download it again")
     return LoraLayer(name, target.path, target.layer, alpha, scale, down, up, change)
+
+
+def size_of_change(down: np.ndarray, up: np.ndarray, scale: float) -> float:
+    """Frobenius norm of ``scale · down · up``, (in, rank) and (rank, out)."""
+    wide_down, wide_up = down.astype(np.float64), up.astype(np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # the norm of a product by the small products of its factors with themselves
+        square = ((wide_down.T @ wide_down) * (wide_up @ wide_up.T)).sum()
+    return abs(scale) * math.sqrt(np.maximum(square, 0.0))  # rounding may leave less than 0; a NaN stays one
 
 
 def _alpha_and_scale(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import re
+import functools
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,11 @@ import numpy as np
 from kernels.typing import Array, Bool, Float, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.lora.reading import Lora
+from sana_jax.lora.targets import LARGEST_RANK, match_targets
 from sana_jax.weights.messages import first_few
 from sana_jax.weights.rules import flatten
 
-# Which layers training changes, by name: patterns of paths in the parameters.
-ATTENTION = (r"transformer_blocks/attn[12]/to_[qkv]",)  # what diffusers' training scripts change
-ALL_ATTENTION = (r"transformer_blocks/attn[12]/to_(q|k|v|out)",)
+Init = Literal["gaussian", "kaiming"]
 
 
 def lora_tree(adapters: Sequence[tuple[Lora, float]], abstract: PyTree, dtype: Any = np.float32) -> PyTree:
@@ -54,10 +53,7 @@ def lora_tree(adapters: Sequence[tuple[Lora, float]], abstract: PyTree, dtype: A
                 down[(*index, slice(None), where)] = layer.down
                 up[(*index, where)] = layer.up.astype(np.float32) * np.float32(layer.scale * weight)
             begin += rank
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node.update(down=down, up=up)
+        _node(tree, path).update(down=down, up=up)
     return tree
 
 
@@ -87,42 +83,97 @@ def merge_lora(params: PyTree, lora: PyTree) -> PyTree:
     return jax.tree.unflatten(structure, list(kernels.values()))
 
 
-def init_lora(abstract: PyTree, targets: Sequence[str], rank: int, key: PRNGKeyArray) -> PyTree:
-    """A fresh float32 LoRA: ``down`` is drawn from N(0, 1/rank²) and ``up`` is zero, so that it changes nothing yet.
+def init_lora(
+    abstract: PyTree, targets: Sequence[str], rank: int, key: PRNGKeyArray, init: Init = "gaussian"
+) -> PyTree:
+    """A fresh float32 LoRA, without its scale: ``up`` is zero, so that it changes nothing yet.
 
     The draw of a layer depends on (key, its path) alone.
 
     Args:
         abstract: the network's parameters, as shapes.
-        targets: regular expressions; each matches the whole path of at least one dense layer, ``/kernel`` left out.
+        targets: names of ``sana_jax.lora.targets.PRESETS``, or patterns of paths.
         rank: of every layer.
         key: for the draws.
+        init: how ``down`` is drawn: ``gaussian`` from N(0, 1/rank²), as diffusers' training scripts have it;
+            ``kaiming`` uniformly from ±1/sqrt(inputs), PEFT's own default.
 
     Raises:
-        UserError: a rank below 1, or a pattern that no layer matches.
+        UserError: a rank or an init that is not allowed, or a target that no layer matches.
     """
-    if rank < 1:
-        raise UserError(f"LoRA rank {rank} is not allowed; choose 1 or more, 4 to 64 are usual")
-    flat = flatten(abstract)
-    dense = {path[:-1]: leaf for path, leaf in flat.items() if path[-1] == "kernel" and leaf.ndim <= 3}
-    for pattern in targets:
-        if not any(re.fullmatch(pattern, "/".join(path)) for path in dense):
-            raise UserError(
-                f"LoRA target {pattern!r} matches no layer; some that there are: "
-                f"{', '.join('/'.join(path) for path in list(dense)[:5])}"
-            )
+    if not 1 <= rank <= LARGEST_RANK:
+        raise UserError(f"LoRA rank {rank} is not allowed; choose 1 to {LARGEST_RANK}, 4 to 64 are usual")
+    if init not in ("gaussian", "kaiming"):
+        raise UserError(f"LoRA init {init!r} is not allowed; choose gaussian or kaiming")
     tree: dict[str, Any] = {}
-    for path, kernel in dense.items():
-        name = "/".join(path)
-        if not any(re.fullmatch(pattern, name) for pattern in targets):
-            continue
-        *stack, inputs, outputs = kernel.shape
-        own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        node = tree
-        for part in path:
-            node = node.setdefault(part, {})
-        node["down"] = jax.random.normal(own_key, (*stack, inputs, rank), jnp.float32) / rank
-        node["up"] = jnp.zeros((*stack, rank, outputs), jnp.float32)
+    for layer in match_targets(abstract, targets):
+        stack = () if layer.layers is None else (layer.layers,)
+        own_key, shape = jax.random.fold_in(key, _name_hash(layer.path)), (*stack, layer.inputs, rank)
+        if init == "gaussian":
+            down = jax.random.normal(own_key, shape, jnp.float32) / rank
+        else:
+            bound = layer.inputs**-0.5
+            down = jax.random.uniform(own_key, shape, jnp.float32, -bound, bound)
+        up = jnp.zeros((*stack, rank, layer.outputs), jnp.float32)
+        _node(tree, layer.path).update(down=down, up=up)
+    return tree
+
+
+def scaled_lora(lora: PyTree, scale: float | Float[Array, ""]) -> PyTree:
+    """The collection ``lora`` that networks read, from a tree as it is trained: the scale goes into ``up``.
+
+    Differentiable: training calls it in its loss and updates the tree without the scale, whose leaves are then what a
+    LoRA file holds.
+
+    Args:
+        lora: leaves ``down`` and ``up``.
+        scale: alpha / rank.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: leaf * scale if path[-1].key == "up" else leaf, lora)
+
+
+def with_dropout(lora: PyTree, rate: float, keys: PRNGKeyArray) -> PyTree:
+    """The collection ``lora`` with dropout on the LoRA's inputs, for training; the base layers' inputs stay whole.
+
+    Every layer draws its own mask for every sample, from (the sample's key, the layer's path and number), whatever the
+    sharding and the accumulation of the batch. See ``sana_jax.nn.linear``.
+
+    Args:
+        lora: as ``scaled_lora`` gives it.
+        rate: share of a layer's inputs that is dropped; what is left is multiplied with 1 / (1 - rate).
+        keys: one per sample, in the order of the batch: for instance
+            ``jax.random.split(stream(seed, step, "lora_dropout"), batch_size)``.
+
+    Raises:
+        UserError: a rate outside 0 <= rate < 1.
+    """
+    if not 0 <= rate < 1:
+        raise UserError(f"LoRA dropout {rate} is not allowed; choose 0 (none) up to, not including, 1")
+    if rate == 0:
+        return lora
+    tree: dict[str, Any] = {}
+    leaves = flatten(lora)
+    for path in dict.fromkeys(path[:-1] for path in leaves):
+        down, up = leaves[(*path, "down")], leaves[(*path, "up")]
+        own = jax.vmap(functools.partial(jax.random.fold_in, data=_name_hash(path)))(keys)
+        stack = down.shape[:-2]
+        if stack:
+            own = jax.vmap(lambda layer, own=own: jax.vmap(lambda key: jax.random.fold_in(key, layer))(own))(
+                jnp.arange(stack[0])
+            )
+        rates = jnp.full(stack, rate, jnp.float32)
+        _node(tree, path).update(down=down, up=up, dropout_keys=own, dropout_rate=rates)
+    return tree
+
+
+def _name_hash(path: Sequence[str]) -> int:
+    return zlib.crc32("/".join(path).encode())
+
+
+def _node(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
+    """The dictionary at a path, made where it is not there."""
+    for key in path:
+        tree = tree.setdefault(key, {})
     return tree
 
 

@@ -21,12 +21,16 @@ from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.remat import remat_block
 
 # A ControlNet's config.json has none of these.
-_TRANSFORMER_ONLY = ("guidance_embeds", "guidance_embeds_scale", "qk_norm", "timestep_scale")
+_TRANSFORMER_ONLY = ("guidance_embeds", "guidance_embeds_scale", "timestep_scale")
 
 
 @dataclasses.dataclass(frozen=True)
 class SanaControlNetConfig(SanaConfig):
-    """Shape of one ControlNet; fields as in ``SanaConfig``, of which it has no guidance, q/k norms or output layer."""
+    """Shape of one ControlNet; fields as in ``SanaConfig``, of which it has no guidance and no output layer.
+
+    The published ones have no q/k norms either, and diffusers has no place for them; one that is trained beside a model
+    with such norms (SANA-1.5) has them too, since its blocks are copies of that model's.
+    """
 
     num_layers: int = 7
 
@@ -41,7 +45,8 @@ class SanaControlNetConfig(SanaConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a published ``config.json`` has them."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in _TRANSFORMER_ONLY}
+        left_out = (*_TRANSFORMER_ONLY, *(("qk_norm",) if self.qk_norm is None else ()))
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
         return {"_class_name": "SanaControlNetModel", **fields}
 
     @classmethod

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
+from sana_jax.models.condition_tokens import ConditionTokens, append_tokens, bias_with_tokens
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, LinearSelfAttention, mask_to_bias
 from sana_jax.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, sincos_position_table
@@ -278,6 +279,7 @@ class SanaTransformer(nn.Module):
         encoder_attention_mask: Int[Array, "B L"] | None = None,
         controlnet_residuals: Float[Array, "R B N D"] | None = None,
         identity_attention: Bool[Array, "layers B"] | None = None,
+        condition_tokens: ConditionTokens | None = None,
     ) -> Float[Array, "B H W Cout"]:
         """Runs the network.
 
@@ -290,6 +292,8 @@ class SanaTransformer(nn.Module):
             controlnet_residuals: R arrays, the i-th added after block i + 1.
             identity_attention: where set, a sample's self-attention in that layer passes every token's value on
                 unmixed (perturbed-attention guidance, arXiv 2403.17377).
+            condition_tokens: further tokens behind the caption, padding included; they do not count in
+                ``encoder_attention_mask``.
 
         Returns:
             The velocity, in the compute dtype.
@@ -318,9 +322,16 @@ class SanaTransformer(nn.Module):
         embedding, time = TimeEmbedding(cfg.inner_dim, cfg.guidance_embeds, self.dtype, name="time_embed")(
             timestep, guidance
         )
+        tokens, caption_length = condition_tokens, encoder_hidden_states.shape[1]
+        if tokens is not None:
+            encoder_hidden_states = append_tokens(encoder_hidden_states, tokens.before)
         caption = CaptionProjection(cfg.inner_dim, self.dtype, name="caption_projection")(encoder_hidden_states)
+        if tokens is not None:
+            caption = append_tokens(caption, tokens.after)
         caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)
         bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask)
+        if tokens is not None:
+            bias = bias_with_tokens(encoder_attention_mask, tokens, caption_length)
 
         x = self._blocks(x, caption, bias, time, grid, controlnet_residuals, identity_attention)
 

@@ -35,12 +35,35 @@ SANA: tuple[Rule, ...] = (
     (r"scale_shift_table", (None, None)),
 )
 
-# A ControlNet has the transformer's blocks and embeddings, and neither q/k norms nor an output layer.
-_NOT_IN_A_CONTROLNET = (r"transformer_blocks/attn[12]/norm_[qk]/scale", r"proj_out/kernel", r"scale_shift_table")
+
+def lora_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Where a LoRA's ``lora/<layer>/down`` and ``up`` lie: cut as the layer's kernel is, with the rank whole."""
+    kernels = [(pattern.removesuffix("/kernel"), axes) for pattern, axes in rules if pattern.endswith("/kernel")]
+    return tuple(
+        rule
+        for layer, axes in kernels
+        if len(axes) <= 3  # depthwise convolutions have no LoRA
+        for rule in (
+            (f"lora/({layer})/down", (*axes[:-1], None)),
+            (f"lora/({layer})/up", (*axes[:-2], None, axes[-1])),
+        )
+    )
+
+
+# A ControlNet has the transformer's blocks and embeddings, and no output layer.
+_NOT_IN_A_CONTROLNET = (r"proj_out/kernel", r"scale_shift_table")
 CONTROLNET: tuple[Rule, ...] = (
     *(rule for rule in SANA if rule[0] not in _NOT_IN_A_CONTROLNET),
     (r"input_block/kernel", ("fsdp", None)),
     (r"input_block/bias", (None,)),
     (r"controlnet_blocks/kernel", (None, "fsdp", None)),
     (r"controlnet_blocks/bias", (None, None)),
+)
+
+# The encoders of condition tokens, trained beside the transformer: small, so only their widths are cut.
+CONDITION_TOKENS: tuple[Rule, ...] = (
+    (r"tokens/\w+/linear_\d+/kernel", (None, "fsdp")),
+    (r"tokens/\w+/linear_\d+/bias", (None,)),
+    (r"tokens/\w+/null", (None, None)),
+    (r"tokens/\w+/attention_weight", ()),
 )

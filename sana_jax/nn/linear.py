@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from kernels.typing import Array, Float
+from kernels.typing import Array, Float, PRNGKeyArray
 
 LORA = "lora"  # the collection beside "params"
 
@@ -18,6 +19,8 @@ class Linear(nn.Module):
 
     A LoRA (arXiv 2106.09685) is thus a second tree beside the parameters: ``apply({"params": ..., "lora": ...}, ...)``.
     Where it has no leaves, and where there is none, the layer is the plain one. ``up`` has the LoRA's scale in it.
+    Where it has ``dropout_keys`` (B,) and ``dropout_rate`` as well, as ``sana_jax.lora.with_dropout`` adds them for
+    training, the LoRA's own input goes through dropout.
     """
 
     features: int
@@ -37,5 +40,17 @@ class Linear(nn.Module):
             y = y + bias
         if self.has_variable(LORA, "down"):
             down, up = (self.get_variable(LORA, name).astype(y.dtype) for name in ("down", "up"))
+            if self.has_variable(LORA, "dropout_keys"):
+                x = sample_dropout(x, *(self.get_variable(LORA, name) for name in ("dropout_keys", "dropout_rate")))
             y = y + (x @ down) @ up
         return y
+
+
+def sample_dropout(x: Float[Array, "B ..."], keys: PRNGKeyArray, rate: Float[Array, ""]) -> Float[Array, "B ..."]:
+    """Sets a share ``rate`` of the values to 0 and divides the others by what is left, with one key (B,) per sample."""
+
+    def one(x, key):
+        kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+        return jnp.where(kept, x.astype(jnp.float32) / (1 - rate), 0).astype(x.dtype)
+
+    return jax.vmap(one)(x, keys)

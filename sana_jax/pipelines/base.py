@@ -177,7 +177,7 @@ class ImagePipeline(LoraPipeline):
     @classmethod
     def _from_model(cls, model: Any, residency: Residency, **networks: Any) -> Any:
         """The pipeline of an opened model; ``networks`` are those that a subclass has beside the transformer."""
-        return cls(
+        pipeline = cls(
             model.transformer,
             model.transformer_weights,
             model.sampler,
@@ -191,6 +191,9 @@ class ImagePipeline(LoraPipeline):
             residency=residency,
             **networks,
         )
+        if model.trained_from is not None and model.trained_from.kind == "lora":
+            pipeline.add_trained_lora(model)
+        return pipeline
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Writes a model directory with these weights and nothing of the training that made them.

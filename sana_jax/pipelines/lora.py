@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,8 @@ import numpy as np
 
 from kernels.typing import PyTree
 from sana_jax.errors import UserError
-from sana_jax.lora import Lora, lora_tree, merge_lora, read_lora
+from sana_jax.lora import Lora, lora_from_tree, lora_tree, merge_lora, read_lora
+from sana_jax.nn.linear import LORA
 from sana_jax.pipelines.opening import abstract_params
 from sana_jax.weights.components import Resident
 from sana_jax.weights.tables.sana import transformer_rules
@@ -21,6 +23,12 @@ from sana_jax.weights.tables.sana import transformer_rules
 class _Adapter(NamedTuple):
     lora: Lora
     weight: float
+    merged_at: float = 1.0  # what the weight is multiplied with while it is merged
+
+    @property
+    def acting(self) -> float:
+        """The weight with which it acts."""
+        return self.weight * self.merged_at
 
 
 class LoraPipeline:
@@ -81,7 +89,19 @@ class LoraPipeline:
             for line in adapter.lora.summary():
                 print(line)
             print(f"LoRA {adapter.lora.location}: acts as {name!r} with weight {adapter.weight:g}")
-        self._set({**self._adapters, **new}, 1.0 if merge else None)
+        self._set({**self._adapters, **new}, merged=merge)
+
+    def add_trained_lora(self, model: Any) -> None:
+        """Lets the LoRA of an opened training run act, under the name ``trained``."""
+        settings = model.trained_from.settings["lora"]
+        abstract = abstract_params(self.transformer)
+        lora = lora_from_tree(
+            model.trained[LORA], transformer_rules(self.transformer.config), abstract, alpha=settings["alpha"]
+        )
+        location = f"step {model.checkpoint_step} ({model.weights}) beside {model.trained_from.model}"
+        self._set(
+            {**self._adapters, "trained": _Adapter(dataclasses.replace(lora, location=location), 1.0)}, merged=False
+        )
 
     def set_adapters(self, adapter_names: str | Sequence[str], adapter_weights: Any = None) -> None:
         """Lets these LoRAs act with these weights (one for all or one each; 1 if not given), and no others.
@@ -95,27 +115,30 @@ class LoraPipeline:
             raise UserError(f"no LoRA is loaded as {unknown}; loaded are {list(self._adapters)}: choose from those")
         given = dict(zip(names, _weights(1.0 if adapter_weights is None else adapter_weights, len(names), "names")))
         self._set(
-            {name: adapter._replace(weight=given.get(name, 0.0)) for name, adapter in self._adapters.items()}, None
+            {name: adapter._replace(weight=given.get(name, 0.0)) for name, adapter in self._adapters.items()},
+            merged=False,
         )
 
     def get_active_adapters(self) -> list[str]:
         """Names of the LoRAs that act: those of another weight than 0."""
-        return [name for name, adapter in self._adapters.items() if adapter.weight]
+        return [name for name, adapter in self._adapters.items() if adapter.acting]
 
     def describe_lora(self) -> str:
         """``file:weight`` of the LoRAs that act, separated by commas; empty without any."""
-        active = [adapter for adapter in self._adapters.values() if adapter.weight]
-        return ", ".join(f"{os.path.basename(adapter.lora.location)}:{adapter.weight:g}" for adapter in active)
+        active = [adapter for adapter in self._adapters.values() if adapter.acting]
+        return ", ".join(f"{os.path.basename(adapter.lora.location)}:{adapter.acting:g}" for adapter in active)
 
     def lora_table(self) -> str:
         """Every layer that the loaded files change, with rank, alpha, scale and size, and what of them is not used."""
         return "\n\n".join(
-            f"{name}: {adapter.lora.location}, weight {adapter.weight:g}\n{adapter.lora.table()}"
+            f"{name}: {adapter.lora.location}, weight {adapter.acting:g}\n{adapter.lora.table()}"
             for name, adapter in self._adapters.items()
         )
 
     def fuse_lora(self, lora_scale: float = 1.0) -> None:
         """Merges the loaded LoRAs, with their weights times ``lora_scale``, into the transformer's weights.
+
+        One that is loaded later with ``merge=True`` is merged with its own weight, beside these.
 
         Raises:
             UserError: none is loaded, they are merged already, or the scale is not finite.
@@ -123,7 +146,9 @@ class LoraPipeline:
         self._refuse_merged("fuse_lora")
         if not self._adapters:
             raise UserError("fuse_lora: no LoRA is loaded; call load_lora_weights first")
-        self._set(self._adapters, *_weights(lora_scale, 1, "lora_scale"))
+        (scale,) = _weights(lora_scale, 1, "lora_scale")
+        adapters = {name: adapter._replace(merged_at=scale) for name, adapter in self._adapters.items()}
+        self._set(adapters, merged=True)
 
     def unfuse_lora(self) -> None:
         """Takes merged LoRAs out again, to the bit, and computes them beside the weights.
@@ -133,11 +158,11 @@ class LoraPipeline:
         """
         if self._weights_without_lora is None:
             raise UserError("unfuse_lora: no LoRA is merged")
-        self._set(self._adapters, None)
+        self._set(self._adapters, merged=False)
 
     def unload_lora_weights(self) -> None:
         """Forgets all LoRAs; the transformer is as it was before, to the bit."""
-        self._set({}, None)
+        self._set({}, merged=False)
 
     def check_no_unmerged_lora(self) -> None:
         """Raises ``UserError`` where a LoRA acts that is no part of the weights."""
@@ -147,16 +172,17 @@ class LoraPipeline:
                 "fuse_lora() or unload_lora_weights() first"
             )
 
-    def _set(self, adapters: dict[str, _Adapter], merge_scale: float | None) -> None:
-        """Lets these act: beside the weights (``merge_scale`` None), or merged with their weights times the scale."""
-        factor = 1.0 if merge_scale is None else merge_scale
-        active = [(adapter.lora, adapter.weight * factor) for adapter in adapters.values() if adapter.weight * factor]
+    def _set(self, adapters: dict[str, _Adapter], *, merged: bool) -> None:
+        """Lets these act: beside the weights with their weights, or merged, each as ``merged_at`` says."""
+        if not merged:
+            adapters = {name: adapter._replace(merged_at=1.0) for name, adapter in adapters.items()}
+        active = [(adapter.lora, adapter.acting) for adapter in adapters.values() if adapter.acting]
         tree = lora_tree(active, abstract_params(self.transformer)) if active else None
         if self._weights_without_lora is not None:
             self.transformer_weights.free()
             self.transformer_weights, self._weights_without_lora = self._weights_without_lora, None
         self._adapters, self._runtime_lora = adapters, None
-        if merge_scale is None:
+        if not merged:
             if tree is not None:
                 self._runtime_lora = jax.tree.map(jnp.asarray, tree)
             return

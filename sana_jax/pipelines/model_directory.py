@@ -8,7 +8,8 @@
     text_encoder/config.json          likewise; the tokenizer is in tokenizer/
     vae/config.json                   likewise
     controlnet/config.json            likewise, in a model that has one
-    checkpoints/<step>/               weights of the transformer, where the directory is a training run
+    checkpoints/<step>/               what was trained, where the directory is a training run
+    base_model.json                   of a run that started from another model: see ``base_model_file``
 
 The layout is the one that diffusers publishes in. A training run's directory is a model directory too.
 """
@@ -28,6 +29,7 @@ from sana_jax.errors import UserError
 from sana_jax.files import read_json, write_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.models.sana import SanaConfig
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.text_encoders import TextEncoder, load_text_encoder
 
 _INDEX = "model_index.json"
@@ -95,6 +97,15 @@ class ModelDirectory:
     autoencoder: Autoencoder
     defaults: SamplingDefaults
     contract: Contract | None = None
+    trained_from: BaseModelFile | None = None
+    base: ModelDirectory | None = None
+    """The model that a training run started from, where it has started from one."""
+
+    @property
+    def transformer_source(self) -> ModelDirectory:
+        """The directory that has the transformer's weights: its own, or the one that it was trained beside."""
+        beside = self.trained_from is not None and self.trained_from.kind != "whole"
+        return self.base.transformer_source if beside else self
 
 
 def write_model_directory(
@@ -107,10 +118,12 @@ def write_model_directory(
     defaults: SamplingDefaults | Mapping[str, Any],
     pipeline: str = "SanaPipeline",
     contract: Contract | None = None,
+    trained_from: BaseModelFile | None = None,
 ) -> None:
     """Writes the configurations of a model; what else is in the directory stays.
 
-    Each file appears whole or not at all, the index last.
+    Each file appears whole or not at all, the index last. With ``trained_from`` text encoder and autoencoder are left
+    to the base model.
 
     Raises:
         UserError: ``defaults`` with missing or unknown fields, or components that do not fit one another.
@@ -125,8 +138,11 @@ def write_model_directory(
         "text_encoder": ("config.json", text_encoder.to_config()),
         "vae": ("config.json", autoencoder.to_config()),
     }
+    if trained_from is not None:
+        trained_from.write(directory)
     for folder, (name, config) in parts.items():
-        write_json(directory / folder / name, config)
+        if trained_from is None or folder in ("transformer", "scheduler"):
+            write_json(directory / folder / name, config)
     write_json(
         directory / _INDEX,
         {
@@ -157,6 +173,8 @@ def read_model_directory(
     index = _read_json(directory / _INDEX)
     check_pipeline(index.get("_class_name"), pipeline, directory / _INDEX)
     transformer_config = SanaConfig.from_dict(_read_component(directory, "transformer", "SanaTransformer2DModel"))
+    if trained_from := BaseModelFile.read(directory):
+        return _read_trained(directory, trained_from, transformer_config, index, pipeline, variant)
     contract = None
     if "contract" in index or _is_published(index, directory):
         contract = infer_contract(directory, variant)
@@ -172,6 +190,28 @@ def read_model_directory(
         autoencoder=autoencoder,
         defaults=_defaults(index, directory, pipeline, transformer_config, contract),
         contract=contract,
+    )
+
+
+def _read_trained(
+    directory: pathlib.Path,
+    trained_from: BaseModelFile,
+    transformer_config: SanaConfig,
+    index: Mapping[str, Any],
+    pipeline: str,
+    variant: str | None,
+) -> ModelDirectory:
+    """A run's directory that leans on its base model."""
+    place = pathlib.Path(trained_from.locate(directory))
+    base = read_model_directory(place, pipeline_of(place), variant=variant)
+    return dataclasses.replace(
+        base,
+        path=directory,
+        transformer_config=transformer_config,
+        sampler=from_scheduler_config(_read_json(directory / "scheduler" / "scheduler_config.json")),
+        defaults=_defaults(index, directory, pipeline, transformer_config, base.contract),
+        trained_from=trained_from,
+        base=base,
     )
 
 

@@ -20,8 +20,9 @@ from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import write_json
-from sana_jax.models.controlnet import SanaControlNet, init_controlnet_params
+from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig, init_controlnet_params
 from sana_jax.models.sana import SanaTransformer, init_params
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import (
     ModelDirectory,
     SamplingDefaults,
@@ -30,7 +31,7 @@ from sana_jax.pipelines.model_directory import (
     write_model_directory,
 )
 from sana_jax.text_encoders import TextEncoder
-from sana_jax.weights import load_checkpoint_params, save_params
+from sana_jax.weights import checkpoint_structure, choose_checkpoint, load_checkpoint_params, save_params
 from sana_jax.weights.components import CONVERTED, Resident, open_component
 from sana_jax.weights.identity import weights_id
 from sana_jax.weights.tables.sana import controlnet_rules, transformer_rules
@@ -55,6 +56,9 @@ class OpenModel:
     checkpoint_id: str | None = None
     controlnet: SanaControlNet | None = None
     controlnet_weights: Resident | None = None
+    trained_from: BaseModelFile | None = None
+    trained: PyTree | None = None
+    """What a run has trained beside its base model, as its checkpoint holds it."""
 
 
 def open_model(
@@ -84,9 +88,23 @@ def open_model(
     transformer = SanaTransformer(
         model.transformer_config, dtype=compute_dtype, fp16_saturation=emulate_fp16_saturation
     )
-    resident, step, which = _transformer_weights(model, transformer, compute_dtype, variant, weights, checkpoint_step)
+    beside = model.transformer_source is not model
+    resident, step, which = open_transformer_weights(
+        model.transformer_source,
+        abstract_params(transformer, compute_dtype),
+        variant=variant,
+        weights="auto" if beside else weights,
+        checkpoint_step=None if beside else checkpoint_step,
+    )
+    trained = None
+    if beside:
+        trained, step, which = _trained_part(model, weights, checkpoint_step)
     network = network_weights = None
-    if pipeline == "SanaControlNetPipeline":
+    if beside and model.trained_from.kind == "controlnet":
+        shape = SanaControlNetConfig(**model.trained_from.settings["controlnet"])
+        network = SanaControlNet(shape, dtype=compute_dtype, fp16_saturation=emulate_fp16_saturation)
+        network_weights = Resident.of("controlnet", jax.tree.map(lambda leaf: leaf.astype(compute_dtype), trained))
+    elif pipeline == "SanaControlNetPipeline":
         folder = find_model(controlnet, variant) if controlnet is not None else model.path / "controlnet"
         if (folder / "controlnet").is_dir():
             folder = folder / "controlnet"
@@ -104,7 +122,25 @@ def open_model(
         weights_id(model.path / "transformer" if step is None else model.path / "checkpoints" / str(step)),
         network,
         network_weights,
+        model.trained_from,
+        trained,
     )
+
+
+def _trained_part(model: ModelDirectory, weights: str, checkpoint_step: int | None) -> tuple[PyTree, int, str]:
+    """What a run has trained beside its base model, the step and which of the two sets of weights it is."""
+    source = model.transformer_source
+    model.trained_from.check(model_weights_id(source), model.path)
+    abstract = checkpoint_structure(model.path / "checkpoints", which=weights, step=checkpoint_step)
+    return load_checkpoint_params(model.path / "checkpoints", abstract, which=weights, step=checkpoint_step)
+
+
+def model_weights_id(model: ModelDirectory, checkpoint_step: int | None = None) -> str:
+    """A short name for the bytes of the transformer's weights; of a training run, of a checkpoint (the newest)."""
+    checkpoints = model.path / "checkpoints"
+    if not checkpoints.is_dir():
+        return weights_id(model.path / "transformer")
+    return weights_id(checkpoints / str(choose_checkpoint(checkpoints, checkpoint_step)))
 
 
 def _compute_dtype(dtype: Any, contract: Contract | None, emulate_fp16_saturation: bool) -> Any:
@@ -117,16 +153,19 @@ def _compute_dtype(dtype: Any, contract: Contract | None, emulate_fp16_saturatio
     return parsed
 
 
-def _transformer_weights(
+def open_transformer_weights(
     model: ModelDirectory,
-    transformer: SanaTransformer,
-    dtype: Any,
-    variant: str | None,
-    weights: str,
-    checkpoint_step: int | None,
+    abstract: PyTree,
+    *,
+    variant: str | None = None,
+    weights: str = "auto",
+    checkpoint_step: int | None = None,
 ) -> tuple[Resident, int | None, str | None]:
-    """The weights, and of a training run their step and which of the two sets they are."""
-    abstract = abstract_params(transformer, dtype)
+    """The weights, and of a training run their step and which of the two sets they are.
+
+    ``abstract`` is the transformer's parameters as shapes: weights are cast to its dtypes and go to its shardings. The
+    other arguments and errors are those of ``ImagePipeline.from_pretrained``.
+    """
     checkpoints, component = model.path / "checkpoints", model.path / "transformer"
     if checkpoints.is_dir():
         if variant is not None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from sana_jax.weights.checkpoints import (
     checkpoint_steps,
+    checkpoint_structure,
     choose_checkpoint,
     damaged_checkpoint,
     half_written_checkpoints,
@@ -48,6 +49,7 @@ __all__ = [
     "TEMPORARY_MARK",
     "abstract_tree",
     "checkpoint_steps",
+    "checkpoint_structure",
     "choose_checkpoint",
     "damaged_checkpoint",
     "disk_shortage",

@@ -14,7 +14,7 @@ from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.weights.manifest import find_damage, saved_items
 from sana_jax.weights.quiet import TEMPORARY_MARK
-from sana_jax.weights.trees import mismatch_error, restore_tree, tree_differences
+from sana_jax.weights.trees import mismatch_error, restore_tree, saved_structure, tree_differences
 
 
 def checkpoint_steps(checkpoints_dir: str | os.PathLike) -> list[int]:
@@ -116,3 +116,23 @@ def load_checkpoint_params(
     if differences := tree_differences(step_dir / which, abstract_params, name=which, cast=True):
         raise mismatch_error(step_dir, differences, "use the network configuration of the run (its config.json)")
     return restore_tree(step_dir / which, abstract_params), step, which
+
+
+def checkpoint_structure(
+    checkpoints_dir: str | os.PathLike, which: Literal["ema", "params", "auto"] = "auto", step: int | None = None
+) -> PyTree:
+    """Shapes and dtypes of the tree that ``load_checkpoint_params`` would read, for whoever does not know it.
+
+    Raises:
+      CheckpointError: no checkpoint, or a damaged one.
+    """
+    directory = Path(checkpoints_dir)
+    step = choose_checkpoint(directory, step)
+    step_dir = directory / str(step)
+    try:
+        items = saved_items(step_dir)
+        if which == "auto":
+            which = "ema" if "ema" in items else "params"
+        return saved_structure(step_dir / which)
+    except (OSError, ValueError) as error:
+        raise damaged_checkpoint(directory, step, str(error), "load") from None

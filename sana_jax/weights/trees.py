@@ -37,17 +37,31 @@ def tree_bytes(tree: PyTree) -> int:
     return sum(int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
+def saved_structure(item_dir: Path) -> PyTree:
+    """Shapes and dtypes of a saved tree: nested dictionaries of ShapeDtypeStructs."""
+    import orbax.checkpoint as ocp
+    from etils import epath
+
+    # Orbax takes no relative paths.
+    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item_dir.absolute())).tree
+    tree: dict = {}
+    for path, leaf in ocp.tree.to_flat_dict(metadata).items():
+        if hasattr(leaf, "shape"):
+            node = tree
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = jax.ShapeDtypeStruct(tuple(leaf.shape), jnp.dtype(leaf.dtype))
+    return tree
+
+
 def tree_differences(item_dir: Path, abstract: PyTree, *, name: str = "", cast: bool = False) -> list[str]:
     """All differences between a saved tree and the one asked for: keys, shapes, dtypes.
 
     With ``cast`` a floating-point array may be asked for in another floating-point dtype.
     """
     import orbax.checkpoint as ocp
-    from etils import epath
 
-    # Orbax takes no relative paths.
-    metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item_dir.absolute())).tree
-    saved = {key: leaf for key, leaf in ocp.tree.to_flat_dict(metadata).items() if hasattr(leaf, "shape")}
+    saved = ocp.tree.to_flat_dict(saved_structure(item_dir))
     wanted = ocp.tree.to_flat_dict(abstract)
     differences = []
     for key in sorted(saved.keys() | wanted.keys()):

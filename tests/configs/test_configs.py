@@ -63,7 +63,7 @@ def test_a_file_of_an_older_version_takes_defaults():
     ("change", "message"),
     [
         (lambda v: v.update(speed=1), "config.json has the unknown field speed; allowed here: preset, run_dir"),
-        (lambda v: v["optimizer"].update(beta3=1), "unknown field optimizer.beta3; allowed here: learning_rate"),
+        (lambda v: v["optimizer"].update(beta4=1), "unknown field optimizer.beta4; allowed here: name"),
         (lambda v: v.pop("steps"), "config.json lacks fields: .*steps"),
         (lambda v: v.update(steps="many"), "steps is 'many'"),
         (lambda v: v.update(optimizer=3), "optimizer is 3"),

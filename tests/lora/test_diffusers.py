@@ -165,6 +165,22 @@ def test_two_with_weights(models, lora_file):
     assert relative_error(our_latents(ours, "sana-1.0"), their_latents(theirs, "sana-1.0")) <= LATENTS
 
 
+def test_merging_one_more_keeps_the_scale_of_those_merged_before(models, lora_file):
+    files = [lora_file("sana-1.0", "patterns"), lora_file("sana-1.0", "attention", seed=1)]
+    theirs, ours = models("sana-1.0")
+    ours.load_lora_weights(files[0], "a")
+    ours.fuse_lora(0.5)
+    ours.load_lora_weights(files[1], "b", weights=0.7, merge=True)
+    assert ours.describe_lora() == "pytorch_lora_weights.safetensors:0.5, pytorch_lora_weights.safetensors:0.7"
+    for file, name in zip(files, "ab"):
+        theirs.load_lora_weights(file, adapter_name=name)
+    theirs.set_adapters(["a", "b"], [0.5, 0.7])
+    assert relative_error(our_latents(ours, "sana-1.0"), their_latents(theirs, "sana-1.0")) <= LATENTS
+    ours.unfuse_lora()  # the scale of merging goes with it
+    theirs.set_adapters(["a", "b"], [1.0, 0.7])
+    assert relative_error(our_latents(ours, "sana-1.0"), their_latents(theirs, "sana-1.0")) <= LATENTS
+
+
 def test_weight_zero_is_the_base_to_the_bit(models, lora_file):
     _, ours = models("sana-1.0")
     without = our_latents(ours, "sana-1.0")

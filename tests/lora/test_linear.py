@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sana_jax.nn.initializers import xavier_uniform
-from sana_jax.nn.linear import LORA, Linear
+from sana_jax.nn.linear import LORA, Linear, sample_dropout
 
 
 def same(found, expected) -> bool:
@@ -44,3 +44,32 @@ def test_lora(dtype):
     assert found.dtype == dtype
     expected = x @ (params["kernel"] + down @ up) + params["bias"]
     np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=0, atol=1e-5 if dtype == jnp.float32 else 0.1)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_dropout(dtype):
+    """The LoRA's input loses a share of its values, each sample its own; the layer's own product sees all of them."""
+    rate, samples = 0.25, 64
+    layer = Linear(6, dtype=dtype)
+    x = jax.random.normal(jax.random.key(0), (samples, 10, 8)).astype(dtype)
+    down, up = jnp.eye(8), jax.random.normal(jax.random.key(2), (8, 6)).astype(dtype)
+    params = layer.init(jax.random.key(3), x)["params"]
+    keys = jax.random.split(jax.random.key(4), samples)
+    lora = {"down": down, "up": up, "dropout_keys": keys, "dropout_rate": jnp.float32(rate)}
+    seen = sample_dropout(x, keys, jnp.float32(rate))
+    assert seen.dtype == dtype
+    kept = np.asarray(seen) != 0
+    assert abs(kept.mean() - (1 - rate)) < 4 * np.sqrt(rate * (1 - rate) / kept.size)
+    expected = (np.asarray(x, np.float32) / np.float32(1 - rate)).astype(dtype)
+    one_rounding = {"rtol": 2e-7 if dtype == jnp.float32 else 8e-3, "atol": 0}  # a quotient or a product, as compiled
+    np.testing.assert_allclose(
+        np.asarray(seen)[kept].astype(np.float32), expected[kept].astype(np.float32), **one_rounding
+    )
+    assert len(np.unique(kept.reshape(samples, -1), axis=0)) == samples
+    found = layer.apply({"params": params, LORA: lora}, x)
+    base = layer.apply({"params": params}, x)
+    np.testing.assert_array_equal(found, base + (seen @ down.astype(dtype)) @ up)
+    # a row draws the same alone
+    alone = layer.apply({"params": params, LORA: {**lora, "dropout_keys": keys[5:6]}}, x[5:6])
+    tolerance = 1e-5 if dtype == jnp.float32 else 0.1
+    np.testing.assert_allclose(alone[0].astype(jnp.float32), found[5].astype(jnp.float32), rtol=0, atol=tolerance)

@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sana_jax.lora import init_lora, lora_tree, merge_lora, read_lora
-from sana_jax.lora.trees import ATTENTION
+from sana_jax.lora import init_lora, lora_tree, merge_lora, read_lora, scaled_lora, with_dropout
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.opening import abstract_params
 from sana_jax.weights.rules import flatten
@@ -78,6 +77,16 @@ def jit(function):
     return jax.jit(function, compiler_options=QUICKLY)
 
 
+def unflatten(leaves: dict) -> dict:
+    tree: dict = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
+
+
 def apply(transformer, variables, inputs):
     arrays = {name: None if array is None else jnp.asarray(array) for name, array in inputs.arrays().items()}
     return transformer.apply(variables, **arrays, encoder_attention_mask=jnp.asarray(MASK))
@@ -111,10 +120,57 @@ def test_gradients(case):
     assert errors[worst] <= GRADIENT
 
 
+@pytest.mark.parametrize("case", ["sprint"], indirect=True)
+def test_dropout(case):
+    """Every form of the network drops the same; layers and samples draw their own, and the base layers drop nothing."""
+    variant, _, params, lora, inputs, _, _ = case
+    keys = jax.random.split(jax.random.key(3), MASK.shape[0])
+    some = ("transformer_blocks/attn1/to_q", "transformer_blocks/ff/conv_point", "time_embed/linear", "proj_out")
+    lora = unflatten({path: leaf for path, leaf in flatten(lora).items() if "/".join(path[:-1]) in some})
+
+    def dropped(transformer, lora, keys):
+        return apply(transformer, {"params": params, "lora": with_dropout(lora, 0.3, keys)}, inputs)
+
+    def output_and_gradient(transformer):
+        @jit
+        def run(lora, keys):
+            def loss(lora):
+                output = dropped(transformer, lora, keys)
+                return (output * inputs.output_weights).sum(), output
+
+            gradient, output = jax.grad(loss, has_aux=True)(lora)
+            return output, gradient
+
+        return run
+
+    scanned = SanaTransformer(jax_config(variant))
+    run = output_and_gradient(scanned)
+    output, gradient = run(lora, keys)
+    found, found_gradient = output_and_gradient(SanaTransformer(jax_config(variant), remat="full"))(lora, keys)
+    assert relative_error(found, output) <= FORWARD
+    for path, leaf in flatten(gradient).items():
+        assert relative_error(flatten(found_gradient)[path], leaf) <= GRADIENT, path
+    unrolled = SanaTransformer(jax_config(variant), scan_blocks=False)
+    assert relative_error(jit(lambda lora: dropped(unrolled, lora, keys))(lora), output) <= FORWARD
+    again, _ = run(lora, keys)
+    np.testing.assert_array_equal(again, output)
+    # one sample's other key changes that sample alone
+    other, _ = run(lora, keys.at[1].set(jax.random.key(9)))
+    changed = [relative_error(other[row], output[row]) for row in range(len(output))]
+    assert changed[1] > 0.01
+    assert max(changed[0], changed[2]) <= 2e-6
+    whole = jit(lambda lora: apply(scanned, {"params": params, "lora": lora}, inputs))(lora)
+    assert relative_error(output, whole) > 0.01
+    # without a LoRA's change there is nothing to drop
+    silent = scaled_lora(lora, 0.0)
+    base = jit(lambda params: apply(scanned, {"params": params}, inputs))(params)
+    assert relative_error(run(silent, keys)[0], base) <= 2e-6
+
+
 @pytest.mark.parametrize("case", ["patch-2"], indirect=True)
 def test_a_fresh_lora_changes_nothing_and_learns(case):
     _, transformer, params, _, inputs, _, _ = case
-    lora = init_lora(abstract_params(transformer), ATTENTION, 2, jax.random.key(0))
+    lora = init_lora(abstract_params(transformer), ("qkv",), 2, jax.random.key(0))
 
     @jit
     def output_loss_and_gradient(lora):

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from sana_jax.errors import UserError
-from sana_jax.lora import init_lora, lora_tree, merge_lora
-from sana_jax.lora.trees import ALL_ATTENTION, ATTENTION
+from sana_jax.lora import init_lora, lora_tree, merge_lora, scaled_lora, with_dropout
 from sana_jax.weights.rules import flatten
 from tests.lora.files import QUERY, WIDTH, abstract, delta, good, pair, read, tree, write
 
@@ -86,7 +85,7 @@ def test_a_change_lost_in_rounding_is_said(two, capsys):
 
 
 def test_fresh():
-    lora = init_lora(abstract(), (*ATTENTION, "proj_out"), 4, jax.random.key(1))
+    lora = init_lora(abstract(), ("qkv", "proj_out"), 4, jax.random.key(1))
     leaves = flatten(lora)
     assert len(leaves) == 2 * 7
     assert leaves[(*Q, "down")].shape == (3, WIDTH, 4)
@@ -94,11 +93,44 @@ def test_fresh():
     assert not any(leaf.any() for path, leaf in leaves.items() if path[-1] == "up")
     down = np.concatenate([np.ravel(leaf) for path, leaf in leaves.items() if path[-1] == "down"])
     assert down.std() == pytest.approx(1 / 4, rel=0.1)
-    again = flatten(init_lora(abstract(), ALL_ATTENTION, 4, jax.random.key(1)))
+    again = flatten(init_lora(abstract(), ("attention",), 4, jax.random.key(1)))
     np.testing.assert_array_equal(again[(*Q, "down")], leaves[(*Q, "down")])
     with pytest.raises(UserError, match="matches no layer"):
         init_lora(abstract(), ("attn3",), 4, jax.random.key(0))
     with pytest.raises(UserError, match="matches no layer"):
         init_lora(abstract(), ("transformer_blocks/ff/conv_depth",), 4, jax.random.key(0))
     with pytest.raises(UserError, match="rank 0"):
-        init_lora(abstract(), ATTENTION, 0, jax.random.key(0))
+        init_lora(abstract(), ("attention",), 0, jax.random.key(0))
+    with pytest.raises(UserError, match="init 'zeros'"):
+        init_lora(abstract(), ("attention",), 2, jax.random.key(0), init="zeros")
+
+
+def test_kaiming_init():
+    leaves = flatten(init_lora(abstract(), ("all_linear",), 8, jax.random.key(1), init="kaiming"))
+    for path, leaf in leaves.items():
+        if path[-1] == "down":
+            bound = leaf.shape[-2] ** -0.5  # of kaiming_uniform with a = sqrt(5)
+            assert 0.9 * bound < np.abs(leaf).max() <= bound
+            assert leaf.std() == pytest.approx(bound / 3**0.5, rel=0.15)
+
+
+def test_scale_and_dropout_of_the_trained_tree():
+    """What is trained has the file's values; the collection that networks take has the scale in ``up``."""
+    fresh = init_lora(abstract(), ("attention",), 4, jax.random.key(1))
+    trained = jax.tree.map(lambda leaf: leaf + 1.0, fresh)
+    scaled = flatten(scaled_lora(trained, 0.3))
+    for path, leaf in flatten(trained).items():
+        np.testing.assert_array_equal(scaled[path], leaf * np.float32(0.3) if path[-1] == "up" else leaf)
+    keys = jax.random.split(jax.random.key(2), 5)
+    assert with_dropout(trained, 0.0, keys) is trained
+    dropped = flatten(with_dropout(trained, 0.25, keys))
+    assert dropped[(*Q, "dropout_keys")].shape == (3, 5)
+    np.testing.assert_array_equal(dropped[(*Q, "dropout_rate")], np.full(3, 0.25, np.float32))
+    drawn = [jax.random.key_data(leaf).reshape(-1, 2) for path, leaf in dropped.items() if path[-1] == "dropout_keys"]
+    drawn = np.concatenate(drawn)
+    assert len(np.unique(drawn, axis=0)) == len(drawn) == 8 * 3 * 5  # no layer and no sample shares a key
+    # a part of the batch draws what it draws within the whole
+    part = flatten(with_dropout(trained, 0.25, keys[1::2]))[(*Q, "dropout_keys")]
+    assert (part == dropped[(*Q, "dropout_keys")][:, 1::2]).all()
+    with pytest.raises(UserError, match="dropout 1"):
+        with_dropout(trained, 1.0, keys)

@@ -292,8 +292,10 @@ def test_configurations():
     assert SanaControlNetConfig.from_dict(config.to_dict()) == config
     theirs = {name for name in torch_controlnet("plain").config if not name.startswith("_")}
     assert set(config.to_dict()) - {"_class_name"} == theirs
-    with pytest.raises(UserError, match=r"controlnet\.qk_norm='rms_norm_across_heads'.*leave it at None"):
-        SanaControlNetConfig(qk_norm="rms_norm_across_heads")
+    with pytest.raises(UserError, match=r"controlnet\.guidance_embeds=True.*leave it at False"):
+        SanaControlNetConfig(guidance_embeds=True)
+    normed = SanaControlNetConfig(qk_norm="rms_norm_across_heads")  # beside a SANA-1.5
+    assert SanaControlNetConfig.from_dict(normed.to_dict()) == normed
     inputs = draw_inputs(config_of("plain"))
     small = dataclasses.replace(inputs, control=inputs.control[:, :4])
     with pytest.raises(UserError, match=r"\(3, 6, 10, 8\) and control latent \(3, 4, 10, 8\).*resize"):

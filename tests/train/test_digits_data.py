@@ -6,12 +6,12 @@ from sklearn.datasets import load_digits
 
 from configs.schema import DigitsDataConfig
 from sana_jax import UserError
-from train.data import make_dataset
+from train.data import DigitsData
 from train.data.digits import NAMES
 
 
 def test_samples_are_the_pictures_and_their_captions():
-    data = make_dataset(DigitsDataConfig())
+    data = DigitsData(DigitsDataConfig())
     source = load_digits()
     assert len(data) == len(source.target) == 1797
     indices = np.asarray([0, 17, 1796, 17])
@@ -26,7 +26,7 @@ def test_samples_are_the_pictures_and_their_captions():
 
 
 def test_captions_differ_and_differ_from_no_text():
-    data = make_dataset(DigitsDataConfig())
+    data = DigitsData(DigitsDataConfig())
     embeds, _ = data.text_encoder.encode(data.captions)
     null, _ = data.text_encoder.null_encoding()
     flat = np.concatenate([embeds, null]).reshape(11, -1)
@@ -35,7 +35,7 @@ def test_captions_differ_and_differ_from_no_text():
 
 
 def test_some_digits():
-    data = make_dataset(DigitsDataConfig(digits=(7, 3)))
+    data = DigitsData(DigitsDataConfig(digits=(7, 3)))
     assert data.captions == ["a handwritten three", "a handwritten seven"]
     labels = load_digits().target
     labels = labels[np.isin(labels, (3, 7))]
@@ -58,4 +58,4 @@ def test_some_digits():
 )
 def test_settings_that_give_no_data(change, message):
     with pytest.raises(UserError, match=message):
-        make_dataset(DigitsDataConfig(**change)).batch(np.arange(2))
+        DigitsData(DigitsDataConfig(**change)).batch(np.arange(2))

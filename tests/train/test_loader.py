@@ -19,7 +19,11 @@ class Numbers:
     def __len__(self) -> int:
         return self.count
 
-    def batch(self, indices) -> Batch:
+    @property
+    def buckets(self):
+        return {(1, 1, 1): range(self.count)}
+
+    def batch(self, indices, choices) -> Batch:
         return Batch(np.asarray(indices), np.zeros((len(indices), 1, 1)), np.ones((len(indices), 1), int))
 
 

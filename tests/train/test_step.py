@@ -43,7 +43,7 @@ def same(one, other) -> bool:
 
 
 def test_the_loss_is_the_mean_squared_error_of_the_velocity(run, step, state, batch):
-    draws = jax.tree.map(np.asarray, run.objective.draw(run.config.seed, state.step, batch.latents))
+    draws = jax.tree.map(np.asarray, run.objective.draw(run.config.seed, state.step, batch))
     shift = run.config.flow.flow_shift
     sigma = training_sigmas(shift).astype(np.float32)[draws.index]
     timestep = training_timesteps(shift)[draws.index].astype(np.float32)
@@ -53,7 +53,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity(run, step, state, ba
     embeds, mask = np.array(batch.prompt_embeds), np.array(batch.prompt_attention_mask)
     embeds[draws.drop_caption] = run.objective.null_embeds[0]
     mask[draws.drop_caption] = run.objective.null_mask[0]
-    network = jax.jit(run.objective.transformer.apply, compiler_options=QUICKLY)
+    network = jax.jit(run.objective.recipe.transformer.apply, compiler_options=QUICKLY)
     velocity = network({"params": state.params}, noisy, embeds, timestep, encoder_attention_mask=mask)
     per_sample = np.square(np.asarray(velocity, np.float64) - (noise.astype(np.float64) - x0)).mean((1, 2, 3))
     _, metrics = step(state, batch)
@@ -77,10 +77,10 @@ def test_sigma_bins():
 def gradients(run, state, batch):
     """(loss, per-sample losses, gradients) by number of parts."""
     objective = run.objective
-    draws = objective.draw(0, 0, batch.latents)
+    draws = objective.draw(0, 0, batch)
 
     def mean_loss(params, batch, draws):
-        losses = objective.losses(params, batch, draws)
+        losses = objective.losses(params, None, batch, draws)
         return losses.loss.mean(), losses
 
     value_and_grad = jax.value_and_grad(mean_loss, has_aux=True)
@@ -188,8 +188,8 @@ def test_frozen_parameters_stay(batch):
         assert np.array_equal(old, new) != (path[0].key == "proj_out"), path
 
     def loss_of(head):
-        draws = run.objective.draw(0, 0, batch.latents)
-        return run.objective.losses({**state.params, "proj_out": head}, batch, draws).loss.mean()
+        draws = run.objective.draw(0, 0, batch)
+        return run.objective.losses({**state.params, "proj_out": head}, None, batch, draws).loss.mean()
 
     trained = optax.tree_utils.tree_norm(jax.jit(jax.grad(loss_of))(state.params["proj_out"]))
     assert float(metrics.grad_norm) == pytest.approx(float(trained), rel=1e-5)  # of what is trained

@@ -11,10 +11,9 @@ from jax.sharding import Mesh
 
 from configs import load_preset
 from configs.schema import EmaConfig, MeshConfig, OptimizerConfig, RunConfig
-from sana_jax.models.sana import SanaTransformer
-from sana_jax.models.sharding_rules import SANA
-from train.data import Loader, make_dataset
+from train.data import DigitsData, Loader
 from train.objectives.flow_matching import FlowMatching
+from train.recipes import make_recipe
 from train.sharding import batch_sharding, local_rows, make_mesh, replicated, to_global
 from train.state import StatePlan, plan_state
 from train.step import make_train_step
@@ -57,8 +56,9 @@ class TinyRun:
 
     @property
     def step_function(self):
-        """The step, not yet jitted."""
-        return make_train_step(self.objective, self.plan.optimizer, self.config)
+        """The step without a base model, not yet jitted."""
+        step = make_train_step(self.objective, self.plan.optimizer, self.config)
+        return lambda state, batch: step(state, None, batch)
 
     def jitted_step(self):
         """The step as a run compiles it; the state is donated."""
@@ -74,7 +74,7 @@ class TinyRun:
 
     def initialize(self):
         """The state of step 0."""
-        return self.plan.initialize.lower().compile(QUICKLY)()
+        return self.plan.initialize.lower(None).compile(QUICKLY)(None)
 
     def next_batch(self):
         """The next batch, on the devices."""
@@ -86,18 +86,14 @@ class TinyRun:
 def tiny_run(config: RunConfig) -> TinyRun:
     """Builds a run over the mesh of its configuration."""
     mesh = make_mesh(config.mesh)
-    compute = config.compute
-    transformer = SanaTransformer(
-        config.transformer, jnp.dtype(compute.dtype), remat=compute.remat, scan_blocks=compute.scan_blocks
-    )
-    dataset = make_dataset(config.data)
-    null = map(jnp.asarray, dataset.text_encoder.null_encoding())
+    recipe, dataset = make_recipe(config), DigitsData(config.data)
+    null = map(jnp.asarray, dataset.null_encoding())
     rows = local_rows(batch_sharding(mesh), config.batch_size)
     return TinyRun(
         config,
         mesh,
-        plan_state(config, transformer, SANA, mesh),
-        FlowMatching(transformer, config.flow, *null),
+        plan_state(config, recipe, None, mesh),
+        FlowMatching(recipe, config.flow, *null),
         Loader(dataset, seed=config.seed, batch_size=config.batch_size, rows=rows),
     )
 

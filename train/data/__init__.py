@@ -1,14 +1,9 @@
-"""Data sources by the type of their configuration."""
+"""Training data."""
 
 from __future__ import annotations
 
-from configs.schema import DigitsDataConfig
+from train.data.cached import CachedData
 from train.data.digits import DigitsData
-from train.data.loader import Loader
+from train.data.loader import Dataset, Loader
 
-__all__ = ["Loader", "make_dataset"]
-
-
-def make_dataset(config: DigitsDataConfig) -> DigitsData:
-    """The data set that a configuration describes."""
-    return {DigitsDataConfig: DigitsData}[type(config)](config)
+__all__ = ["CachedData", "Dataset", "DigitsData", "Loader"]

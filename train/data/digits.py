@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -81,15 +82,28 @@ class DigitsData:
         return [self.config.caption.format(digit=NAMES[digit]) for digit in sorted(set(self.config.digits))]
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def preview_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of a sample."""
         return (8, 8, 1)
+
+    @property
+    def buckets(self) -> dict[tuple[int, int, int], np.ndarray]:
+        """All samples have one shape."""
+        return {self.preview_shape: np.arange(len(self))}
+
+    def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings and masks of captions."""
+        return self.text_encoder.encode(captions)
+
+    def null_encoding(self) -> tuple[np.ndarray, np.ndarray]:
+        """The encoding of no text."""
+        return self.text_encoder.null_encoding()
 
     def __len__(self) -> int:
         return len(self._samples[0])
 
-    def batch(self, indices: Int[np.ndarray, " B"]) -> Batch:
-        """The samples of these indices, as arrays."""
+    def batch(self, indices: Int[np.ndarray, " B"], choices: Float[np.ndarray, "B 2"] | None = None) -> Batch:
+        """The samples of these indices, as arrays. There is nothing to choose."""
         latents, labels = self._samples
         embeds, mask = self.text_encoder.encode(self.captions)
         caption = np.searchsorted(sorted(set(self.config.digits)), labels[indices])

@@ -6,27 +6,91 @@ therefore means the same on any number of processes, and a resumed run sees the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import grain
 import numpy as np
 
-from kernels.typing import Int
+from kernels.typing import Float, Int
 from sana_jax.errors import CheckpointError, UserError
 from train.batch import Batch
+
+Shape = tuple[int, int, int]
+_BATCHES = 1 << 40  # more than any run has
+# What the random numbers of a position are for.
+_BUCKETS, _SAMPLES, _CHOICES = range(3)
 
 
 class Dataset(Protocol):
     """What training asks of data."""
 
+    @property
+    def buckets(self) -> Mapping[Shape, Sequence[int]]:
+        """The samples' indices by the shape (H, W, C) of their latents; a batch has samples of one bucket."""
+        ...
+
     def __len__(self) -> int:
         """Samples."""
         ...
 
-    def batch(self, indices: Int[np.ndarray, " B"]) -> Batch:
-        """The samples of these indices, as arrays."""
+    def batch(self, indices: Int[np.ndarray, " B"], choices: Float[np.ndarray, "B 2"]) -> Batch:
+        """The samples of these indices, as arrays.
+
+        ``choices`` are uniform in [0, 1): with the first a sample picks one of its captions, with the second one of its
+        pictures' variants (crops, mirrored ones).
+        """
         ...
+
+
+class Plan(NamedTuple):
+    """One global batch: which samples it has, and the numbers with which they pick caption and variant."""
+
+    indices: Int[np.ndarray, " B"]
+    choices: Float[np.ndarray, "B 2"]
+
+
+class BatchOrder:
+    """Which samples the n-th batch has, for every n, as a function of (buckets, seed, batch size).
+
+    Every bucket is an endless sequence of epochs, each in an order of its own, from which batches are cut one after
+    another, across the ends of epochs. Buckets take turns in a random order, each as often as its share of the samples
+    says; one with fewer samples than half a batch has one turn in a round of all, and repeats its samples.
+    """
+
+    def __init__(self, buckets: Mapping[Shape, Sequence[int]], seed: int, batch_size: int):
+        self._buckets = [np.asarray(buckets[shape]) for shape in sorted(buckets) if len(buckets[shape])]
+        self._seed, self._batch_size = seed, batch_size
+        turns = [max(1, round(len(bucket) / batch_size)) for bucket in self._buckets]
+        self._turns = np.repeat(np.arange(len(turns)), turns)
+
+    def plan(self, number: int) -> Plan:
+        """The batch of this number, from 0."""
+        round_number, turn = divmod(number, len(self._turns))
+        order = self._round(round_number)
+        bucket = order[turn]
+        turns = np.count_nonzero(order == bucket)
+        first = (round_number * turns + np.count_nonzero(order[:turn] == bucket)) * self._batch_size
+        samples = self._buckets[bucket]
+        positions = np.arange(first, first + self._batch_size)
+        epochs, places = np.divmod(positions, len(samples))
+        chosen = np.empty(self._batch_size, np.int64)
+        for epoch in np.unique(epochs):
+            own = epochs == epoch
+            chosen[own] = samples[self._epoch(int(bucket), int(epoch))[places[own]]]
+        return Plan(chosen, self._generator(_CHOICES, number).random((self._batch_size, 2)))
+
+    @functools.lru_cache(maxsize=4)  # noqa: B019 - the order lives as long as the run
+    def _round(self, number: int) -> np.ndarray:
+        return self._generator(_BUCKETS, number).permutation(self._turns)
+
+    @functools.lru_cache(maxsize=128)  # noqa: B019
+    def _epoch(self, bucket: int, epoch: int) -> np.ndarray:
+        return self._generator(_SAMPLES, bucket, epoch).permutation(len(self._buckets[bucket]))
+
+    def _generator(self, *name: int) -> np.random.Generator:
+        return np.random.Generator(np.random.Philox(np.random.SeedSequence((self._seed, *name))))
 
 
 class Loader(Iterator[Batch]):
@@ -46,9 +110,15 @@ class Loader(Iterator[Batch]):
         if len(dataset) == 0:
             raise UserError("the data set is empty: 0 samples, at least 1 is needed; check --data")
         first, end = rows
-        order = grain.MapDataset.range(len(dataset)).seed(seed).shuffle().repeat().batch(batch_size)
-        # Batches of indices are cheap: every process makes them whole and loads its own rows alone.
-        batches = order.map(lambda indices: dataset.batch(np.asarray(indices)[first:end]))
+        order = BatchOrder(dataset.buckets, seed, batch_size)
+
+        def load(number: int) -> Batch:
+            # Plans are cheap: every process makes them whole and loads its own rows alone.
+            plan = order.plan(int(number))
+            return dataset.batch(plan.indices[first:end], plan.choices[first:end])
+
+        batches = grain.MapDataset.range(_BATCHES).map(load)
+        # Threads, not processes: no worker can then take hold of an accelerator.
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
         self._fingerprint = {"samples": len(dataset), "seed": seed, "batch_size": batch_size}
 

@@ -16,9 +16,10 @@ from configs.schema import FlowConfig
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from sana_jax.diffusion.flow import add_noise, flow_matching_loss, noise_level, velocity_target
 from sana_jax.diffusion.timesteps import TimestepDensity, sample_timestep_index
-from sana_jax.models.sana import SanaTransformer
 from train.batch import Batch
+from train.objectives.base import SampleLosses
 from train.randomness import stream
+from train.recipes.base import Recipe
 
 
 class Draws(NamedTuple):
@@ -27,27 +28,24 @@ class Draws(NamedTuple):
     index: Int[Array, " B"]
     noise: Float[Array, "B H W C"]
     drop_caption: Bool[Array, " B"]
-
-
-class SampleLosses(NamedTuple):
-    """Loss and noise level of each sample."""
-
-    loss: Float[Array, " B"]
-    sigma: Float[Array, " B"]
+    network: PyTree = ()
+    """What is random inside the network: the recipe's own."""
 
 
 @dataclass(frozen=True)
 class FlowMatching:
-    """Mean squared error of the predicted velocity, without weights.
+    """Mean squared error of the predicted velocity.
+
+    A sample counts with ``batch.conditions["loss_weight"]`` where the data has it, else with 1.
 
     Attributes:
-        transformer: the network.
+        recipe: the network, from the trained parameters and those of the base model.
         config: density, shift and caption dropout.
         null_embeds: the text encoder's encoding of no text (1, L, Ctext), which a dropped caption becomes.
         null_mask: its mask (1, L).
     """
 
-    transformer: SanaTransformer
+    recipe: Recipe
     config: FlowConfig
     null_embeds: Float[Array, "1 L Ctext"]
     null_mask: Int[Array, "1 L"]
@@ -60,23 +58,26 @@ class FlowMatching:
             c.density, c.logit_mean, c.logit_std, p_low=c.p_low, p_high=c.p_high, mode_scale=c.mode_scale
         )
 
-    def draw(self, seed: int, step: int | Int[Array, ""], latents: Float[Array, "B H W C"]) -> Draws:
+    def draw(self, seed: int, step: int | Int[Array, ""], batch: Batch) -> Draws:
         """What is random at one step, for a whole batch."""
-        batch = latents.shape[0]
+        rows = batch.latents.shape[0]
+        drop_caption = jax.random.bernoulli(stream(seed, step, "caption_dropout"), self.config.caption_dropout, (rows,))
         return Draws(
-            index=sample_timestep_index(stream(seed, step, "timestep"), (batch,), self.density),
-            noise=jax.random.normal(stream(seed, step, "noise"), latents.shape, jnp.float32),
-            drop_caption=jax.random.bernoulli(
-                stream(seed, step, "caption_dropout"), self.config.caption_dropout, (batch,)
-            ),
+            index=sample_timestep_index(stream(seed, step, "timestep"), (rows,), self.density),
+            noise=jax.random.normal(stream(seed, step, "noise"), batch.latents.shape, jnp.float32),
+            drop_caption=drop_caption,
+            network=self.recipe.draw(seed, step, rows),
         )
 
-    def losses(self, params: PyTree, batch: Batch, draws: Draws) -> SampleLosses:
+    def losses(self, trained: PyTree, frozen: PyTree | None, batch: Batch, draws: Draws) -> SampleLosses:
         """Each sample's loss, (B,) in float32."""
         level = noise_level(draws.index, self.config.flow_shift)
-        noisy = add_noise(batch.latents, draws.noise, level.sigma)
+        latents = batch.latents.astype(jnp.float32)
+        noisy = add_noise(latents, draws.noise, level.sigma)
         embeds = jnp.where(draws.drop_caption[:, None, None], self.null_embeds, batch.prompt_embeds)
         mask = jnp.where(draws.drop_caption[:, None], self.null_mask, batch.prompt_attention_mask)
-        timestep = level.timestep.astype(jnp.float32) * self.transformer.config.timestep_scale
-        velocity = self.transformer.apply({"params": params}, noisy, embeds, timestep, encoder_attention_mask=mask)
-        return SampleLosses(flow_matching_loss(velocity, velocity_target(batch.latents, draws.noise)), level.sigma)
+        timestep = level.timestep.astype(jnp.float32)
+        captioned = batch._replace(prompt_embeds=embeds, prompt_attention_mask=mask)
+        velocity = self.recipe.velocity(trained, frozen, noisy, timestep, captioned, draws.network)
+        loss = flow_matching_loss(velocity, velocity_target(latents, draws.noise))
+        return SampleLosses(loss * batch.conditions.get("loss_weight", 1.0), level.sigma)

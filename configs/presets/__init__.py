@@ -1,0 +1,1 @@
+"""One small file per recipe, whose ``CONFIG`` is a ``RunConfig``."""

@@ -1,0 +1,121 @@
+"""The parts of a run, put together from its configuration: base model, data, recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from configs.schema import DigitsDataConfig, RunConfig
+from kernels.typing import Float, Int
+from sana_jax.autoencoders import Autoencoder
+from sana_jax.errors import UserError
+from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.text_encoders import TextEncoder
+from train.base_model import BaseModel, absolute, open_base_model, settle
+from train.data import CachedData, Dataset, DigitsData
+from train.distributed import on_first_process
+from train.precompute import precompute
+from train.preemption import StopRequest
+from train.recipes import Recipe, make_recipe
+
+
+class TrainingData(Dataset, Protocol):
+    """What a whole run asks of data, beside the loader's batches."""
+
+    @property
+    def captions(self) -> list[str]:
+        """Distinct captions, for previews."""
+        ...
+
+    @property
+    def preview_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the latents that previews draw."""
+        ...
+
+    def encode(self, captions: Sequence[str]) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:
+        """Embeddings and masks of captions of the data, or of the run's preview prompts."""
+        ...
+
+    def null_encoding(self) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
+        """The encoding of no text."""
+        ...
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        ...
+
+
+class RunParts(NamedTuple):
+    """What a run is made of."""
+
+    config: RunConfig
+    """Settled: with what it had left to the base model."""
+    base: BaseModel | None
+    dataset: TrainingData
+    recipe: Recipe
+    text_encoder: TextEncoder
+    autoencoder: Autoencoder
+
+    @property
+    def pipeline(self) -> str:
+        """The pipeline that samples what the run trains."""
+        if self.recipe.kind == "controlnet":
+            return "SanaControlNetPipeline"
+        return "SanaPipeline" if self.base is None else self.base.pipeline
+
+    @property
+    def trained_from(self) -> BaseModelFile | None:
+        """What the run's directory says of its base model."""
+        if self.base is None:
+            return None
+        settings = self.recipe.settings()
+        return BaseModelFile(self.recipe.kind, self.base.name, absolute(self.base.name), self.base.weights_id, settings)
+
+
+def open_base(config: RunConfig) -> tuple[RunConfig, BaseModel | None]:
+    """The settled configuration, and the model that the run starts from. Weights are read later.
+
+    Raises:
+        UserError, FileNotFoundError, CheckpointError: one line about what does not fit.
+    """
+    if config.lora is not None and config.model is None:
+        raise UserError(
+            f"the preset {config.preset} trains a LoRA beside a model; name one with --model DIRECTORY (a published or "
+            "converted model, or a training run such as runs/digits)"
+        )
+    base = None if config.model is None else open_base_model(config.model, config.model_variant)
+    return settle(config, base), base
+
+
+def assemble(
+    config: RunConfig, base: BaseModel | None, say: Callable[[str], None], stop: StopRequest
+) -> RunParts | None:
+    """Prepares the data, where that is not done yet, and chooses the recipe.
+
+    Args:
+        config: settled.
+        base: its base model.
+        say: prints a line.
+        stop: a request to stop.
+
+    Returns:
+        The parts; None if a request to stop came while the data was prepared.
+
+    Raises:
+        UserError, FileNotFoundError, CheckpointError: one line about what does not fit.
+    """
+    if isinstance(config.data, DigitsDataConfig):
+        dataset = DigitsData(config.data)
+        return RunParts(config, base, dataset, make_recipe(config), dataset.text_encoder, dataset.autoencoder)
+    if base is None:
+        raise UserError(
+            f"the preset {config.preset} prepares its pictures with a model's autoencoder and text encoder; name one "
+            "with --model DIRECTORY"
+        )
+    directory = on_first_process(lambda: precompute(config, base.parts, say=say, stop=stop))
+    if directory is None:
+        return None
+    dataset = CachedData(directory, config.data)
+    return RunParts(config, base, dataset, make_recipe(config), base.parts.text_encoder, base.parts.autoencoder)

@@ -1,0 +1,108 @@
+"""The model that a run starts from: its parts, its weights on a mesh, and what a configuration takes over from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from configs.schema import RunConfig
+from kernels.typing import PyTree
+from sana_jax.errors import UserError
+from sana_jax.models.sana import SanaTransformer
+from sana_jax.models.sharding_rules import SANA
+from sana_jax.pipelines.model_directory import ModelDirectory, pipeline_of, read_model_directory
+from sana_jax.pipelines.opening import abstract_params, find_model, model_weights_id, open_transformer_weights
+from sana_jax.weights.components import Resident
+from train.sharding import parameter_shardings
+
+
+class BaseModel(NamedTuple):
+    """A published, converted or trained model; its weights are read when they are needed."""
+
+    name: str
+    """As the configuration names it."""
+    pipeline: str
+    """The pipeline that it is for."""
+    parts: ModelDirectory
+    weights_id: str
+    """Of the transformer."""
+    variant: str | None = None
+    """Of the published weight files."""
+
+    def abstract_weights(self, mesh: Mesh, dtype: str) -> PyTree:
+        """Shapes of the transformer's parameters in a dtype, with where they lie on a mesh."""
+        shapes = abstract_params(SanaTransformer(self.parts.transformer_config), jnp.dtype(dtype))
+        shardings, _ = parameter_shardings(shapes, SANA, mesh)
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+
+    def weights(self, abstract: PyTree) -> Resident:
+        """The transformer's parameters as ``abstract_weights`` lays them out; read at the first use.
+
+        Raises:
+            FileNotFoundError: no weights there.
+            CheckpointError: weights that do not fit or are damaged.
+        """
+        resident, _, _ = open_transformer_weights(self.parts, abstract, variant=self.variant)
+        return resident
+
+
+def open_base_model(name: str, variant: str | None = None) -> BaseModel:
+    """Opens the model that a configuration names; weights are read later.
+
+    Raises:
+        FileNotFoundError, UserError, CheckpointError: as ``ImagePipeline.from_pretrained``.
+    """
+    directory = find_model(name, variant)
+    pipeline = pipeline_of(directory)
+    if pipeline == "SanaControlNetPipeline":
+        pipeline = "SanaPipeline"
+    parts = read_model_directory(directory, pipeline, variant=variant)
+    if parts.transformer_source is not parts:
+        raise UserError(
+            f"--model {name} is a run that has trained a {parts.trained_from.kind} beside {parts.trained_from.model}; "
+            "training starts from whole models: name that one, or merge a LoRA first with python -m convert.main merge"
+        )
+    return BaseModel(name, pipeline, parts, model_weights_id(parts), variant)
+
+
+def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
+    """The configuration with what it left open taken from its base model.
+
+    Raises:
+        UserError: it leaves open what only a base model could say, or contradicts its base model.
+    """
+    if base is None:
+        missing = "--transformer" if config.transformer is None else "--flow.flow-shift"
+        if config.transformer is None or config.flow.flow_shift is None:
+            raise UserError(
+                f"the preset {config.preset} has no {missing} of its own and starts from a model: name one with "
+                "--model DIRECTORY (a published or converted model, or a training run such as runs/digits)"
+            )
+        return config
+    network = base.parts.transformer_config
+    if config.transformer not in (None, network):
+        raise UserError(
+            f"--model {config.model} has another network than the preset {config.preset}, which trains one of its own; "
+            "leave --model out, or choose a preset that starts from a model: finetune or lora"
+        )
+    shift = config.flow.flow_shift
+    if shift is None:
+        shift = getattr(base.parts.sampler, "flow_shift", None) or 1.0
+    preview = config.preview
+    if preview.guidance_scale is None:
+        preview = dataclasses.replace(preview, guidance_scale=base.parts.defaults.guidance_scale)
+    flow = dataclasses.replace(config.flow, flow_shift=float(shift))
+    return dataclasses.replace(config, transformer=network, flow=flow, preview=preview)
+
+
+def absolute(name: str) -> str:
+    """The base model's path from anywhere, or its name on the Hub."""
+    return os.path.abspath(name) if Path(name).exists() else name

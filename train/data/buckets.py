@@ -1,0 +1,179 @@
+"""Sizes that pictures are trained at: each picture goes to the size of the model's table whose shape is nearest.
+
+The tables are those that the pipelines sample at (``sana_jax.pipelines.resolution``), so that a model is trained at the
+sizes that it is asked for later.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from kernels.typing import Int
+from sana_jax.errors import UserError
+from sana_jax.pipelines.resolution import BINNED_FACTOR, BINS, Bin, nearest_bin
+from train.data.decoding import covering_size
+
+
+class Bucket(NamedTuple):
+    """A size in pixels that batches are made at."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """Which picture is trained at which size.
+
+    Attributes:
+        buckets: the sizes in use, from wide to tall.
+        bucket_of: for each picture the index of its size in ``buckets``.
+        counts: pictures of each size.
+        merged: (from, to, pictures) for each rare size whose pictures went to another.
+        repeated: (size, pictures, at least) for each size whose pictures are to be repeated to fill a batch.
+        enlarged: pictures that are smaller than their size.
+        lines: all of it in words.
+    """
+
+    buckets: tuple[Bucket, ...]
+    bucket_of: Int[np.ndarray, " N"]
+    counts: tuple[int, ...]
+    merged: tuple[tuple[Bucket, Bucket, int], ...]
+    repeated: tuple[tuple[Bucket, int, int], ...]
+    enlarged: int
+    lines: tuple[str, ...]
+
+
+def size_table(
+    sample_size: int, factor: int, resolution: int | None = None, *, aspect_buckets: bool = True
+) -> tuple[Bin, ...]:
+    """The sizes that a model is trained at.
+
+    A published table where the model has one, the one of ``resolution`` where that is named; a resolution without a
+    table has its sizes scaled from the model's own. A model without a table has one square size.
+
+    Args:
+        sample_size: the transformer's: latents along the side of a square.
+        factor: pixels per latent.
+        resolution: pixels along the side of a square; None: the model's own.
+        aspect_buckets: False: the square alone.
+
+    Raises:
+        UserError: a resolution that is no multiple of ``factor``.
+    """
+    own = sample_size * factor
+    resolution = own if resolution is None else resolution
+    if resolution < factor or resolution % factor:
+        nearest = max(1, round(resolution / factor)) * factor
+        raise UserError(
+            f"--data.resolution {resolution} is not allowed; this model needs a multiple of {factor} px: "
+            f"choose {nearest}, or leave it out for the model's own, {own}"
+        )
+    tables = BINS if factor == BINNED_FACTOR else {}
+    if not aspect_buckets or sample_size not in tables:
+        return (Bin(1.0, resolution, resolution),)
+    if resolution // factor in tables:
+        return tables[resolution // factor]
+    scaled = {}
+    for ratio, height, width in tables[sample_size]:
+        size = tuple(max(1, round(side * resolution / own / factor)) * factor for side in (height, width))
+        scaled.setdefault(size, ratio)
+    return tuple(sorted(Bin(height / width, height, width) for height, width in scaled))
+
+
+def assign_buckets(
+    sizes: Sequence[tuple[int, int]],
+    table: Sequence[Bin],
+    *,
+    minimum: int,
+    rare: Literal["merge", "repeat"] = "merge",
+) -> BucketPlan:
+    """The size of each picture.
+
+    Args:
+        sizes: (height, width) of each picture.
+        table: the sizes to choose from.
+        minimum: pictures that a size needs, which is a batch; sizes with fewer are rare.
+        rare: ``merge``: the pictures of a rare size go to the size in use whose shape is nearest, the rarest first,
+            until none is rare or one is left; ``repeat``: they stay, and are to be repeated.
+    """
+    table = tuple(table)
+    place = {each: index for index, each in enumerate(table)}
+    chosen = np.asarray([place[nearest_bin(*size, table)] for size in sizes], np.int64).reshape(len(sizes))
+    merged: list[tuple[Bucket, Bucket, int]] = []
+    while rare == "merge":
+        used, counts = np.unique(chosen, return_counts=True)
+        if len(used) < 2 or counts.min() >= minimum:
+            break
+        rarest = int(used[counts.argmin()])
+        others = [int(index) for index in used if index != rarest]
+        into = min(others, key=lambda index: abs(math.log(_shape(table[index]) / _shape(table[rarest]))))
+        merged.append((_bucket(table[rarest]), _bucket(table[into]), int(counts.min())))
+        chosen[chosen == rarest] = into
+    used, bucket_of, counts = np.unique(chosen, return_inverse=True, return_counts=True)
+    buckets = tuple(_bucket(table[index]) for index in used)
+    repeated = tuple((bucket, int(count), minimum) for bucket, count in zip(buckets, counts) if count < minimum)
+    factors = [
+        covering_size(size, *buckets[index])[0] / size[0] for size, index in zip(sizes, bucket_of.reshape(-1).tolist())
+    ]
+    enlarged = [each for each in factors if each > 1]
+    plan = BucketPlan(
+        buckets, bucket_of.reshape(-1), tuple(counts.tolist()), tuple(merged), repeated, len(enlarged), ()
+    )
+    lines = _lines(plan, max(enlarged, default=1.0))
+    return BucketPlan(*(getattr(plan, name) for name in BucketPlan.__dataclass_fields__ if name != "lines"), lines)
+
+
+def batches_in_order(
+    buckets: Sequence[int], batch_size: int, *, drop_last: bool, order: Sequence[int] = ()
+) -> list[list[int]]:
+    """Batches of one size each, in the order in which they fill up while samples come in one by one.
+
+    Args:
+        buckets: the size of each sample, in the order of arrival.
+        batch_size: samples of a batch.
+        drop_last: whether what has not filled a batch at the end is dropped, or comes out as smaller batches.
+        order: the order of sizes in which those come out; by default that of their numbers.
+
+    Returns:
+        Positions of samples.
+    """
+    waiting: dict[int, list[int]] = {}
+    batches: list[list[int]] = []
+    for position, bucket in enumerate(buckets):
+        waiting.setdefault(bucket, []).append(position)
+        if len(waiting[bucket]) == batch_size:
+            batches.append(waiting.pop(bucket))
+    if not drop_last:
+        batches += [waiting[bucket] for bucket in order or sorted(waiting) if bucket in waiting]
+    return batches
+
+
+def _bucket(size: Bin) -> Bucket:
+    return Bucket(size.height, size.width)
+
+
+def _shape(size: Bin | Bucket) -> float:
+    return size.height / size.width
+
+
+def _lines(plan: BucketPlan, most: float) -> tuple[str, ...]:
+    sizes = ", ".join(f"{bucket}: {count}" for bucket, count in zip(plan.buckets, plan.counts))
+    lines = [f"sizes (height x width: pictures): {sizes}" if sizes else "sizes: none, there are no pictures"]
+    if plan.merged:
+        moves = ", ".join(f"{count} of {rare} to {into}" for rare, into, count in plan.merged)
+        lines.append(f"rare sizes merged into their neighbours: {moves}")
+    if plan.repeated:
+        few = ", ".join(f"{bucket} ({count})" for bucket, count, _ in plan.repeated)
+        lines.append(f"sizes with fewer pictures than the {plan.repeated[0][2]} of a batch, to be repeated: {few}")
+    if plan.enlarged:
+        lines.append(f"{plan.enlarged} pictures are smaller than their size and are enlarged, by up to {most:.2f}")
+    return tuple(lines)

@@ -1,0 +1,88 @@
+"""What belongs into a cache and where it is, as functions of the configuration: variants, identity, folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from configs.data import ImageDataConfig
+from configs.schema import RunConfig
+from sana_jax.errors import UserError
+from sana_jax.pipelines.model_directory import ModelDirectory
+from sana_jax.pipelines.resolution import Bin
+from train.data.buckets import Bucket, size_table
+from train.data.cache import FORMAT, CacheIdentity, Name
+from train.data.conditions import Condition, View
+from train.data.encoding import autoencoder_identity, latent_dtype, prompt_dtype, text_encoder_identity
+from train.data.source import Record
+
+RESIZE = "bicubic, lanczos from 1536"
+NULL_PROMPT: Name = ("null", "")  # the record of the encoding of no text
+
+
+def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Sequence[Condition]) -> CacheIdentity:
+    """Everything that the numbers of a cache are a function of, apart from pictures and texts.
+
+    Which crops there are of a picture, and whether it is mirrored as well, is not part of it: they are further records.
+    """
+    table = table_of(data, model)
+    fields = {
+        "format": FORMAT,
+        **autoencoder_identity(model),
+        **text_encoder_identity(model),
+        "latents.dtype": latent_dtype(data, model.autoencoder),
+        "prompts.dtype": prompt_dtype(model.text_encoder),
+        "pictures.sizes": " ".join(f"{size.height}x{size.width}" for size in table),
+        "pictures.channels": model.autoencoder.image_channels,
+        "pictures.resize": RESIZE,
+    }
+    for condition in conditions:
+        fields |= {f"conditions.{condition.name}.{name}": value for name, value in condition.identity.items()}
+    return CacheIdentity(fields)
+
+
+def cache_directory(config: RunConfig, identity: CacheIdentity) -> Path:
+    """Where the cache of a run is: ``--data.cache``, or one beside the run that runs on the same data share."""
+    if config.data.cache is not None:
+        return Path(config.data.cache)
+    if config.data.path is None:
+        raise UserError("--data.path is missing: name a folder of pictures, or a finished cache with --data.cache")
+    path = Path(config.data.path).absolute()
+    digest = hashlib.sha256(f"{path} {identity.id}".encode()).hexdigest()[:8]
+    return Path(config.run_dir).parent / "cache" / f"{path.name or 'data'}-{digest}"
+
+
+def variants(data: ImageDataConfig) -> tuple[str, ...]:
+    """The names of the variants of each picture that a configuration trains on."""
+    crops = ("center",) if data.crop == "center" else tuple(f"crop {number}" for number in range(data.crops))
+    return crops + tuple(f"{crop} mirrored" for crop in crops) * data.flip
+
+
+def view_of(key: str, variant: str, bucket: Bucket) -> View:
+    """The part of a picture that a variant shows: a function of these alone."""
+    if variant.startswith("crop"):
+        crop = variant.removesuffix(" mirrored")
+        digest = hashlib.blake2b(f"{key}/{crop}".encode(errors="surrogatepass"), digest_size=16).digest()
+        place = tuple(int.from_bytes(half, "big") / 2**64 for half in (digest[:8], digest[8:]))
+    else:
+        place = "center"
+    return View(bucket.height, bucket.width, place, variant.endswith(" mirrored"))
+
+
+def table_of(data: ImageDataConfig, model: ModelDirectory) -> tuple[Bin, ...]:
+    """The sizes that a model's pictures may have."""
+    return size_table(
+        model.transformer_config.sample_size,
+        model.autoencoder.spatial_factor,
+        data.resolution,
+        aspect_buckets=data.aspect_buckets,
+    )
+
+
+def signature(record: Record, bucket: Bucket, conditions: Sequence[Condition]) -> str:
+    """What a picture's records depend on beside its pixels and the identity."""
+    inputs = {condition.name: record.columns.get(condition.name) for condition in conditions}
+    text = json.dumps([record.size, bucket, inputs], default=repr, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

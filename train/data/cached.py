@@ -1,0 +1,263 @@
+"""Training data from a cache: records are read when asked for, neither text encoder nor autoencoder is in memory."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs.data import ImageDataConfig
+from kernels.typing import Float, Int
+from sana_jax.compilation import readable_bytes
+from sana_jax.errors import CheckpointError, UserError
+from train.batch import Batch
+from train.data.cache import LATENTS, PROMPTS, CacheIdentity, CacheReader, Place
+from train.data.cache_plan import NULL_PROMPT, variants
+from train.data.captions import CaptionRule, caption_weights
+from train.data.source import Caption, Record
+from train.data.splits import split
+
+Shape = tuple[int, int, int]
+
+
+class _Captions(NamedTuple):
+    """The captions of a picture: texts by number, and up to where in [0, 1) each is picked."""
+
+    texts: tuple[int, ...]
+    ends: tuple[float, ...]
+
+
+class _Contents:
+    """What a cache holds, as columns; shared by the training pictures and the validation pictures.
+
+    Pictures that have the same captions share one entry, and the same group one text.
+    """
+
+    def __init__(self, reader: CacheReader, config: ImageDataConfig):
+        self.reader = reader
+        self.texts: list[str] = []
+        self.records: list[Record] = []
+        self.shapes: list[Shape] = []
+        self.variants: list[tuple[Place, ...]] = []
+        self.captions: list[_Captions] = []
+        numbers: dict[str, int] = {}
+        shared: dict[Any, _Captions] = {}
+        rule = CaptionRule.of(config)
+        places, wanted = reader.places(LATENTS), variants(config)
+        for sample in reader.samples():
+            key = sample["key"]
+            if missing := [name for name in wanted if name not in sample["variants"]]:
+                raise CheckpointError(
+                    f"the cache {reader.directory} lacks {', '.join(missing)} of {key}, which --data.crop, "
+                    "--data.crops and --data.flip ask for; python -m train.precompute with the same options adds them"
+                )
+            try:
+                own = tuple(places[key, name] for name in wanted)
+            except KeyError as error:
+                raise CheckpointError(
+                    f"the cache {reader.directory} lists {key}, and no shard has it; python -m train.precompute with "
+                    "the same options makes it again"
+                ) from error
+            captions = tuple(Caption(*each) for each in sample["captions"]) or (Caption(""),)
+            if captions not in shared:
+                for caption in captions:
+                    if caption.text not in numbers:
+                        numbers[caption.text] = len(self.texts)
+                        self.texts.append(caption.text)
+                weights = caption_weights(captions, rule)
+                ends = np.cumsum(weights) / np.sum(weights)
+                shared[captions] = _Captions(tuple(numbers[caption.text] for caption in captions), tuple(ends.tolist()))
+            self.captions.append(shared[captions])
+            self.variants.append(own)
+            self.shapes.append(_shape(reader, own[0]))
+            self.records.append(Record(key, tuple(sample["size"]), group=sample["group"]))
+        prompts = reader.places(PROMPTS)
+        self.prompts = {text: place for (kind, text), place in prompts.items() if kind == "text"}
+        if NULL_PROMPT not in prompts:
+            raise CheckpointError(f"the cache {reader.directory} lacks the encoding of no text; make it again")
+        self.null = prompts[NULL_PROMPT]
+
+
+class CachedData:
+    """The pictures of a cache, as a data set that training reads.
+
+    A picture's caption and its variant (crop, mirror image) are chosen anew for each batch by numbers that the caller
+    draws. Any number of threads may ask for batches at once.
+
+    Args:
+        directory: a finished cache.
+        config: its ``caption_choice`` and what belongs to it, ``crop``, ``crops``, ``flip`` and ``validation_share``
+            are used.
+        identity: what the cache's numbers must be a function of; None accepts any.
+
+    Raises:
+        FileNotFoundError: there is no cache, or it is not finished.
+        CheckpointError: it is damaged, of another identity, or lacks variants that the configuration asks for.
+        UserError: a split or a choice of captions that is not possible.
+    """
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        config: ImageDataConfig,
+        *,
+        identity: CacheIdentity | None = None,
+        _part: tuple[_Contents, Sequence[int]] | None = None,
+    ):
+        self.directory, self.config = Path(directory), config
+        if _part is not None:
+            self._contents, self._rows = _part[0], np.asarray(_part[1], np.int64)
+            return
+        reader = CacheReader(directory)
+        if identity is not None:
+            reader.identity.require(identity, self.directory)
+        self._contents = _Contents(reader, config)
+        training, held_out = split(self._contents.records, config.validation_share)
+        self._rows, self._held_out = np.asarray(training, np.int64), held_out
+
+    @cached_property
+    def validation(self) -> CachedData | None:
+        """The pictures that are kept from training; None where there are none."""
+        held_out = getattr(self, "_held_out", None)
+        return CachedData(self.directory, self.config, _part=(self._contents, held_out)) if held_out else None
+
+    @property
+    def identity(self) -> CacheIdentity:
+        """What the cache's numbers are a function of."""
+        return self._contents.reader.identity
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @cached_property
+    def buckets(self) -> dict[Shape, Int[np.ndarray, " n"]]:
+        """The samples' indices by the shape (H, W, C) of their latents."""
+        by_shape: dict[Shape, list[int]] = {}
+        for index, row in enumerate(self._rows.tolist()):
+            by_shape.setdefault(self._contents.shapes[row], []).append(index)
+        return {shape: np.asarray(by_shape[shape]) for shape in sorted(by_shape)}
+
+    @property
+    def latent_shapes(self) -> tuple[Shape, ...]:
+        """The shapes (H, W, C) that latents have."""
+        return tuple(self.buckets)
+
+    @property
+    def preview_shape(self) -> Shape:
+        """The commonest of them."""
+        return max(self.buckets, key=lambda shape: (len(self.buckets[shape]), shape))
+
+    def condition_shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
+        """The shapes of further inputs, without the batch axis, of samples with latents of this shape."""
+        row = int(self._rows[self.buckets[shape][0]])
+        layout = self._contents.reader.layout(self._contents.variants[row][0])
+        return {name: own for name, _, own in layout.arrays if name != "latents"}
+
+    @property
+    def prompt_shape(self) -> tuple[int, int]:
+        """(L, C) of an encoded prompt, padding included."""
+        layout = self._contents.reader.layout(self._contents.null)
+        return int(self.identity.fields["text_encoder.max_length"]), layout.arrays[0][2][-1]
+
+    def batch(self, indices: Int[np.ndarray, " B"], choices: Float[np.ndarray, "B 2"] | None = None) -> Batch:
+        """The samples of these indices, which have latents of one shape, as arrays on the host.
+
+        Latents and further inputs are float32; prompts have the dtype that the cache keeps them in.
+
+        Args:
+            indices: of samples.
+            choices: uniform in [0, 1): the first of each picks a caption, the second a variant. None takes the first.
+
+        Raises:
+            CheckpointError: the cache is damaged.
+        """
+        contents, reader = self._contents, self._contents.reader
+        rows = self._rows[np.asarray(indices)].tolist()
+        choices = np.zeros((len(rows), 2)) if choices is None else choices
+        arrays: dict[str, np.ndarray] = {}
+        texts: list[int] = []
+        for number, (row, (of_caption, of_variant)) in enumerate(zip(rows, np.asarray(choices).tolist())):
+            own = contents.variants[row]
+            record = reader.read(own[min(int(of_variant * len(own)), len(own) - 1)])
+            for name, array in record.items():
+                if name not in arrays:
+                    arrays[name] = np.empty((len(rows), *array.shape), np.float32)
+                if arrays[name].shape[1:] != array.shape:
+                    raise ValueError(
+                        f"samples of several shapes in one batch: {arrays[name].shape[1:]} and {array.shape}"
+                    )
+                arrays[name][number] = array
+            captions = contents.captions[row]
+            chosen = next((i for i, end in enumerate(captions.ends) if of_caption < end), len(captions.ends) - 1)
+            texts.append(captions.texts[chosen])
+        embeds, mask = self._padded([self._place_of(contents.texts[text]) for text in texts])
+        return Batch(arrays.pop("latents"), embeds, mask, arrays)
+
+    @cached_property
+    def captions(self) -> list[str]:
+        """The distinct captions of these samples, the most frequent first; without the empty one."""
+        counts: Counter[int] = Counter()
+        for row in self._rows.tolist():
+            counts.update(self._contents.captions[row].texts)
+        ordered = (self._contents.texts[number] for number, _ in counts.most_common())
+        return [text for text in ordered if text.strip()]
+
+    def encode(self, captions: Sequence[str]) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:
+        """Embeddings and masks of texts that the cache has.
+
+        Raises:
+            UserError: a text that it does not have.
+        """
+        return self._padded([self._place_of(caption) for caption in captions])
+
+    def encoding_of(self, caption: str) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
+        """As ``encode``, of one text."""
+        return self.encode([caption])
+
+    def null_encoding(self) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
+        """The encoding of no text."""
+        return self._padded([self._contents.null])
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        shapes = ", ".join(f"{'x'.join(map(str, shape))}: {len(own)}" for shape, own in self.buckets.items())
+        size = sum(shard.num_bytes for shard in self._contents.reader.shards)
+        held_out = f" and {len(self.validation)} for validation" if self.validation else ""
+        count = len(self._contents.variants[0]) if self._contents.variants else 1
+        each = f" in {count} variants each" if count > 1 else ""
+        return (
+            f"{len(self):,} pictures{each}{held_out} from the cache {self.directory} ({readable_bytes(size)}), latents "
+            f"{shapes}; {len(self.captions):,} captions"
+        )
+
+    def _place_of(self, text: str) -> Place:
+        if not text.strip():
+            return self._contents.null
+        try:
+            return self._contents.prompts[text]
+        except KeyError as error:
+            raise UserError(
+                f"the prompt {text[:80]!r} is not in the cache {self.directory}, and no text encoder is in memory; "
+                "name it in --preview.prompts and run python -m train.precompute again, which adds it"
+            ) from error
+
+    def _padded(self, places: Sequence[Place]) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:
+        length, channels = self.prompt_shape
+        tokens = {place: self._contents.reader.read(place)["tokens"] for place in set(places)}
+        dtype = next(iter(tokens.values())).dtype
+        embeds = np.zeros((len(places), length, channels), dtype)
+        mask = np.zeros((len(places), length), np.int32)
+        for row, place in enumerate(places):
+            count = len(tokens[place])
+            embeds[row, :count] = tokens[place]
+            mask[row, :count] = 1
+        return embeds, mask
+
+
+def _shape(reader: CacheReader, place: Place) -> Shape:
+    return next(shape for name, _, shape in reader.layout(place).arrays if name == "latents")

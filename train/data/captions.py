@@ -1,0 +1,119 @@
+"""Which of a picture's captions is taken, as a pure function of a uniform number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from sana_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from configs.data import ImageDataConfig
+    from train.data.source import Caption
+
+DEFAULT_KIND = "prompt"
+_COLDEST = 0.01  # temperatures below it act like it
+
+
+@dataclass(frozen=True)
+class CaptionRule:
+    """How a caption is chosen.
+
+    Attributes:
+        choice: ``first``; ``random``: each alike; ``clipscore``: among those of ``threshold`` or more, in proportion
+            to score^(1/temperature); where none is, the best; where none has a score, the one of kind ``prompt``;
+            ``proportion``: in proportion to the weight of their kind.
+        threshold: of the score.
+        temperature: of the draw by score.
+        weights: of each kind of caption; kinds that are not in it are not taken.
+    """
+
+    choice: Literal["random", "first", "clipscore", "proportion"] = "random"
+    threshold: float = 25.0
+    temperature: float = 0.1
+    weights: Mapping[str, float] = field(default_factory=dict)
+
+    @staticmethod
+    def of(config: ImageDataConfig) -> CaptionRule:
+        """The rule that a configuration describes."""
+        return CaptionRule(
+            config.caption_choice, config.clip_threshold, config.clip_temperature, dict(config.weights())
+        )
+
+
+def choose_caption(captions: Sequence[Caption], rule: CaptionRule, u: float) -> Caption:
+    """The caption that a uniform number in [0, 1) picks.
+
+    Raises:
+        UserError: no captions, or with ``proportion`` none of a kind that has a weight.
+    """
+    if not captions:
+        raise UserError("a picture has no caption to choose from; give it one, or set --data.missing-captions")
+    weights = caption_weights(captions, rule)
+    target, total = u * sum(weights), 0.0
+    for caption, weight in zip(captions, weights):
+        total += weight
+        if total > target:
+            return caption
+    return next(caption for caption, weight in zip(reversed(captions), reversed(weights)) if weight > 0)
+
+
+def caption_weights(captions: Sequence[Caption], rule: CaptionRule) -> list[float]:
+    """How often each caption is taken, relative to the others; 0 for never.
+
+    Raises:
+        UserError: with ``proportion``, none is of a kind that has a weight.
+    """
+    if rule.choice == "first":
+        return [float(index == 0) for index in range(len(captions))]
+    if rule.choice == "random":
+        return [1.0] * len(captions)
+    if rule.choice == "clipscore":
+        return _weights_by_score(captions, rule)
+    weights = [float(rule.weights.get(caption.kind, 0.0)) for caption in captions]
+    if not any(weights):
+        kinds = ", ".join(dict.fromkeys(caption.kind for caption in captions))
+        raise UserError(
+            f"a picture has captions of kind {kinds}, and --data.proportions gives a weight to "
+            f"{', '.join(rule.weights) or 'none'} alone: add a weight, as in {captions[0].kind}=1"
+        )
+    return weights
+
+
+def _weights_by_score(captions: Sequence[Caption], rule: CaptionRule) -> list[float]:
+    scored = [caption.score for caption in captions if caption.score is not None]
+    if not scored:
+        kinds = [caption.kind for caption in captions]
+        default = kinds.index(DEFAULT_KIND) if DEFAULT_KIND in kinds else 0
+        return [float(index == default) for index in range(len(captions))]
+    best = max(scored)
+    if best < rule.threshold or best <= 0:
+        first = next(index for index, caption in enumerate(captions) if caption.score == best)
+        return [float(index == first) for index in range(len(captions))]
+    power, least = 1 / max(rule.temperature, _COLDEST), max(rule.threshold, 0)
+    scores = [least - 1 if caption.score is None else caption.score for caption in captions]
+    # relative to the best, so that a high power of a score stays finite
+    return [(score / best) ** power if score >= least else 0.0 for score in scores]
+
+
+def fill_caption(template: str, columns: Mapping[str, Any], own: str | None = None) -> str:
+    """One caption for every picture, with the picture's columns, and its own caption, in braces.
+
+    Raises:
+        UserError: a name in braces that is no column, or braces that don't fit.
+    """
+    values = {**columns, **({} if own is None else {"caption": own})}
+    try:
+        return template.format_map(values)
+    except KeyError as error:
+        names = ", ".join(sorted(map(str, values))) or "none"
+        raise UserError(
+            f"--data.caption {template!r} names {{{error.args[0]}}}, which a picture does not have; it has {names}: "
+            "correct the name, or write {{ and }} for braces that are meant as such"
+        ) from error
+    except (ValueError, IndexError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--data.caption {template!r} can't be filled in ({error}); allowed are names of columns in braces, as in "
+            "'a photo of {name}'; write {{ and }} for braces that are meant as such"
+        ) from error

@@ -1,0 +1,266 @@
+"""Further inputs of a model, one array per picture: numbers, vectors, control pictures, edges.
+
+``--data.conditions name=kind`` asks for one: ``name`` is a column of the data and the array's name in a batch, ``kind``
+one of ``KINDS``, with an argument after a colon where the kind takes one. A new kind is a class with the methods of
+``Condition`` and an entry in ``KINDS``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from kernels.typing import Float, UInt8
+from sana_jax.errors import UserError
+from train.data.decoding import BadPicture, Crop, decode_picture, flip, resize_and_crop_to
+from train.data.source import ImageSource, Record
+
+# The customary thresholds of 100 and 200 (of 255) on Sobel's gradient of the gray picture, after slight smoothing.
+CANNY_SIGMA, CANNY_LOW, CANNY_HIGH = 1.0, 100 / 255, 200 / 255
+
+
+class View(NamedTuple):
+    """The part of a picture that a sample shows."""
+
+    height: int
+    width: int
+    crop: Crop = "center"
+    mirrored: bool = False
+
+    def of(self, picture: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "h w C"]:
+        """The picture scaled, cut and mirrored."""
+        part = resize_and_crop_to(picture, self.height, self.width, self.crop)
+        return flip(part) if self.mirrored else part
+
+
+class Sample(NamedTuple):
+    """One variant of a picture on its way into the cache."""
+
+    source: ImageSource
+    record: Record
+    view: View
+    picture: UInt8[np.ndarray, "h w C"]
+    """The picture as ``view`` shows it."""
+
+
+class Condition(Protocol):
+    """What the cache asks of a kind.
+
+    Attributes:
+        name: of the column and of the array.
+        identity: what the numbers are a function of, apart from the sample.
+        of_one_shape: whether the array has the same shape for every sample, whatever the picture's size.
+    """
+
+    name: str
+    identity: Mapping[str, Any]
+    of_one_shape: bool
+
+    def missing(self, record: Record) -> str | None:
+        """Why a record has no such input, or None if it has one; without reading pictures."""
+        ...
+
+    def prepare(self, sample: Sample) -> np.ndarray:
+        """What ``encode`` takes, without a batch axis; runs in threads, away from the accelerator.
+
+        Raises:
+            BadPicture: it can't be read.
+        """
+        ...
+
+    def encode(self, prepared: np.ndarray) -> Float[np.ndarray, "B ..."]:
+        """A batch of what ``prepare`` returns to the arrays that the model gets."""
+        ...
+
+
+@dataclass(frozen=True)
+class Encoders:
+    """What kinds may use of the model whose cache is made.
+
+    Attributes:
+        encode_pictures: pictures (B, H, W, C) of bytes to latents (B, h, w, c).
+        channels: of those pictures.
+    """
+
+    encode_pictures: Callable[[UInt8[np.ndarray, "B H W C"]], Float[np.ndarray, "B h w c"]]
+    channels: int
+
+
+class Scalar:
+    """A number per picture: () in float32."""
+
+    of_one_shape = True
+
+    def __init__(self, name: str):
+        self.name = name
+        self.identity = {"kind": "scalar"}
+
+    def missing(self, record: Record) -> str | None:
+        """As ``Condition`` says."""
+        value = record.columns.get(self.name)
+        if _absent(value):
+            return f"has no {self.name}"
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            return f"has {self.name}={str(value)[:40]!r}, which is no number"
+        return None if np.isfinite(number) else f"has {self.name}={number}"
+
+    def prepare(self, sample: Sample) -> np.ndarray:
+        """As ``Condition`` says."""
+        return np.float32(sample.record.columns[self.name])
+
+    def encode(self, prepared: np.ndarray) -> Float[np.ndarray, " B"]:
+        """As ``Condition`` says."""
+        return prepared
+
+
+class Vector:
+    """Numbers per picture, (D,) in float32: a list in the data, or a column that names a .npy file."""
+
+    of_one_shape = True
+
+    def __init__(self, name: str):
+        self.name = name
+        self.identity = {"kind": "vector"}
+
+    def missing(self, record: Record) -> str | None:
+        """As ``Condition`` says."""
+        return f"has no {self.name}" if _absent(record.columns.get(self.name)) else None
+
+    def prepare(self, sample: Sample) -> np.ndarray:
+        """As ``Condition`` says."""
+        record, value = sample.record, sample.record.columns[self.name]
+        if isinstance(value, str) and value.lstrip().startswith("["):  # as csv files write lists
+            value = _guarded(record, self.name, lambda: json.loads(sample.record.columns[self.name]))
+        elif isinstance(value, str):
+            data = sample.source.read(record, self.name)
+            value = _guarded(record, self.name, lambda: np.load(io.BytesIO(data), allow_pickle=False))
+        vector = _guarded(record, self.name, lambda: np.asarray(value, np.float32))
+        if vector.size == 0 or vector.size != max(vector.shape, default=0):
+            raise BadPicture(record.key, f"has {self.name} of shape {vector.shape}; a vector is needed")
+        if not np.isfinite(vector).all():
+            raise BadPicture(record.key, f"has {self.name} with values that are not finite")
+        return vector.reshape(-1)
+
+    def encode(self, prepared: np.ndarray) -> Float[np.ndarray, "B D"]:
+        """As ``Condition`` says."""
+        return prepared
+
+
+class Picture:
+    """Latents (h, w, c) of a second picture, cut as the sample's own: what a ControlNet is given."""
+
+    of_one_shape = False
+
+    def __init__(self, name: str, encoders: Encoders):
+        self.name, self._encoders = name, encoders
+        self.identity = {"kind": "picture"}
+
+    def missing(self, record: Record) -> str | None:
+        """As ``Condition`` says."""
+        return f"has no {self.name}" if _absent(record.columns.get(self.name)) else None
+
+    def prepare(self, sample: Sample) -> UInt8[np.ndarray, "h w C"]:
+        """As ``Condition`` says."""
+        data = sample.source.read(sample.record, self.name)
+        name = f"{sample.record.key} ({self.name})"
+        return sample.view.of(decode_picture(data, name=name, channels=self._encoders.channels))
+
+    def encode(self, prepared: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B h w c"]:
+        """As ``Condition`` says."""
+        return self._encoders.encode_pictures(prepared)
+
+
+class Canny:
+    """Latents (h, w, c) of the picture's own edges, white on black."""
+
+    of_one_shape = False
+
+    def __init__(self, name: str, encoders: Encoders):
+        self.name, self._encoders = name, encoders
+        self.identity = {"kind": "canny", "sigma": CANNY_SIGMA, "low": CANNY_LOW, "high": CANNY_HIGH}
+
+    def missing(self, record: Record) -> str | None:
+        """As ``Condition`` says."""
+        return None
+
+    def prepare(self, sample: Sample) -> UInt8[np.ndarray, "h w C"]:
+        """As ``Condition`` says."""
+        return canny_edges(sample.picture)
+
+    def encode(self, prepared: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B h w c"]:
+        """As ``Condition`` says."""
+        return self._encoders.encode_pictures(prepared)
+
+
+def canny_edges(picture: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W C"]:
+    """Edges (Canny 1986) as 255 on 0, the same in every channel."""
+    from skimage.feature import canny
+
+    gray = picture.astype(np.float32).mean(-1) / 255
+    edges = canny(gray, sigma=CANNY_SIGMA, low_threshold=CANNY_LOW, high_threshold=CANNY_HIGH)
+    return np.repeat(edges[..., None].astype(np.uint8) * 255, picture.shape[-1], axis=-1)
+
+
+Factory = Callable[[str, str, Encoders], Condition]
+
+
+def _without_argument(kind: str, make: Callable[[str, Encoders], Condition]) -> Factory:
+    def factory(name: str, argument: str, encoders: Encoders) -> Condition:
+        if argument:
+            raise UserError(
+                f"--data.conditions {name}={kind}:{argument}: {kind} takes nothing after a colon; write {name}={kind}"
+            )
+        return make(name, encoders)
+
+    return factory
+
+
+# kind -> (name, what follows the colon, encoders) -> condition
+KINDS: dict[str, Factory] = {
+    "scalar": _without_argument("scalar", lambda name, _: Scalar(name)),
+    "vector": _without_argument("vector", lambda name, _: Vector(name)),
+    "picture": _without_argument("picture", Picture),
+    "canny": _without_argument("canny", Canny),
+}
+
+
+def make_conditions(declared: Sequence[str], encoders: Encoders) -> tuple[Condition, ...]:
+    """The conditions that ``--data.conditions`` declares, each written name=kind or name=kind:argument.
+
+    Raises:
+        UserError: a kind that there is not, a name that comes twice, or an argument that is not allowed.
+    """
+    conditions: list[Condition] = []
+    for text in declared:
+        name, _, kind = text.partition("=")
+        kind, _, argument = kind.partition(":")
+        if kind not in KINDS:
+            raise UserError(
+                f"--data.conditions {text}: there is no kind {kind!r}; choose one of {', '.join(KINDS)}, as in "
+                f"{name}=scalar"
+            )
+        if name in ("latents", *(condition.name for condition in conditions)):
+            raise UserError(
+                f"--data.conditions {text}: the name {name!r} is taken; give each input a column and name of its own"
+            )
+        conditions.append(KINDS[kind](name, argument, encoders))
+    return tuple(conditions)
+
+
+def _absent(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and np.isnan(value))
+
+
+def _guarded(record: Record, name: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except (ValueError, TypeError, OSError, EOFError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise BadPicture(record.key, f"has {name} that is no vector of numbers ({reason})") from error

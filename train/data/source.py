@@ -1,0 +1,413 @@
+"""Pictures with captions, wherever they lie: one interface over folders, manifests, tars and Hugging Face datasets.
+
+``open_source`` looks at a path, finds out its format, reads the headers of its pictures (not their pixels) and gives a
+list of records with a way to read their bytes. Nothing is written beside the user's data.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import os
+import pathlib
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+
+from configs.data import Format, ImageDataConfig
+from sana_jax.errors import UserError
+from train.data.captions import fill_caption
+from train.data.decoding import BadPicture, Header, read_header
+from train.data.records import Caption, Problem, Record, Say, shown
+from train.data.sources.folder import MANIFEST_OF_NAMES, hidden, list_folder, list_named
+from train.data.sources.huggingface import list_dataset
+from train.data.sources.listing import ARRAY_SUFFIXES, PICTURE_SUFFIXES, Entry, FileBlob, Listing, read_blob
+from train.data.sources.manifest import SUFFIXES, USUAL_STEMS, list_manifest
+from train.data.sources.webdataset import LIST_OF_TARS, list_tars
+
+__all__ = ["Caption", "ImageSource", "IndexedSource", "Problem", "Record", "open_source", "refuse_too_many_bad"]
+
+_THREADS = 8  # that open files: they wait for the disk, or for a network's
+_LISTED = 10  # names in a message
+
+
+class ImageSource(Protocol):
+    """What every format offers."""
+
+    name: str
+    records: Sequence[Record]
+    problems: Sequence[Problem]
+
+    def __len__(self) -> int:
+        """Records."""
+        ...
+
+    def read(self, record: Record, column: str | None = None) -> bytes:
+        """The picture's file, or that of the picture which a column names.
+
+        Raises:
+            BadPicture: it can't be read.
+            UserError: there is no such column, or it names no picture.
+        """
+        ...
+
+    def features(self, record: Record) -> Mapping[str, np.ndarray]:
+        """Arrays stored beside the picture (latents, encoded captions) by name; empty where there are none.
+
+        Raises:
+            BadPicture: they can't be read.
+        """
+        ...
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        ...
+
+
+class IndexedSource:
+    """A listing whose headers have been read.
+
+    Attributes:
+        name: the path, as it was given.
+        kind: the format in words.
+        records: the samples that can be used, in a fixed order.
+        problems: files that can't be used.
+        notes: lines about what was left out, and what is done to pictures.
+        without_caption: keys of the records that have none of their own.
+        duplicates: pictures that share a name.
+    """
+
+    def __init__(self, name: str, listing: Listing):
+        self.name, self.kind = name, listing.kind
+        self.problems: list[Problem] = list(listing.problems)
+        self.notes: list[str] = list(listing.notes)
+        self.duplicates = list(listing.duplicates)
+        self.records: list[Record] = []
+        self.without_caption: list[str] = []
+        self._root = listing.root
+        self._entries: dict[str, Entry] = {}
+
+    def __len__(self) -> int:
+        """Records."""
+        return len(self.records)
+
+    def read(self, record: Record, column: str | None = None) -> bytes:
+        """See ``ImageSource``."""
+        entry = self._entries[record.key]
+        if column is None:
+            if entry.picture is None:
+                raise UserError(f"{record.key} of {self.name} has features and no picture; use features()")
+            return read_blob(entry.picture)
+        if column in entry.pictures:
+            return read_blob(entry.pictures[column])
+        value = record.columns.get(column)
+        if not isinstance(value, str):
+            held = f"holds {value!r}" if column in record.columns else "is not there"
+            names = ", ".join(record.columns) or "none"
+            raise UserError(
+                f"column {column!r} of {record.key} {held}; it must name a picture's file: correct the data, or name "
+                f"another column (there are: {names})"
+            )
+        return read_blob(FileBlob(os.path.join(self._root, value), shown(value)))
+
+    def features(self, record: Record) -> Mapping[str, np.ndarray]:
+        """See ``ImageSource``. An .npz gives its arrays by their names, an .npy one by the name of its file's kind."""
+        found: dict[str, np.ndarray] = {}
+        for name, blob in self._entries[record.key].arrays.items():
+            try:
+                content = np.load(io.BytesIO(read_blob(blob)), allow_pickle=False)
+                found |= {name: content} if isinstance(content, np.ndarray) else dict(content.items())
+            except BadPicture:
+                raise
+            except Exception as error:  # damaged files make numpy raise anything
+                raise BadPicture(blob.name, f"holds no arrays ({' '.join(str(error).split())[:100]})") from error
+        return found
+
+    def has_features(self, record: Record) -> bool:
+        """Whether arrays are stored beside the picture."""
+        return bool(self._entries[record.key].arrays)
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        sizes = [record.size for record in self.records if record.size is not None]
+        captions = sum(len(record.captions) for record in self.records)
+        parts = [f"{self.name} ({self.kind}): {len(self)} {'pictures' if sizes else 'samples'}"]
+        if sizes:
+            small, large = (chosen(sizes, key=lambda size: size[0] * size[1]) for chosen in (min, max))
+            parts.append(f"{small[0]}x{small[1]} to {large[0]}x{large[1]} px (height x width)")
+        parts.append(f"{captions} captions")
+        if self.problems:
+            parts.append(f"{len(self.problems)} unusable files left out")
+        return ", ".join(parts)
+
+
+def open_source(config: ImageDataConfig, say: Say = print) -> IndexedSource:
+    """Finds out the format of ``config.path`` and indexes it.
+
+    Says in one line each: what was found, every file that can't be used, and a count of everything that is left out or
+    done to pictures.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        UserError: no pictures, missing captions where they are needed, or too many unusable files.
+    """
+    if config.path is None or not config.path.strip():
+        raise UserError("--data.path is missing; name a folder of pictures, a manifest, tar files or a dataset on disk")
+    path = pathlib.Path(config.path).expanduser()
+    if not path.exists():
+        raise FileNotFoundError(f"--data.path {path} does not exist; name a folder of pictures, a manifest or a tar")
+    listing = _list(path, config)
+    source = IndexedSource(config.path, listing)
+    usable = _read_headers(listing, source)
+    usable = _large_enough(usable, config, source)
+    records = [(entry, _record(entry, header, config)) for entry, header in usable]
+    records = _with_captions(records, config, source)
+    source.records = [record for _, record in records]
+    source._entries = {entry.key: entry for entry, _ in records}
+    for line in source.notes:
+        say(f"data: {line}")
+    refuse_too_many_bad(source.problems, len(listing.entries) + len(listing.problems), config.max_bad_share)
+    for problem in source.problems:
+        say(f"data: left out: {problem.name} {problem.reason}")
+    if not source.records:
+        raise UserError(
+            f"{path} ({listing.kind}) has no picture that can be used, {len(source.problems)} files are unusable; name "
+            f"a folder with {', '.join(PICTURE_SUFFIXES[:6])} files, a manifest or a tar"
+        )
+    _refuse_missing_captions(source, config)
+    say(f"data: {source.describe()}")
+    return source
+
+
+def refuse_too_many_bad(problems: Sequence[Problem], total: int, limit: float) -> None:
+    """Stops where more than a share of the files is unusable.
+
+    Args:
+        problems: each unusable file once.
+        total: files that were looked at, the unusable ones included.
+        limit: ``max_bad_share``.
+
+    Raises:
+        UserError: more than the limit.
+    """
+    if len(problems) > limit * total:
+        some = "; ".join(f"{problem.name} {problem.reason}" for problem in problems[:_LISTED])
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        raise UserError(
+            f"{len(problems)} of {total} files are unusable, --data.max-bad-share allows a share of {limit:g}: "
+            f"{some}{more}: mend or remove them, or raise it (python -m train.inspect_data PATH lists them all)"
+        )
+
+
+# -- which format ------------------------------------------------------------------------------------------------------
+
+
+def find_format(path: pathlib.Path) -> Format:
+    """The format of a path, by what is there.
+
+    Raises:
+        UserError: a file that is none of them.
+    """
+    if path.is_file():
+        return _format_of_file(path)
+    names = sorted(child.name for child in path.iterdir() if not hidden(child.name))
+    if {"dataset_dict.json", "state.json"} & set(names) or any(name.endswith(".arrow") for name in names):
+        return "huggingface"
+    if LIST_OF_TARS in names or any(name.endswith(".tar") for name in names):
+        return "webdataset"
+    if MANIFEST_OF_NAMES in names:
+        return "upstream_folder"
+    if _usual_manifest(path) is not None:
+        return "manifest"
+    suffixes = {os.path.splitext(name)[1].lower() for name in _names_below(path)}
+    if suffixes & set(PICTURE_SUFFIXES):
+        return "folder"
+    for suffix, found in ((".parquet", "huggingface"), (".tar", "webdataset")):
+        if suffix in suffixes:
+            return found
+    return "features" if suffixes & set(ARRAY_SUFFIXES) else "folder"
+
+
+def _format_of_file(path: pathlib.Path) -> Format:
+    suffix = path.suffix.lower()
+    if path.name == LIST_OF_TARS or path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
+        return "webdataset"
+    if path.name == MANIFEST_OF_NAMES:
+        return "upstream_folder"
+    if suffix in SUFFIXES:
+        return "manifest"
+    if suffix in (".parquet", ".arrow"):
+        return "huggingface"
+    raise UserError(
+        f"--data.path {path} is a file of no known kind; allowed are {', '.join(SUFFIXES)}, .tar, .parquet, .arrow, "
+        "and folders: name the folder that it lies in"
+    )
+
+
+def _usual_manifest(path: pathlib.Path) -> pathlib.Path | None:
+    names = [path / f"{stem}{suffix}" for stem in USUAL_STEMS for suffix in SUFFIXES[:4]]
+    return next((name for name in names if name.is_file()), None)
+
+
+def _names_below(path: pathlib.Path) -> Iterator[str]:
+    for _, folders, files in os.walk(path, followlinks=False):
+        folders[:] = [folder for folder in folders if not hidden(folder)]
+        yield from (file for file in files if not hidden(file))
+
+
+def _list(path: pathlib.Path, config: ImageDataConfig) -> Listing:
+    found = config.format if config.format != "auto" else find_format(path)
+    kinds = tuple(config.weights())
+    if found in ("folder", "features"):
+        if not path.is_dir():
+            raise UserError(f"--data.format {found}: {path} is no folder; name one, or leave the format out")
+        return list_folder(path, kinds, features=found == "features")
+    if found == "upstream_folder":
+        return list_named(path / MANIFEST_OF_NAMES if path.is_dir() else path, kinds)
+    if found == "webdataset":
+        return list_tars(path, kinds)
+    if found == "huggingface":
+        return list_dataset(path, kinds)
+    if path.is_dir():
+        manifest = _usual_manifest(path)
+        if manifest is None:
+            raise UserError(
+                f"--data.format manifest: {path} has no metadata.jsonl or metadata.csv; name the file itself"
+            )
+        path = manifest
+    return list_manifest(path, kinds)
+
+
+# -- headers, captions, groups -----------------------------------------------------------------------------------------
+
+
+def _read_headers(listing: Listing, source: IndexedSource) -> list[tuple[Entry, Header | None]]:
+    """Entries whose picture can be opened; the others become problems."""
+
+    def look(entry: Entry) -> Header | BadPicture | None:
+        if entry.picture is None:
+            return None
+        try:
+            with entry.picture.open() as file:
+                return read_header(file, name=entry.picture.name)
+        except BadPicture as error:
+            return error
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        headers = list(pool.map(look, listing.entries))
+    usable, oddities, misnamed, misstated = [], collections.defaultdict(list), [], []
+    for entry, header in zip(listing.entries, headers):
+        if isinstance(header, BadPicture):
+            source.problems.append(Problem(header.name, header.reason))
+            continue
+        usable.append((entry, header))
+        if header is None:
+            continue
+        for oddity in header.oddities:
+            oddities[oddity].append(entry.picture.name)
+        if isinstance(entry.picture, FileBlob) and not _named_right(entry.picture.path, header.format):
+            misnamed.append(f"{entry.picture.name} is {header.format}")
+        if entry.stated is not None and entry.stated != (header.height, header.width):
+            misstated.append(entry.picture.name)
+    for oddity, names in oddities.items():
+        source.notes.append(_counted(names, f"pictures are {oddity}"))
+    if misnamed:
+        source.notes.append(_counted(misnamed, "pictures are of another format than their name says, and are read"))
+    if misstated:
+        source.notes.append(_counted(misstated, "pictures have another size than the data states; their own counts"))
+    return usable
+
+
+_SUFFIX_OF_FORMAT = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "MPO": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png",),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "GIF": (".gif",),
+    "AVIF": (".avif",),
+}
+
+
+def _named_right(path: str, picture_format: str) -> bool:
+    return os.path.splitext(path)[1].lower() in _SUFFIX_OF_FORMAT.get(picture_format, ())
+
+
+def _counted(names: Sequence[str], text: str, first: int = 3) -> str:
+    return f"{len(names)} {text}: {', '.join(names[:first])}{', ...' if len(names) > first else ''}"
+
+
+def _large_enough(
+    usable: list[tuple[Entry, Header | None]], config: ImageDataConfig, source: IndexedSource
+) -> list[tuple[Entry, Header | None]]:
+    small = [
+        entry.key
+        for entry, header in usable
+        if header is not None and min(header.height, header.width) < config.minimum_size
+    ]
+    if small:
+        source.notes.append(
+            _counted(small, f"pictures have a side below --data.minimum-size {config.minimum_size} and are left out")
+        )
+    left_out = set(small)
+    return [(entry, header) for entry, header in usable if entry.key not in left_out]
+
+
+def _record(entry: Entry, header: Header | None, config: ImageDataConfig) -> Record:
+    column = "group" if config.group_column is None else config.group_column
+    group = entry.columns.get(column)
+    if config.group_column == "folder" and group is None:
+        group = entry.folder
+    if group is None and config.group_column is not None:
+        raise UserError(
+            f"--data.group-column {column}: {entry.key} has none; it has the columns "
+            f"{', '.join(entry.columns) or 'none'}: name a column that every picture has, or folder"
+        )
+    size = None if header is None else (header.height, header.width)
+    return Record(entry.key, size, entry.captions, None if group is None else str(group), entry.columns)
+
+
+def _with_captions(
+    records: list[tuple[Entry, Record]], config: ImageDataConfig, source: IndexedSource
+) -> list[tuple[Entry, Record]]:
+    """Records with the captions that training will see; keys of those without are in ``source.without_caption``."""
+    done = []
+    replaced = 0
+    template = config.caption
+    uses_own = template is None or "{caption}" in template
+    for entry, record in records:
+        captions = record.captions
+        if not uses_own:
+            replaced += bool(captions)
+            captions = (Caption(fill_caption(template, record.columns)),)
+        elif template is not None:
+            captions = tuple(each._replace(text=fill_caption(template, record.columns, each.text)) for each in captions)
+        if not captions:
+            source.without_caption.append(record.key)
+            if config.missing_captions == "skip":
+                continue
+            captions = (Caption(""),) if config.missing_captions == "empty" else ()
+        done.append((entry, dataclasses.replace(record, captions=captions)))
+    if replaced:
+        source.notes.append(f"{replaced} pictures have captions of their own, which --data.caption replaces")
+    missing = source.without_caption
+    if missing and config.missing_captions == "skip":
+        source.notes.append(_counted(missing, "pictures without a caption are left out", _LISTED))
+    elif missing and config.missing_captions == "empty":
+        source.notes.append(_counted(missing, "pictures without a caption get an empty one", _LISTED))
+    return done
+
+
+def _refuse_missing_captions(source: IndexedSource, config: ImageDataConfig) -> None:
+    missing = source.without_caption
+    if not missing or config.missing_captions != "error":
+        return
+    names = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
+    raise UserError(
+        f"{len(missing)} of {len(source)} pictures have no caption: {names}; write one beside each (a.txt for a.jpg), "
+        "give all of them one with --data.caption 'a photo of ...', or choose --data.missing-captions skip or empty"
+    )

@@ -1,0 +1,141 @@
+"""A manifest: a row per picture, as JSON lines, a JSON list, CSV or TSV; names are relative to the manifest."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import pathlib
+import re
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from sana_jax.errors import UserError
+from train.data.records import shown
+from train.data.sources.listing import Entry, FileBlob, Listing, clean_key, read_text, unique_keys
+from train.data.sources.rows import PICTURE_COLUMNS, picture_column, sort_out
+
+SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json")
+USUAL_STEMS = ("metadata", "manifest", "captions", "dataset")
+
+
+def list_manifest(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
+    """The pictures of a manifest.
+
+    Raises:
+        UserError: the file can't be read, or has no column of pictures.
+    """
+    listing = Listing(f"manifest {path.name}", path.parent)
+    try:
+        text, encoding = read_text(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); allow reading it, or name another") from error
+    if encoding != "UTF-8":
+        listing.notes.append(f"{path.name} is not UTF-8 and read as {encoding}")
+    rows = list((_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(listing, path, text))
+    names = list(dict.fromkeys(name for _, row in rows for name in row))
+    picture = picture_column(names)
+    if picture is None:
+        raise UserError(
+            f"{path} has the columns {', '.join(map(str, names[:12])) or '(none)'}; one of them must name the pictures "
+            f"and be called {', '.join(PICTURE_COLUMNS[:6])} or the like: rename it"
+        )
+    for where, row in rows:
+        _add_row(listing, where, sort_out(row, picture, kinds))
+    unique_keys(listing)
+    return listing
+
+
+def _add_row(listing: Listing, where: str, row) -> None:
+    name = row.picture.get("path") if isinstance(row.picture, dict) else row.picture
+    if not isinstance(name, str) or not name.strip():
+        listing.problem(where, "names no picture")
+        return
+    if "://" in name:
+        listing.problem(name, "is a web address, and pictures are read from disk: download it")
+        return
+    key = row.key or os.path.splitext(os.path.normpath(name))[0]
+    listing.entries.append(
+        Entry(
+            clean_key(key),
+            FileBlob(os.path.join(listing.root, name), shown(name)),
+            row.captions,
+            row.columns,
+            folder=os.path.dirname(clean_key(name)),
+            stated=row.size,
+        )
+    )
+
+
+def _json_rows(listing: Listing, path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of JSON lines, or of one list, with where they stand."""
+    if path.suffix.lower() == ".json":
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} is not JSON ({error}); write it again") from error
+        if not isinstance(content, list):
+            raise UserError(f"{path} holds a {type(content).__name__}; allowed is a list of objects, one per picture")
+        for number, row in enumerate(content, 1):
+            if isinstance(row, dict):
+                yield f"{path.name} row {number}", row
+            else:
+                listing.problem(f"{path.name} row {number}", "is not a JSON object")
+        return
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{path.name} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            listing.problem(where, f"is not JSON ({str(error)[:60]})")
+            continue
+        if isinstance(row, dict):
+            yield where, row
+        else:
+            listing.problem(where, f"holds a {type(row).__name__} instead of a JSON object")
+
+
+def _csv_rows(listing: Listing, path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows by the names in the first line; a column whose every value is a number becomes numbers."""
+    csv.field_size_limit(1 << 24)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    if delimiter == "," and ";" in text.split("\n", 1)[0] and "," not in text.split("\n", 1)[0]:
+        delimiter = ";"
+        listing.notes.append(f"{path.name} has ; between its columns")
+    reader = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter)
+    try:
+        names = [name.strip() for name in next(reader, [])]
+        rows = []
+        for cells in reader:
+            where = f"{path.name} line {reader.line_num}"
+            if not any(cells):
+                continue
+            if len(cells) != len(names):
+                listing.problem(where, f"has {len(cells)} cells, the first line has {len(names)}")
+                continue
+            rows.append((where, dict(zip(names, cells))))
+    except csv.Error as error:
+        raise UserError(f"{path} is not CSV ({error} in line {reader.line_num}); write it again") from error
+    for name in names:
+        values = [row[name] for _, row in rows if row[name] != ""]
+        convert = _number_type(values)
+        if convert is not None:
+            for _, row in rows:
+                row[name] = convert(row[name]) if row[name] != "" else None
+    yield from rows
+
+
+def _number_type(values: list[str]) -> type | None:
+    """int or float where every value is one; 007 is a name and not a number."""
+    if not values or any(re.match(r"-?0[0-9]", value) for value in values):
+        return None
+    for convert in (int, float):
+        try:
+            if all(abs(convert(value)) < float("inf") for value in values):
+                return convert
+        except ValueError:
+            continue
+    return None

@@ -1,0 +1,37 @@
+"""What the training step asks of an objective."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from kernels.typing import Array, Float, Int, PyTree
+from train.batch import Batch
+
+
+class SampleLosses(NamedTuple):
+    """Loss and noise level of each sample."""
+
+    loss: Float[Array, " B"]
+    sigma: Float[Array, " B"]
+
+
+class Objective(Protocol):
+    """A loss as a pure function of parameters, a batch, and what is random about it."""
+
+    def draw(self, seed: int, step: int | Int[Array, ""], batch: Batch) -> PyTree:
+        """Everything random at one step, for a whole batch; every array has B as its first axis.
+
+        Made for the batch at once, so that neither accumulation nor the mesh changes it.
+        """
+        ...
+
+    def losses(self, trained: PyTree, frozen: PyTree | None, batch: Batch, draws: PyTree) -> SampleLosses:
+        """Each sample's loss in float32.
+
+        Args:
+            trained: what the optimizer updates.
+            frozen: the base model's parameters, where they stay beside it; None without.
+            batch: samples, or a part of them.
+            draws: of ``draw``, the same part.
+        """
+        ...

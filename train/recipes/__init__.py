@@ -1,0 +1,48 @@
+"""What runs train, by their configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from configs.schema import RunConfig
+from sana_jax.errors import UserError
+from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig
+from sana_jax.models.sana import SanaTransformer
+from train.recipes.base import Prompts, Recipe
+from train.recipes.controlnet import ControlNetTraining
+from train.recipes.lora import LoraTransformer
+from train.recipes.whole import WholeTransformer
+
+__all__ = ["Prompts", "Recipe", "make_recipe"]
+
+
+def make_recipe(config: RunConfig) -> Recipe:
+    """The recipe of a settled configuration."""
+    compute = config.compute
+    transformer = SanaTransformer(
+        config.transformer, jnp.dtype(compute.dtype), remat=compute.remat, scan_blocks=compute.scan_blocks
+    )
+    if config.controlnet is not None:
+        return _controlnet(config, transformer)
+    if config.lora is not None:
+        return LoraTransformer(transformer, config.lora)
+    return WholeTransformer(transformer)
+
+
+def _controlnet(config: RunConfig, transformer: SanaTransformer) -> ControlNetTraining:
+    layers, settings = config.transformer.num_layers, config.controlnet
+    if settings.num_layers >= layers:
+        raise UserError(
+            f"--controlnet.num-layers {settings.num_layers}: the base model has {layers} blocks; choose 1 to "
+            f"{layers - 1}"
+        )
+    if config.transformer.guidance_embeds:
+        raise UserError(
+            f"--model {config.model} is distilled to few steps (SANA-Sprint), for which there is no ControlNet; choose "
+            "SANA or SANA-1.5"
+        )
+    fields = dataclasses.asdict(config.transformer) | {"num_layers": settings.num_layers}
+    controlnet = SanaControlNet(SanaControlNetConfig(**fields), transformer.dtype, remat=transformer.remat)
+    return ControlNetTraining(transformer, controlnet, settings.condition)

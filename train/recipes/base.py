@@ -1,0 +1,70 @@
+"""What a run trains: which parameters, where they begin, and how they make a network together with the base model's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
+from sana_jax.diffusion.samplers import Sampler
+from sana_jax.models.sana import SanaTransformer
+from sana_jax.models.sharding_rules import Rule
+from train.batch import Batch
+
+
+class Prompts(NamedTuple):
+    """Encoded prompts, and of no text, for sampling."""
+
+    embeds: Float[Array, "B L C"]
+    mask: Int[Array, "B L"]
+    null_embeds: Float[Array, "1 L C"]
+    null_mask: Int[Array, "1 L"]
+
+
+SamplingFunction = Callable[[PyTree, PyTree, Float[Array, "B H W C"], Prompts, Mapping[str, Array]], Array]
+
+
+class Recipe(Protocol):
+    """Parameters as two trees: ``trained``, which the optimizer updates, and ``frozen``, the base model's.
+
+    Attributes:
+        transformer: the network that is sampled.
+        rules: where the trained parameters lie on a mesh.
+        keeps_base: whether the base model's parameters stay in memory, as ``frozen``.
+        kind: what a run directory calls it.
+        conditions: names of further arrays that a batch must have.
+    """
+
+    transformer: SanaTransformer
+    rules: tuple[Rule, ...]
+    keeps_base: ClassVar[bool]
+    kind: ClassVar[str]
+    conditions: tuple[str, ...]
+
+    def settings(self) -> dict[str, Any]:
+        """What must be known, beside the trained parameters and the base model, to use them: JSON-able."""
+        ...
+
+    def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
+        """The trained parameters of step 0, float32; ``base`` are the base model's, None without one."""
+        ...
+
+    def draw(self, seed: int, step: int | Int[Array, ""], rows: int) -> PyTree:
+        """What is random inside the network at one training step; every array has ``rows`` as its first axis."""
+        ...
+
+    def velocity(
+        self,
+        trained: PyTree,
+        frozen: PyTree | None,
+        noisy: Float[Array, "B H W C"],
+        timestep: Float[Array, " B"],
+        batch: Batch,
+        draws: PyTree,
+    ) -> Float[Array, "B H W C"]:
+        """The predicted velocity in training; ``timestep`` in 0..1000, captions and conditions from ``batch``."""
+        ...
+
+    def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
+        """``fn(trained, frozen, latents, prompts, conditions)`` -> latents: a whole sampling run, to be jitted."""
+        ...

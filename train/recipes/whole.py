@@ -1,0 +1,60 @@
+"""Training the whole transformer: from scratch, or on from a base model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from sana_jax.diffusion.samplers import Sampler
+from sana_jax.models.sana import SanaTransformer, init_params
+from sana_jax.models.sharding_rules import SANA, Rule
+from sana_jax.pipelines.sampling_function import make_sampling_fn
+from train.batch import Batch
+from train.recipes.base import SamplingFunction
+
+
+@dataclass(frozen=True)
+class WholeTransformer:
+    """``trained`` is the transformer's parameters; the base model, if there is one, is only where they begin."""
+
+    transformer: SanaTransformer
+
+    rules: ClassVar[tuple[Rule, ...]] = SANA
+    keeps_base: ClassVar[bool] = False
+    kind: ClassVar[str] = "whole"
+    conditions: ClassVar[tuple[str, ...]] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """A whole transformer needs none."""
+        return {}
+
+    def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
+        """Random parameters, or a copy of the base model's in float32."""
+        if base is None:
+            return init_params(self.transformer, key)
+        return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), base)
+
+    def draw(self, seed, step, rows) -> PyTree:
+        """Nothing is random inside the network."""
+        return ()
+
+    def velocity(
+        self, trained: PyTree, frozen: None, noisy: Array, timestep: Array, batch: Batch, draws: PyTree
+    ) -> Float[Array, "B H W C"]:
+        """The transformer's prediction."""
+        return self.transformer.apply(
+            {"params": trained},
+            noisy,
+            batch.prompt_embeds,
+            timestep * self.transformer.config.timestep_scale,
+            encoder_attention_mask=batch.prompt_attention_mask,
+        )
+
+    def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
+        """Guided sampling."""
+        sample = make_sampling_fn(self.transformer, sampler, num_inference_steps, guidance_scale)
+        return lambda trained, frozen, latents, prompts, conditions: sample(trained, latents, *prompts)
