@@ -132,6 +132,20 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True)
+class ValidationConfig:
+    """The loss of held-out pictures, at fixed noise levels with the same noise each time, with the averaged weights."""
+
+    every: int = 0
+    """Steps between measurements; the last step always has one. 0 for none at all."""
+    sigmas: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7, 0.9)
+    """Noise levels, above 0 and below 1."""
+    samples: int = 256
+    """How many of the held-out pictures are measured at most."""
+    seed: int = 0
+    """Seed of the noise."""
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """Where numbers go. metrics.jsonl is always written."""
 
@@ -201,6 +215,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
@@ -219,6 +234,8 @@ class RunConfig:
         _require("flow.caption-dropout", dropout, 0 <= dropout < 1, "0 up to, not including, 1")
         shift, scale = self.flow.flow_shift, self.preview.guidance_scale
         _require("flow.flow-shift", shift, shift is None or shift > 0, "above 0")
+        averages = self.optimizer.name != "schedule_free_adamw" or self.ema.enabled
+        _require("ema.enabled", self.ema.enabled, averages, "True with schedule_free_adamw, whose average it keeps")
         _require("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "0 up to, not including, 1")
         steps = self.preview.num_inference_steps
         _require("preview.num-inference-steps", steps, steps >= 1, "1 or more")
@@ -230,6 +247,11 @@ class RunConfig:
         _require(
             "mesh.context", context, context == 1, "1 for networks of pictures, which do not cut a sample's tokens"
         )
+        v = self.validation
+        _require("validation.every", v.every, v.every >= 0, "0 (none) or more")
+        _require("validation.samples", v.samples, v.samples >= 1, "1 or more")
+        levels = bool(v.sigmas) and all(0 < sigma < 1 for sigma in v.sigmas)
+        _require("validation.sigmas", " ".join(map(str, v.sigmas)), levels, "one or more above 0 and below 1")
         at = " ".join(map(str, self.preview.at))
         _require("preview.at", at, self.preview.every > 0 or not at, "none where --preview.every is 0")
         if isinstance(self.data, DigitsDataConfig) and self.transformer is not None:
@@ -245,7 +267,7 @@ def _require(option: str, value, condition: bool, allowed: str) -> None:
 # What a resumed run may change: how it is run and watched, not what it computes.
 CHANGEABLE_ON_RESUME = (
     *("steps", "run_dir", "device", "nonfinite", "max_nonfinite"),
-    *("mesh", "checkpoint", "preview", "logging", "distributed"),
+    *("mesh", "checkpoint", "preview", "validation", "logging", "distributed"),
 )
 
 

@@ -43,8 +43,12 @@ def from_dict(config_class: type, values: dict[str, Any], source: str, prefix: s
 
 def _value(hint: Any, value: Any, source: str, prefix: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    # of several dataclasses the one that has most of these fields
+    options = sorted(options, key=lambda option: -_known_fields(option, value))
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
+            # a class whose fields are of the preset's choosing, as those of token encoders, is made for their names
+            option = option.class_for(value) if hasattr(option, "class_for") else option
             return from_dict(option, value, source, prefix)
         if typing.get_origin(option) is tuple and isinstance(value, (list, tuple)):
             element = typing.get_args(option)[0]
@@ -55,6 +59,12 @@ def _value(hint: Any, value: Any, source: str, prefix: str) -> Any:
     raise UserError(
         f"{source}: {prefix.removesuffix('.')} is {value!r}; allowed is {allowed}: mend it or start a new run"
     )
+
+
+def _known_fields(option: Any, value: Any) -> int:
+    if not dataclasses.is_dataclass(option) or not isinstance(value, dict):
+        return 0
+    return len({field.name for field in dataclasses.fields(option)} & set(value))
 
 
 def _fits(option: Any, value: Any) -> bool:

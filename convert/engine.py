@@ -63,11 +63,11 @@ def import_model(
             )
     model.require_whole()
     _announce(model, report)
-    _check_destination(destination, model)
+    check_destination(destination, _bytes_of(model))
     if dry_run:
         _plan(model, report, lambda component: f"{CONVERTED}/")
         return model
-    with _new_directory(destination) as temporary:
+    with new_directory(destination) as temporary:
         for component in model.components:
             begin = time.perf_counter()
             folder = temporary / component.folder
@@ -126,11 +126,11 @@ def export_opened(
     shard_bytes = parse_size(max_shard_size)
     model.require_whole()
     _announce(model, report)
-    _check_destination(destination, model)
+    check_destination(destination, _bytes_of(model))
     if dry_run:
         _plan(model, report, lambda component: ", ".join(_shards(component.source, _stem(component), shard_bytes)))
         return
-    with _new_directory(destination) as temporary:
+    with new_directory(destination) as temporary:
         for component in model.components:
             begin = time.perf_counter()
             folder = temporary / component.folder
@@ -198,17 +198,21 @@ def _plan(model: Model, report: Report, written: Callable[[Component], str]) -> 
 # -- writing ---------------------------------------------------------------------------------------------------------
 
 
-def _check_destination(destination: str | Path, model: Model) -> None:
+def _bytes_of(model: Model) -> int:
+    return sum(component.num_bytes for component in model.components) + sum(f.stat().st_size for f in model.copies)
+
+
+def check_destination(destination: str | Path, needed: int) -> None:
+    """Raises ``CheckpointError`` for a destination with something in it, or without space for ``needed`` bytes."""
     final = Path(destination).absolute()
     if os.path.lexists(final) and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(f"{destination} exists already; delete it or name another directory")
-    needed = sum(component.num_bytes for component in model.components) + sum(f.stat().st_size for f in model.copies)
     if shortage := disk_shortage(final, needed):
         raise CheckpointError(f"not writing {destination}: {shortage}; free some space or name another disk")
 
 
 @contextlib.contextmanager
-def _new_directory(destination: str | Path) -> Iterator[Path]:
+def new_directory(destination: str | Path) -> Iterator[Path]:
     """A directory that appears when the block ends well, with a failure to write it in our words."""
     try:
         with atomic_directory(destination) as temporary:

@@ -46,19 +46,21 @@ class Network:
         return (*self.kept, *self.dropped)
 
 
+# transformers' configurations name a kind of model in place of a class
+_BY_MODEL_TYPE = {"gemma2": "Gemma2Model", "siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+
+
 def class_of(config: Mapping[str, Any]) -> str | None:
     """The class that a ``config.json`` names, in diffusers' or transformers' way."""
     name = config.get("_class_name")
     if isinstance(name, str):
         return name
-    if config.get("model_type") == "gemma2":
-        return "Gemma2Model"
-    return None
+    return _BY_MODEL_TYPE.get(config.get("model_type"))
 
 
 def stem_of(class_name: str | None) -> str:
     """How a class's published weight files are called."""
-    return TRANSFORMERS_STEM if class_name == "Gemma2Model" else DIFFUSERS_STEM
+    return TRANSFORMERS_STEM if class_name in _BY_MODEL_TYPE.values() else DIFFUSERS_STEM
 
 
 def network_of(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> Network:
@@ -134,11 +136,28 @@ def _text_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
     return Network("Gemma2Model", family, config, abstract, rules, stem=TRANSFORMERS_STEM, dropped=IGNORED)
 
 
+def _image_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.siglip import SiglipVision, SiglipVisionConfig, init_params
+    from sana_jax.weights.tables.siglip import NOT_PARAMETERS, OTHER_TOWER, PREFIX, name_prefix, siglip_rules
+
+    config = SiglipVisionConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(SiglipVision(config), jax.random.key(0)))
+    family = (
+        f"SigLIP vision of {config.num_hidden_layers} layers, width {config.hidden_size}, {config.image_size} px in "
+        f"patches of {config.patch_size}"
+    )
+    rules = siglip_rules(config, name_prefix(names) if names else PREFIX)
+    # the text tower stays as it is, so that an export is the whole SigLIP that its config.json describes
+    kept = (*OTHER_TOWER, *NOT_PARAMETERS)
+    return Network("SiglipVisionModel", family, config, abstract, rules, stem=TRANSFORMERS_STEM, kept=kept)
+
+
 _NETWORKS: dict[str | None, Callable[[dict[str, Any], Collection[str]], Network]] = {
     "SanaTransformer2DModel": _transformer,
     "SanaControlNetModel": _controlnet,
     "AutoencoderDC": _autoencoder,
     "Gemma2Model": _text_encoder,
+    "SiglipVisionModel": _image_encoder,
 }
 
 

@@ -1,21 +1,29 @@
-"""LoRA in conversion: a model's weights with a LoRA added, as a directory that diffusers loads."""
+"""LoRA in conversion: added to a model's weights, for diffusers to load, and taken out of a training run."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from convert.engine import Report, export_opened, parse_size
-from convert.sources import Choices, Component, Model, open_model
+from convert.engine import Report, check_destination, export_opened, new_directory, parse_size
+from convert.families import Network, network_of
+from convert.sources import CONFIG, Choices, Component, Model, open_model
 from sana_jax.errors import CheckpointError, UserError
-from sana_jax.lora import Lora, read_lora
+from sana_jax.files import read_json
+from sana_jax.lora import Lora, lora_from_tree, read_lora, write_lora
 from sana_jax.lora.names import lora_targets
+from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.pipelines.model_directory import pipeline_of, read_model_directory
+from sana_jax.pipelines.opening import find_model, model_weights_id
+from sana_jax.weights.checkpoints import checkpoint_structure, load_checkpoint_params
 from sana_jax.weights.messages import first_few
 from sana_jax.weights.safetensors_files import TensorSource, all_finite
 
 _TRANSFORMER = "SanaTransformer2DModel"
+_CARD = "lora/README.md"  # in a run's directory
 
 
 def merge_model(
@@ -56,6 +64,103 @@ def merge_model(
     model.require_whole()
     network = _transformer(model).network
     adapter = read_lora(lora, network.rules, network.abstract)
+    _write_merged(model, adapter, weight, destination, max_shard_size, dry_run, report)
+
+
+def export_run(
+    run: str | Path,
+    destination: str | Path,
+    form: Literal["only", "merged"],
+    choices: Choices | None = None,
+    *,
+    max_shard_size: str = "5GB",
+    dry_run: bool = False,
+    report: Report = print,
+) -> None:
+    """Writes what a training run of a LoRA has made, for diffusers.
+
+    Args:
+        run: the run's directory.
+        destination: must not exist yet, or be empty. It appears when everything is in it.
+        form: ``only`` the LoRA, as a file for ``load_lora_weights`` and, where the run has one, its model card; or
+            ``merged`` with the base model, as ``merge_model`` does it.
+        choices: which of the run's checkpoints and weights; the variant of the base model's weights, for ``merged``.
+        max_shard_size: of ``merged``.
+        dry_run: says what would be read and written, and stops.
+        report: takes one line after another.
+
+    Raises:
+        as ``merge_model``; and UserError for a directory that is not a run of a LoRA.
+    """
+    run, choices = Path(run), choices or Choices()
+    parse_size(max_shard_size)
+    trained_from = BaseModelFile.read(run)
+    if trained_from is None or trained_from.kind != "lora":
+        kind = "no training run of a LoRA" if trained_from is None else f"a training run of kind {trained_from.kind}"
+        raise UserError(f"--lora {form}: {run} is {kind}; leave --lora out, or name the directory of a LoRA's run")
+    found = _read_run(run, trained_from, choices)
+    report(f"training run: the {found.which} weights of step {found.step}")
+    if found.others:
+        report(f"left out: {', '.join(found.others)}, which the run has trained too and diffusers cannot load")
+    if form == "merged":
+        base = find_model(trained_from.locate(run), choices.variant)
+        trained_from.check(model_weights_id(read_model_directory(base, pipeline_of(base))), run)
+        model = open_model(base, Choices(variant=choices.variant))
+        _write_merged(model, found.lora, 1.0, destination, max_shard_size, dry_run, report)
+        return
+    if choices.variant is not None:
+        raise UserError(f"--variant {choices.variant}: the LoRA alone has no variants; leave it out")
+    num_bytes = sum(layer.down.nbytes + layer.up.nbytes for layer in found.lora.layers)
+    check_destination(destination, num_bytes)
+    if dry_run:
+        report(f"dry run: would write {num_bytes:,} bytes; nothing was written")
+        return
+    with new_directory(destination) as temporary:
+        notes = {"base_model": Path(trained_from.model).name, "step": found.step, "weights": found.which}
+        network, settings = found.network, found.settings
+        notes["targets"] = list(settings.get("targets", ()))
+        write_lora(
+            temporary, found.lora, network.rules, network.abstract, dropout=settings.get("dropout", 0.0), notes=notes
+        )
+        if (card := run / _CARD).is_file():
+            (temporary / card.name).write_bytes(card.read_bytes())
+    report(f"exported: {destination}")
+
+
+class _RunLora(NamedTuple):
+    """The LoRA of a training run's checkpoint."""
+
+    lora: Lora
+    network: Network
+    settings: dict[str, Any]  # those of its training
+    step: int
+    which: str
+    others: tuple[str, ...]  # what was trained beside it
+
+
+def _read_run(run: Path, trained_from: BaseModelFile, choices: Choices) -> _RunLora:
+    config = run / "transformer" / CONFIG
+    network = network_of(read_json(config), str(config))
+    settings = trained_from.settings.get("lora")
+    if not isinstance(settings, dict) or "alpha" not in settings:
+        raise UserError(f"the settings of {run} do not say the LoRA's alpha; mend base_model.json, or train again")
+    checkpoints = run / "checkpoints"
+    options = {"which": choices.weights, "step": choices.checkpoint_step}
+    tree, step, which = load_checkpoint_params(checkpoints, checkpoint_structure(checkpoints, **options), **options)
+    lora = lora_from_tree(tree["lora"], network.rules, network.abstract, alpha=settings["alpha"])
+    lora = dataclasses.replace(lora, location=f"of {run}")
+    return _RunLora(lora, network, settings, step, which, tuple(sorted(name for name in tree if name != "lora")))
+
+
+def _write_merged(
+    model: Model,
+    adapter: Lora,
+    weight: float,
+    destination: str | Path,
+    max_shard_size: str,
+    dry_run: bool,
+    report: Report,
+) -> None:
     for line in adapter.summary():
         report(line)
     report(f"LoRA {adapter.location}: merged with weight {weight:g}")

@@ -64,6 +64,8 @@ class ExportConfig:
     """Of an original file: pixels per side that it was trained for, where the file does not say."""
     flow_shift: float | None = None
     """Of an original file: shift of the noise schedule; None: as published for the size."""
+    lora: Literal["only", "merged"] | None = None
+    """Of a training run of a LoRA: its file alone, or the base model with it in its weights."""
     dry_run: bool = False
     """Say which bytes would be read and written, and stop."""
 
@@ -170,6 +172,20 @@ def _import(config: ImportConfig) -> int:
 
 
 def _export(config: ExportConfig) -> int:
+    if config.lora is not None:
+        from convert.lora import export_run
+
+        if config.image_size is not None or config.flow_shift is not None:
+            raise UserError("--image-size and --flow-shift have no meaning with --lora; leave them out")
+        export_run(
+            config.source,
+            config.destination,
+            config.lora,
+            _choices(config),
+            max_shard_size=config.max_shard_size,
+            dry_run=config.dry_run,
+        )
+        return 0
     from convert.engine import export_model
 
     export_model(

@@ -13,6 +13,7 @@ from convert.families import Network, class_of, network_of, stem_of
 from sana_jax.contract import Contract, contract_of, license_of, names_of
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import read_json
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
 from sana_jax.weights.components import CONVERTED
 from sana_jax.weights.converted import lazy_saved_tree
@@ -41,6 +42,8 @@ _TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 _SMALL_FILES = {"tokenizer": _TOKENIZER_FILES, "scheduler": (SCHEDULER_CONFIG,)}
+# files that a network of this class needs beside its own, where it stands alone
+_BESIDE = {"SiglipVisionModel": ("preprocessor_config.json",)}
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -177,7 +180,8 @@ def open_model(path: str | Path, choices: Choices | None = None, *, checksums: b
     if (path / CONFIG).is_file():
         notes: list[str] = []
         component = open_component(path, "", choices.variant, notes, checksums)
-        return Model(path, None, (component,), contract=_lone_contract(path, component), notes=tuple(notes))
+        copies = {file: file.name for file in _small_files(path, _BESIDE.get(component.network.class_name, ()), None)}
+        return Model(path, None, (component,), copies, contract=_lone_contract(path, component), notes=tuple(notes))
     inside = sorted(str(found) for end in ("pth", "pt") for found in path.glob(f"**/*.{end}"))[:3]
     advice = f"name the file: {', '.join(inside)}" if inside else "name another directory"
     raise FileNotFoundError(f"{path} has neither {INDEX} nor {CONFIG}, so it is no model; {advice}")
@@ -328,6 +332,13 @@ def _tree_misfits(saved: Any, abstract: Any) -> Misfits:
 def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     """A training run: its transformer, as a component of its own."""
     _refuse(choices, path, "variant", "image_size", "flow_shift")
+    trained_from = BaseModelFile.read(path)
+    if trained_from is not None and trained_from.kind != "whole":
+        advice = "give --lora only or --lora merged to export" if trained_from.kind == "lora" else "name that model"
+        raise UserError(
+            f"{path} is a run that has trained a {trained_from.kind} beside {trained_from.model}, and holds no whole "
+            f"transformer: {advice}"
+        )
     config = read_json(path / "transformer" / CONFIG)
     checkpoints = path / "checkpoints"
     step = choose_checkpoint(checkpoints, choices.checkpoint_step)

@@ -16,9 +16,11 @@ import jax
 
 from sana_jax.command_line import parse
 from sana_jax.compilation import enable_compilation_cache
+from sana_jax.condition_tokens_files import has_condition_tokens
 from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.images import automatic_enlargement, check_png_path, enlarge_image, image_grid, save_png
+from sana_jax.pipelines.sweep import Sweep, check_sweep, draw_sweep, parse_condition, save_sweep
 
 if TYPE_CHECKING:
     from sana_jax.pipelines.base import ImagePipeline, SanaPipelineOutput
@@ -55,7 +57,8 @@ class GenerateConfig:
     prompt: tuple[str, ...]
     """What to draw, in quotes; several texts draw several pictures."""
     output: str
-    """The picture's name, ending in .png; several pictures become one sheet. --out is the same option."""
+    """The picture's name, ending in .png; several pictures become one sheet. A sweep may also end in .gif. --out is the
+    same option."""
     negative_prompt: str = ""
     """What the pictures should not be; needs guidance above 1."""
     num_images: int = 1
@@ -101,6 +104,15 @@ class GenerateConfig:
     """LoRA files, each FILE or FILE:WEIGHT."""
     lora_merge: bool = False
     """Whether LoRA weights are added into the model's once, rather than applied at every step."""
+    condition: tuple[str, ...] = ()
+    """Conditions of a model with token encoders, each NAME=VALUE: a number, a .npy file of a vector, or a picture."""
+    condition_tokens: str | None = None
+    """Directory of trained token encoders; None: those beside the model or beside a LoRA, if there are any."""
+    image_encoder: str | None = None
+    """Directory of the SigLIP that makes vectors of pictures; None: the one that training used."""
+    sweep: str | None = None
+    """Draws every picture once for each of several values of a number: NAME=FIRST:LAST:COUNT, as in zoom=0:1:9. The
+    output is a sheet (.png) or a film (.gif) of them."""
     weights: Literal["auto", "ema", "params"] = "auto"
     """Weights of a training run: averaged (ema), raw (params), or averaged where there are any (auto)."""
     checkpoint_step: int | None = None
@@ -119,7 +131,10 @@ class GenerateConfig:
     """Whole number by which every pixel is enlarged; 0: so much that the shorter side reaches 128 pixels."""
 
     def __post_init__(self) -> None:
-        check_png_path(self.output)
+        if self.sweep is None:
+            check_png_path(self.output)
+        else:
+            check_sweep(self.sweep, self.output, self.condition)
         if not self.prompt:
             raise UserError('--prompt has no text; allowed is one or more: write --prompt "a handwritten seven"')
         if self.num_images < 1:
@@ -156,12 +171,22 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     _announce(config, pipeline, settings)
     fixed = {"num_images_per_prompt": config.num_images, "seed": config.seed, "progress_bar": True}
     try:
-        result = pipeline(list(config.prompt), **fixed, **arguments)
+        if config.sweep is not None:
+            sweep = Sweep.parse(config.sweep)
+            results = draw_sweep(pipeline, sweep, list(config.prompt), {**fixed, **arguments})
+        else:
+            results = [pipeline(list(config.prompt), **fixed, **arguments)]
     except (UserError, FileNotFoundError) as error:
         raise type(error)(_with_option_names(str(error))) from error
+    result = results[0]
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items() if seconds >= 0.005)
-    print(f"sampled in {sum(result.seconds.values()):.2f} s ({stages})")
+    print(f"sampled in {sum(sum(one.seconds.values()) for one in results):.2f} s ({stages})")
     settings = {**settings, "sampled_size": f"{result.sampled_size[0]}x{result.sampled_size[1]}"}
+    if config.sweep is not None:
+        labels = [text for text in config.prompt for _ in range(config.num_images)]
+        pictures = [one.images for one in results]
+        metadata = _metadata(config, settings)
+        return save_sweep(config.output, sweep, pictures, labels, enlarge=config.enlarge, metadata=metadata)
     return _write(config, result, settings)
 
 
@@ -200,7 +225,31 @@ def open_pipeline(config: GenerateConfig) -> ImagePipeline:
 
         files, weights = zip(*(parse_lora_option(text) for text in config.lora))
         pipeline.load_lora_weights(list(files), weights=list(weights), merge=config.lora_merge)
+    _load_tokens(config, pipeline)
     return pipeline
+
+
+def _load_tokens(config: GenerateConfig, pipeline: ImagePipeline) -> None:
+    """Token encoders: those that are named, or those beside a LoRA or in the model's directory."""
+    from sana_jax.lora import parse_lora_option
+
+    if not hasattr(pipeline, "load_condition_tokens"):
+        given = {"--condition-tokens": config.condition_tokens, "--image-encoder": config.image_encoder}
+        if unused := [option for option, value in given.items() if value is not None]:
+            raise UserError(f"{', '.join(unused)} would not be used by {type(pipeline).__name__}; leave it out")
+        return
+    places = [parse_lora_option(text)[0] for text in config.lora]
+    beside = [path if path.is_dir() else path.parent for path in map(pathlib.Path, places)]
+    found = [directory for directory in beside if has_condition_tokens(directory)]
+    if config.condition_tokens is not None:
+        pipeline.load_condition_tokens(config.condition_tokens, image_encoder=config.image_encoder)
+    elif found:
+        print(f"token encoders beside the LoRA: {found[0]}")
+        pipeline.load_condition_tokens(found[0], image_encoder=config.image_encoder)
+    elif config.image_encoder is not None:
+        if pipeline.condition_tokens is None:
+            raise UserError("--image-encoder would not be used, since the model has no token encoders; leave it out")
+        pipeline.image_encoder = config.image_encoder
 
 
 def call_arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
@@ -217,6 +266,13 @@ def call_arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str,
     arguments = {_PASSED[name]: value for name, value in given.items()}
     if config.instruction == "none":
         arguments["complex_human_instruction"] = ()
+    if config.condition or config.sweep is not None:
+        if "conditions" not in known:
+            raise UserError(
+                f"--condition and --sweep would not be used by {type(pipeline).__name__}, which is what {config.model} "
+                "is for; leave them out, or choose another model"
+            )
+        arguments["conditions"] = dict(map(parse_condition, config.condition))
     return arguments
 
 
@@ -250,6 +306,8 @@ def picture_settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[st
         "pag_scale": config.pag_scale,
         "pag_layers": config.pag_layers,
         "lora": ", ".join(config.lora) or None,
+        "condition": ", ".join(config.condition) or None,
+        "sweep": config.sweep,
         "lora_merge": config.lora_merge or None,
         "num_images": config.num_images if config.num_images > 1 else None,
         "variant": config.variant,
@@ -300,20 +358,24 @@ def _write(config: GenerateConfig, result: SanaPipelineOutput, settings: dict[st
         columns = config.num_images if len(config.prompt) > 1 and config.num_images > 1 else None
         picture = image_grid([enlarge_image(image, factor) for image in images], columns, labels)
         sheet = f", a sheet of {len(images)}"
-    prompts = config.prompt[0] if len(config.prompt) == 1 else list(config.prompt)
-    metadata = {
-        "prompt": prompts,
-        "negative_prompt": config.negative_prompt or None,
-        **settings,
-        "software": "sana_jax",
-    }
-    path = save_png(config.output, picture, metadata=metadata)
+    path = save_png(config.output, picture, metadata=_metadata(config, settings))
     shown = ""
     if factor > 1:
         shown = f", each picture enlarged {factor} times from {height}x{width} to {factor * height}x{factor * width}"
         shown += "" if config.enlarge else " (--enlarge 1 keeps the pixels)"
     print(f"picture: {path}{sheet}{shown}")
     return path
+
+
+def _metadata(config: GenerateConfig, settings: dict[str, Any]) -> dict[str, Any]:
+    """The picture's text chunks."""
+    prompts = config.prompt[0] if len(config.prompt) == 1 else list(config.prompt)
+    return {
+        "prompt": prompts,
+        "negative_prompt": config.negative_prompt or None,
+        **settings,
+        "software": "sana_jax",
+    }
 
 
 if __name__ == "__main__":

@@ -89,9 +89,12 @@ def compare(config: CompareConfig) -> Path:
     try:
         with tqdm(total=len(missing), desc="drawing", unit="picture", disable=None) as bar:
             _draw_missing(config, missing, output, bar)
-    finally:
-        # also after an error or Ctrl-C: what is there is shown
-        page = write_results(config, columns, pictures, prompts, output)
+    except BaseException:  # Ctrl-C too: what is there is shown
+        if any(read_record(output, picture) for picture in pictures):
+            page = write_results(config, columns, pictures, prompts, output)
+            print(f"page of what was drawn so far: {page}; the same command goes on from there", flush=True)
+        raise
+    page = write_results(config, columns, pictures, prompts, output)
     print(f"page: {page} ({page.stat().st_size / 1e6:.1f} MB); table: {output / 'comparison.csv'}")
     return page
 

@@ -43,6 +43,7 @@ from train.evaluation.reference import (
     FolderPictures,
     Reference,
     captions_beside,
+    check_features_path,
     load_reference,
     save_features,
 )
@@ -77,7 +78,7 @@ class EvaluateConfig:
     pictures fit their texts.
     """
 
-    metrics: tuple[Metric, ...]
+    metrics: tuple[Metric, ...] = ()
     """What to measure: the words before the first option; --metrics is the same."""
     model: str | None = None
     """Model directory that draws the pictures: a training run, a published or converted model."""
@@ -161,6 +162,8 @@ class EvaluateConfig:
             raise UserError(f"{needing[0]} needs --reference: a folder of pictures, {DIGITS}, or a file of features")
         if self.save_reference is not None and self.reference is None:
             raise UserError("--save-reference would not be used without --reference; give one")
+        if self.save_reference is not None:
+            check_features_path(Path(self.save_reference))
         for name, least in {"samples": 2, "batch_size": 1, "subsets": 1, "subset_size": 2}.items():
             if getattr(self, name) < least:
                 raise UserError(

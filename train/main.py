@@ -34,7 +34,7 @@ from sana_jax.compilation import compile_ahead, enable_compilation_cache, readab
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError, run_command_line
 from train import run_directory
-from train.assembly import assemble, open_base
+from train.assembly import RunParts, assemble, open_base
 from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
@@ -44,9 +44,11 @@ from train.objectives.flow_matching import FlowMatching
 from train.optimizers import learning_rate_schedule, warmup_steps
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
+from train.publishing import publish
 from train.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
-from train.state import StatePlan, TrainState, parameter_count, plan_state
+from train.state import StatePlan, TrainState, parameter_count, plan_state, sampled_params
 from train.step import StepMetrics, make_train_step
+from train.validation import Validator
 
 PROG = "python -m train.main"
 # Steps that may be queued on the devices before the host waits for the oldest.
@@ -131,14 +133,16 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     frozen = base_weights if recipe.keeps_base else None
     plan = plan_state(config, recipe, base_weights, mesh)
     say(_model_line(config, plan, base_weights))
+    for line in recipe.notes(config.optimizer.learning_rate, base_weights):
+        say(line)
     if (warmup := warmup_steps(config.optimizer, config.steps)) != config.optimizer.warmup_steps:
         say(f"warm-up: {warmup} steps, not {config.optimizer.warmup_steps}, since the run has {config.steps} steps")
     if plan.whole and mesh.size > 1:
         say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
     objective = FlowMatching(recipe, config.flow, *map(jnp.asarray, dataset.null_encoding()))
-    previewer = Previewer(parts, mesh, stop.writing)
+    previewer, validator = Previewer(parts, mesh, stop.writing), Validator(parts, mesh)
     store = _open_store(config)
-    run = Run(config, stop, store, loader, previewer, say)
+    run = Run(parts, stop, store, loader, previewer, validator, say)
     newest = store.latest_step()
     if newest is not None and newest >= config.steps and not previewer.missing(newest):
         run.finish(newest, newest)
@@ -157,8 +161,9 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         name = f"the train step for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
         train_steps[shape] = compile_ahead(name, step_function, plan.abstract, frozen, abstract_batch, say=say)
     if config.preview.every:
-        averaged = plan.abstract.params if plan.abstract.ema is None else plan.abstract.ema
-        previewer.compile(averaged, frozen, say)
+        previewer.compile(sampled_params(plan.abstract), frozen, say)
+    if config.validation.every:
+        validator.compile(sampled_params(plan.abstract), frozen, say)
 
     # ---- restore -----------------------------------------------------------------------------------------------------
     weights = None if base is None else base.weights(base_weights)
@@ -179,7 +184,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         return train_steps[batch.latents.shape[1:]](state, frozen, batch)
 
-    previewer.frozen = frozen
+    previewer.frozen = run.frozen = frozen
     with store:
         status = run.loop(state, train_step, lambda batch: to_global(batch, rows_sharding, config.batch_size, rows[0]))
     stop.nothing_to_lose = True
@@ -202,15 +207,17 @@ class Run:
 
     def __init__(
         self,
-        config: RunConfig,
+        parts: RunParts,
         stop: StopRequest,
         store: CheckpointStore,
         loader: Loader,
         previewer: Previewer,
+        validator: Validator,
         say: Callable[[str], None],
     ):
-        self.config, self.stop, self.store, self.loader = config, stop, store, loader
-        self.previewer, self.say = previewer, say
+        self.parts, self.config, self.stop, self.store, self.loader = parts, parts.config, stop, store, loader
+        self.previewer, self.validator, self.say = previewer, validator, say
+        self.frozen: PyTree | None = None
         self.writer: MetricsWriter | None = None
         self.nonfinite = 0
         self.unchecked: list[tuple[int, StepMetrics]] = []
@@ -240,10 +247,14 @@ class Run:
                     in_flight.popleft().block_until_ready()
                 progress.advance()
 
-                at_row = step % config.logging.every == 0 or step == config.steps
+                validates = self.validator.due(step)
+                at_row = step % config.logging.every == 0 or step == config.steps or validates
                 if at_row:
                     jax.block_until_ready(metrics)
-                    self.row(step, window, time.perf_counter() - window_started)
+                    seconds, measuring = time.perf_counter() - window_started, time.perf_counter()
+                    validation = self.validator.measure(sampled_params(state), self.frozen) if validates else {}
+                    progress.pause(time.perf_counter() - measuring)
+                    self.row(step, window, seconds, validation)
                     window = []
                 # Where there are several processes they ask one another at rows only.
                 asks = at_row or jax.process_count() == 1
@@ -274,17 +285,22 @@ class Run:
                     )
                     return exit_status(self.stop.signal)
             self.store.wait()
+            with self.stop.writing:  # once more, with the last preview in its card
+                publish(self.parts, sampled_params(state), step, self.previewer.newest)
         finally:
             progress.close()
             self.writer.close()
         self.finish(first, step)
         return 0
 
-    def row(self, step: int, window: list[StepMetrics], seconds: float) -> None:
-        """Writes and shows a row."""
+    def row(self, step: int, window: list[StepMetrics], seconds: float, validation: dict[str, float]) -> None:
+        """Writes and shows a row, with the validation losses where they were measured."""
         values = summarise(window, len(window) * self.config.batch_size, seconds)
+        values |= validation
         self.writer.write(step, values)
         self.progress.row(step, values)
+        if validation:
+            self.say(f"validation loss {validation['validation_loss']:.4f} at step {step}")
         if "images_per_second" in values:
             self.images_per_second.append(values["images_per_second"])
 
@@ -334,11 +350,12 @@ class Run:
             f"checkpoint: {self.config.run_dir}/checkpoints/{step} ({readable_bytes(record.state_bytes)}, "
             f"training waited {record.blocked_seconds:.1f} s)"
         )
+        with self.stop.writing:
+            publish(self.parts, sampled_params(state), step, self.previewer.newest)
 
     def preview(self, state: TrainState, step: int) -> None:
         """Draws samples."""
-        params = state.params if state.ema is None else state.ema
-        self.previewer.draw(step, params, self.writer, self.progress.say)
+        self.previewer.draw(step, sampled_params(state), self.writer, self.progress.say)
 
     def finish(self, first: int, step: int) -> None:
         """The last lines of a run."""

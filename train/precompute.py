@@ -10,7 +10,6 @@ import os
 import shlex
 import shutil
 import sys
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,8 +23,10 @@ if __name__ == "__main__":  # before the imports that take seconds, so that a si
 
     STOP = StopRequest()
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from configs.data import ImageDataConfig
 from configs.schema import RunConfig
@@ -41,23 +42,30 @@ from train.data.cache import (
     CacheIdentity,
     CacheWriter,
     Name,
-    ShardWriter,
     read_identity,
 )
 from train.data.cache_plan import NULL_PROMPT, cache_directory, cache_identity, signature, table_of, variants, view_of
 from train.data.check_picture import draw_check_picture
 from train.data.conditions import Condition, Encoders, Sample, View, make_conditions
 from train.data.decoding import BadPicture, decode_picture
-from train.data.encoding import PictureEncoder, count_tokens, encode_prompts, latent_dtype, prompt_dtype, unpadded
+from train.data.encoding import (
+    PictureEncoder,
+    count_tokens,
+    encode_prompts,
+    latent_dtype,
+    latents_of_features,
+    prompt_dtype,
+    unpadded,
+)
 from train.data.progress import Meter, Moments
-from train.data.source import ImageSource, Problem, Record, open_source, refuse_too_many_bad
+from train.data.shard_filler import ShardFiller, StoppedError
+from train.data.source import IndexedSource, Problem, Record, open_source, refuse_too_many_bad
 from train.preemption import StopRequest, exit_status
 
 PROG = "python -m train.precompute"
-# A shard ends at whichever comes first: what is lost if the process is killed.
-SHARD_BYTES, SHARD_SECONDS = 256 << 20, 60.0
 # Batches of pictures that are read and cut ahead of the one that is being encoded.
 BATCHES_AHEAD = 2
+FEATURES_AT_ONCE = 64
 
 Say = Callable[[str], None]
 
@@ -74,10 +82,6 @@ class Item(NamedTuple):
     def name(self) -> Name:
         """Of its record in the cache."""
         return self.record.key, self.variant
-
-
-class StoppedError(Exception):
-    """Someone asked the process to stop; what is finished is on the disk."""
 
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -116,7 +120,7 @@ def precompute(
 ) -> Path | None:
     """Makes the cache of ``config.data`` with a model's autoencoder and text encoder, or completes one.
 
-    When it returns, neither of the two has its weights in memory.
+    When it returns, neither of the two has its weights in memory. One device of this process computes.
 
     Args:
         config: its ``data``, ``batch_size``, ``run_dir`` and ``preview.prompts`` are used.
@@ -133,10 +137,18 @@ def precompute(
         CheckpointError: the directory holds a cache of another identity.
         UserError: what is wrong with data, settings or disk.
     """
+    # Whatever mesh a run has set, other processes do not take part in this.
+    with jax.set_mesh(Mesh(np.asarray(jax.local_devices()[:1]), ("encoders",))):
+        return _precompute(config, model, say, stop, thorough)
+
+
+def _precompute(
+    config: RunConfig, model: ModelDirectory, say: Say, stop: StopRequest | None, thorough: bool
+) -> Path | None:
     data = config.data
     encoder = PictureEncoder(model.autoencoder)
     channels = model.autoencoder.image_channels
-    conditions = make_conditions(data.conditions, Encoders(encoder, channels))
+    conditions = make_conditions(data.conditions, Encoders(encoder, channels, say))
     identity = cache_identity(data, model, conditions)
     directory = cache_directory(config, identity)
     if data.path is None:
@@ -148,6 +160,7 @@ def precompute(
             run.plan()
             run.prompts()
             run.pictures()
+            run.copy_features()
         except StoppedError:
             say(
                 f"stopped by {stop.signal.name}; what was finished is kept in {directory}, the same command continues"
@@ -157,6 +170,8 @@ def precompute(
         finally:
             _free(model.text_encoder)
             encoder.free()
+            for condition in conditions:
+                condition.free()
         run.finish()
     encoder.free()
     return directory
@@ -168,7 +183,7 @@ class _Run:
 
     config: RunConfig
     model: ModelDirectory
-    source: ImageSource
+    source: IndexedSource
     encoder: PictureEncoder
     conditions: tuple[Condition, ...]
     cache: CacheWriter
@@ -178,6 +193,7 @@ class _Run:
     bucket_of: dict[str, Bucket] = field(default_factory=dict)
     signature_of: dict[str, str] = field(default_factory=dict)
     items: list[Item] = field(default_factory=list)
+    features: list[Item] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     has_new: bool = False
@@ -194,16 +210,18 @@ class _Run:
         data, model = self.config.data, self.model
         records = self._usable_records()
         table = table_of(data, model)
+        pictures = [record for record in records if record.size is not None]
         sizes = assign_buckets(
-            [record.size for record in records], table, minimum=self.config.batch_size, rare=data.rare_buckets
+            [record.size for record in pictures], table, minimum=self.config.batch_size, rare=data.rare_buckets
         )
-        for line in sizes.lines:
+        for line in sizes.lines if pictures else ():
             self.say(f"data: {line}")
-        for record, index in zip(records, sizes.bucket_of):
+        for record, index in zip(pictures, sizes.bucket_of):
             self.bucket_of[record.key] = bucket = sizes.buckets[index]
             self.signature_of[record.key] = signature(record, bucket, self.conditions)
         present = self.cache.present(LATENTS)
-        self.items = self._missing_items(records, present)
+        self.items = self._missing_items(pictures, present)
+        self.features = self._missing_features([record for record in records if record.size is None], present)
         wanted = dict.fromkeys(caption.text for record in records for caption in record.captions)
         wanted |= dict.fromkeys(self.config.preview.prompts)
         wanted = [text for text in wanted if text.strip()]
@@ -215,11 +233,6 @@ class _Run:
     def _usable_records(self) -> list[Record]:
         records = []
         for record in self.source.records:
-            if record.size is None:
-                raise UserError(
-                    f"{self.source.name} holds features without pictures, which are not read into a cache yet; give "
-                    "the pictures"
-                )
             reason = next((why for c in self.conditions if (why := c.missing(record)) is not None), None)
             if reason is None:
                 records.append(record)
@@ -243,14 +256,33 @@ class _Run:
                     items.append(Item(record, variant, view_of(record.key, variant, bucket), current))
         return sorted(items, key=lambda item: (*item.view[:2], item.name in failed))
 
+    def _missing_features(self, records: Sequence[Record], present: Mapping[Name, str]) -> list[Item]:
+        """Latents of the data's own that are to be taken over."""
+        names = variants(self.config.data)
+        if not records:
+            return []
+        if names != ("center",):
+            raise UserError(
+                f"{self.source.name} has latents instead of pictures, which can't be cropped or mirrored: leave "
+                "--data.crop, --data.crops and --data.flip out"
+            )
+        self.say(
+            f"data: {len(records):,} samples have latents of their own, which are taken as they are; nothing says "
+            "whether this model's autoencoder has made and scaled them. Encoded captions beside them are not read"
+        )
+        for record in records:
+            self.signature_of[record.key] = signature(record, None, self.conditions)
+        items = (Item(record, "center", View(0, 0), self.signature_of[record.key]) for record in records)
+        return [item for item in items if present.get(item.name) != item.signature]
+
     def _say_plan(self, records: Sequence[Record], present: Mapping, wanted: Sequence[str], encoded: Mapping) -> None:
         keys = {record.key for record in records}
         dropped = {key for key, _ in present if key not in keys}
         if dropped:
             self.say(
-                f"cache: {len(dropped)} pictures in it are no longer in the data and are left out: {_some(dropped)}"
+                f"cache: {len(dropped)} pictures in it are no longer in the data and are dropped: {_some(dropped)}"
             )
-        changed = sum((item.name in present) for item in self.items)
+        changed = sum((item.name in present) for item in [*self.items, *self.features])
         if changed:
             self.say(f"cache: {changed} pictures have changed, or their sizes or inputs have; they are made again")
         count = len(records) * len(variants(self.config.data))
@@ -289,7 +321,7 @@ class _Run:
     def prompts(self) -> None:
         """Encodes the prompts that are missing, and then lets go of the text encoder."""
         encoder, dtype = self.model.text_encoder, prompt_dtype(self.model.text_encoder)
-        filler = _Filler(self.cache, PROMPTS, self.stop)
+        filler = ShardFiller(self.cache, PROMPTS, self.stop)
         meter = Meter("prompts", len(self.texts), self.say)
         with filler:
             if NULL_PROMPT not in self.cache.present(PROMPTS):
@@ -315,7 +347,7 @@ class _Run:
         self.has_new = True
         meter = Meter("pictures", len(self.items), self.say)
         moments = Moments()
-        filler = _Filler(self.cache, LATENTS, self.stop)
+        filler = ShardFiller(self.cache, LATENTS, self.stop)
         self._known_shapes()
         pool = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="pictures")
         try:
@@ -337,6 +369,32 @@ class _Run:
         bad = len(self.problems)
         if bad:
             self.say(f"left out: {bad} pictures, each named above")
+
+    def copy_features(self) -> None:
+        """Takes over the latents that the data has."""
+        if not self.features:
+            return
+        meter = Meter("features", len(self.features), self.say)
+        channels, factor = self.model.autoencoder.latent_channels, self.model.autoencoder.spatial_factor
+        self._known_shapes()
+        with ShardFiller(self.cache, LATENTS, self.stop) as filler:
+            for number, item in enumerate(self.features, 1):
+                record = item.record
+                try:
+                    latents = latents_of_features(record.key, self.source.features(record), channels)
+                    view = View(latents.shape[0] * factor, latents.shape[1] * factor)
+                    sample = Sample(self.source, record, view, None)
+                    inputs = {condition.name: condition.prepare(sample) for condition in self.conditions}
+                    if problem := self._other_shape(inputs):
+                        raise BadPicture(record.key, problem)
+                    arrays = {c.name: np.asarray(c.encode(np.asarray(inputs[c.name])[None])) for c in self.conditions}
+                    rows = [(0, item)], {"latents": latents[None], **arrays}
+                except BadPicture as error:
+                    filler.leave_out(item.name, str(error))
+                    self._leave_out(record.key, str(error))
+                    continue
+                self._write(*rows, 1, filler, None, meter, ends=number % FEATURES_AT_ONCE == 0)
+        meter.close()
 
     def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[tuple[list[Item], int, list[Future]]]:
         """Batches of one size, with the futures of their pictures; the next ones are being read meanwhile."""
@@ -382,7 +440,7 @@ class _Run:
         except BadPicture as error:
             return [error] * len(items)
 
-    def _encode(self, batch: list[Item], size: int, futures: list[Future], filler: _Filler) -> tuple:
+    def _encode(self, batch: list[Item], size: int, futures: list[Future], filler: ShardFiller) -> tuple:
         """Starts a batch; returns (rows, arrays) to be written."""
         prepared = [each for future in futures for each in future.result()]
         rows: list[tuple[int, Item]] = []
@@ -404,7 +462,9 @@ class _Run:
         arrays |= {condition.name: condition.encode(columns[condition.name]) for condition in self.conditions}
         return rows, arrays, len(batch)
 
-    def _write(self, rows, arrays, count: int, filler: _Filler, moments: Moments, meter: Meter) -> None:
+    def _write(
+        self, rows, arrays, count: int, filler: ShardFiller, moments: Moments | None, meter: Meter, *, ends: bool = True
+    ) -> None:
         arrays = {name: np.asarray(array) for name, array in arrays.items()}
         dtypes = {condition.name: "float32" for condition in self.conditions if condition.of_one_shape}
         for row, item in rows:
@@ -414,11 +474,13 @@ class _Run:
                 filler.leave_out(item.name, reason)
                 self._leave_out(item.record.key, reason)
                 continue
-            moments.add(own["latents"])
+            if moments is not None:
+                moments.add(own["latents"])
             own = {name: array.astype(dtypes.get(name, self.latent_dtype)) for name, array in own.items()}
             filler.add(item.name, own, item.signature)
         meter.advance(count)
-        filler.batch_ends()
+        if ends:
+            filler.batch_ends()
 
     def _known_shapes(self) -> None:
         """Shapes that vectors must have, where the cache has some already."""
@@ -441,8 +503,7 @@ class _Run:
         self.problems.append(Problem(key, reason))
         self.say(f"left out: {reason if reason.startswith(key) else f'{key} {reason}'}")
         every = [*self.source.problems, *self.problems]
-        total = len(self.source.records) + len(self.source.problems)
-        refuse_too_many_bad(every, total, self.config.data.max_bad_share)
+        refuse_too_many_bad(every, self.source.looked_at, self.config.data.max_bad_share)
 
     # -- finish ------------------------------------------------------------------------------------------------------
 
@@ -464,76 +525,21 @@ class _Run:
         present: dict[str, dict[str, str]] = {}
         for (key, variant), found in self.cache.present(LATENTS).items():
             present.setdefault(key, {})[variant] = found
-        wanted = variants(self.config.data)
+        wanted, factor = variants(self.config.data), self.model.autoencoder.spatial_factor
+        layouts = self.cache.layouts(LATENTS)
         for record in self.source.records:
             current = self.signature_of.get(record.key)
             there = [name for name, found in present.get(record.key, {}).items() if found == current]
             if current is None or not set(wanted) <= set(there):
                 continue
+            latents = next(shape for name, _, shape in layouts[record.key, there[0]].arrays if name == "latents")
             yield {
                 "key": record.key,
-                "size": list(self.bucket_of[record.key]),
+                "size": [latents[0] * factor, latents[1] * factor],
                 "captions": [[caption.text, caption.kind, caption.score] for caption in record.captions],
                 "group": record.group,
                 "variants": sorted(there),
             }
-
-
-class _Filler:
-    """Fills shards one after the other; ends one where a batch ends and it is large or old enough."""
-
-    def __init__(self, cache: CacheWriter, kind: str, stop: StopRequest | None):
-        self._cache, self._kind, self._stop = cache, kind, stop
-        self._shard: ShardWriter | None = None
-        self._left_out: dict[Name, str] = {}
-        self._started = 0.0
-
-    def add(self, name: Name, arrays: Mapping[str, np.ndarray], signature: str = "") -> None:
-        """One record."""
-        if self._shard is None:
-            if self._stop is not None:
-                self._stop.nothing_to_lose = False
-            self._shard, self._started = self._cache.new_shard(self._kind), time.monotonic()
-        self._shard.add(name, arrays, signature)
-
-    def leave_out(self, name: Name, reason: str) -> None:
-        """Notes in the next shard that something can't be used."""
-        self._left_out[name] = reason
-
-    def batch_ends(self) -> None:
-        """Ends the shard if it is time.
-
-        Raises:
-            StoppedError: the process was asked to stop; the shard has been ended.
-        """
-        asked = self._stop is not None and self._stop.signal is not None
-        shard = self._shard
-        if shard is not None:
-            old = time.monotonic() - self._started >= SHARD_SECONDS
-            if asked or old or shard.num_bytes >= SHARD_BYTES:
-                self._end()
-        if asked:
-            raise StoppedError
-
-    def _end(self) -> None:
-        shard, self._shard = self._shard, None
-        for name, reason in self._left_out.items():
-            shard.leave_out(name, reason)
-        self._left_out = {}
-        self._cache.keep(shard.close())
-        if self._stop is not None:
-            self._stop.nothing_to_lose = self._stop.signal is None
-
-    def __enter__(self) -> _Filler:
-        return self
-
-    def __exit__(self, kind: type | None, *_: Any) -> None:
-        if self._shard is not None and kind is None:
-            self._end()
-        elif self._shard is not None:
-            self._shard.abandon()
-        if self._stop is not None and self._stop.signal is None:
-            self._stop.nothing_to_lose = True
 
 
 def _finished_cache(directory: Path, identity: CacheIdentity, say: Say) -> Path:

@@ -58,6 +58,11 @@ class Previewer:
         """Where the preview of a step is."""
         return Path(self._config.run_dir) / "samples" / f"step_{step:06d}.png"
 
+    @property
+    def newest(self) -> Path | None:
+        """The last preview that was drawn."""
+        return max((self.path(0).parent).glob("step_*.png"), default=None)
+
     def missing(self, step: int) -> bool:
         """Whether a preview belongs to this step and is not there. The same on every process."""
         missing = self.due(step) and not self.path(step).exists()

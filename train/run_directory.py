@@ -8,6 +8,7 @@
     checkpoints/<step>/  training states
     tensorboard/         events
     model_index.json ... what ``python -m sana_jax.generate --model`` reads
+    pytorch_lora_weights.safetensors, README.md   of a LoRA run: the newest LoRA as diffusers loads it, and its card
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ NAMES = (
     "tensorboard",
     "model_index.json",
     "base_model.json",
+    "pytorch_lora_weights.safetensors",
     "transformer",
     "scheduler",
     "text_encoder",

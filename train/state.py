@@ -81,3 +81,8 @@ def plan_state(config: RunConfig, recipe: Recipe, base: PyTree | None, mesh: Mes
 def parameter_count(params: PyTree) -> int:
     """Number of parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def sampled_params(state: TrainState) -> PyTree:
+    """The parameters that pictures are drawn with: the average, where the run keeps one."""
+    return state.params if state.ema is None else state.ema

@@ -13,7 +13,7 @@ from configs.schema import RunConfig
 from kernels.typing import Array, Bool, Float, PyTree
 from train.batch import Batch
 from train.objectives.base import Objective
-from train.optimizers import learning_rate_schedule, stop_frozen, updates_taken
+from train.optimizers import evaluation_params, learning_rate_schedule, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
 
@@ -46,7 +46,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
 
     def train_step(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
         def mean_loss(params, batch, draws):
-            params = stop_frozen(params, config.optimizer.frozen)
+            params = stop_frozen(params, config.optimizer.frozen, config.optimizer.trained)
             with batch_stays_cut(batch.latents.shape[0]):
                 losses = objective.losses(params, frozen, batch, draws)
             return losses.loss.mean(), losses
@@ -58,7 +58,9 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = state.ema
-        if ema is not None:
+        if ema is not None and config.optimizer.name == "schedule_free_adamw":
+            ema = evaluation_params(opt_state, params)  # which is an average already
+        elif ema is not None:
             decay = ema_decay(state.step, config.ema.decay, config.ema.warmup)
             ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
         grad_norm = optax.tree_utils.tree_norm(grads)

@@ -74,6 +74,8 @@ def verify_model(
     choices, limits = choices or Choices(), limits or Limits()
     _check_options(components, dtype, prompts, steps)
     model = open_model(source, choices)
+    if strange := [part.network.family for part in model.components if part.network.class_name not in _BY_CLASS]:
+        raise UserError(f"{source} has {strange[0]}, which verify does not compare; it compares {', '.join(_BY_CLASS)}")
     by_name = {part.folder or _BY_CLASS[part.network.class_name]: part for part in model.components}
     wanted = _choose(model, by_name, tuple(components), steps)
     needed = set(by_name) | set(model.failures) if PIPELINE in wanted else set(wanted)

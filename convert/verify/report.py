@@ -22,10 +22,13 @@ MODULE_THRESHOLD = 1e-5
 WHOLE_THRESHOLD = 1e-4
 # float32, largest difference of a pixel in [0, 1].
 PIXEL_THRESHOLD = 2e-4
-# bfloat16: how many times PyTorch's own bfloat16 error ours may be, as the pipelines compute it.
+# bfloat16: how many times PyTorch's own bfloat16 error ours may be. Both are rounding, of one size and independent of
+# one another, so their ratio is about 1 with a spread that is wide for results of few numbers. Measured on tiny random
+# weights and inputs: median 0.96, largest 1.47 of 27 rows of SANA-Sprint's pipeline from a picture.
 BFLOAT16_RATIO = 1.5
-# The same of a single module. These run uncompiled here, where every addition of a bias and every factor of a SiLU
-# rounds by itself; PyTorch's fused forms round once. Measured: 1.8 times on random weights.
+# The same of a single module. Ours round a product and the bias that is added to it one after the other, PyTorch's
+# round their sum once: 1.15 times for one such layer, 1.5 for the few numbers of an embedded timestep that goes through
+# two. Measured on a 2K model's modules: median 1.05, 99 of 100 below 1.53, largest 1.71 of 288.
 BFLOAT16_MODULE_RATIO = 2.0
 # bfloat16: what one rounding of a result alone can make of it, and the like of a pixel in [0, 1].
 _ROUNDING, _PIXEL_ROUNDING = 2.0**-8, 2.0**-7

@@ -29,18 +29,21 @@ def shifted_multiply_add(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw
 
     Channels stay last: no transposition.
     """
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return _add_views(x, kernel)
+    # A sum in bfloat16 would round at every one of its terms; a backward pass keeps x, not its float32 views.
+    return jax.checkpoint(_add_views, prevent_cse=False)(x, kernel)
+
+
+def _add_views(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
     kernel_height, kernel_width, _ = kernel.shape
     _, height, width, _ = x.shape
     padding = [(0, 0), (kernel_height // 2,) * 2, (kernel_width // 2,) * 2, (0, 0)]
-    padded, weights = jnp.pad(x, padding), _wide(kernel)
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    padded, kernel = jnp.pad(x, padding), kernel.astype(wide)
     taps = [
-        _wide(padded[:, i : i + height, j : j + width, :]) * weights[i, j]
+        padded[:, i : i + height, j : j + width, :].astype(wide) * kernel[i, j]
         for i in range(kernel_height)
         for j in range(kernel_width)
     ]
     return sum(taps[1:], start=taps[0]).astype(x.dtype)
-
-
-def _wide(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Half precision as float32; a sum of nine or more terms in bfloat16 would round at every one."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

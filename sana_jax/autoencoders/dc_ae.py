@@ -16,13 +16,14 @@ from kernels.linear_attention import relu_linear_attention
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.autoencoders.dc_ae_config import BATCH_NORM, RES_BLOCK, DCAEConfig, Stage
 from sana_jax.errors import UserError
+from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
 from sana_jax.nn.mix_ffn import GLUMBConv
 
 NORM_EPSILON = 1e-5
 ATTENTION_EPSILON = 1e-15
 FEED_FORWARD_RATIO = 4
-ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu}
+ACTIVATIONS = {"relu": jax.nn.relu, "silu": silu}
 
 
 def init_params(config: DCAEConfig, key: PRNGKeyArray) -> PyTree:

@@ -153,7 +153,8 @@ class SanaControlNet(nn.Module):
         residuals = zero_layers(
             cfg.inner_dim, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="controlnet_blocks"
         )(outputs)
-        return residuals * jnp.asarray(conditioning_scale, residuals.dtype)
+        # The scale itself is not rounded: 0.7 in bfloat16 is 0.699.
+        return (residuals.astype(jnp.float32) * conditioning_scale).astype(residuals.dtype)
 
 
 def _zero_dense(features: int, dtype: jnp.dtype, name: str) -> Linear:

@@ -16,6 +16,7 @@ import numpy as np
 
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
+from sana_jax.nn.activations import gelu_tanh
 from sana_jax.nn.initializers import scaled_normal
 
 MODEL_TYPE = "gemma2"
@@ -248,7 +249,7 @@ class GemmaMLP(nn.Module):
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         """Mixes channels."""
         hidden = self.config.intermediate_size
-        gate = jax.nn.gelu(_dense(hidden, self.dtype, "gate_proj")(x), approximate=True)
+        gate = gelu_tanh(_dense(hidden, self.dtype, "gate_proj")(x))
         return _dense(x.shape[-1], self.dtype, "down_proj")(gate * _dense(hidden, self.dtype, "up_proj")(x))
 
 

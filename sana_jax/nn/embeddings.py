@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Array, Float
+from sana_jax.nn.activations import gelu_tanh, silu
 from sana_jax.nn.initializers import scaled_normal, torch_uniform, xavier_uniform
 from sana_jax.nn.linear import Linear
 
@@ -63,7 +63,7 @@ class TimestepEmbedder(nn.Module):
         last = nn.initializers.zeros if self.zero_output else normal
         hidden = timestep_sinusoid(timestep).astype(self.dtype)
         hidden = Linear(self.features, dtype=self.dtype, kernel_init=normal, name="linear_1")(hidden)
-        return Linear(self.features, dtype=self.dtype, kernel_init=last, name="linear_2")(jax.nn.silu(hidden))
+        return Linear(self.features, dtype=self.dtype, kernel_init=last, name="linear_2")(silu(hidden))
 
 
 class TimeEmbedding(nn.Module):
@@ -87,7 +87,7 @@ class TimeEmbedding(nn.Module):
             guidance_embedder = TimestepEmbedder(self.features, self.dtype, zero_output=True, name="guidance_embedder")
             embedding = embedding + guidance_embedder(guidance)
         projection = Linear(6 * self.features, dtype=self.dtype, kernel_init=scaled_normal(0.02), name="linear")
-        return embedding, projection(jax.nn.silu(embedding)).reshape(-1, 6, self.features)
+        return embedding, projection(silu(embedding)).reshape(-1, 6, self.features)
 
 
 class CaptionProjection(nn.Module):
@@ -101,7 +101,7 @@ class CaptionProjection(nn.Module):
         """Projects every caption token."""
         normal = scaled_normal(0.02)
         hidden = Linear(self.features, dtype=self.dtype, kernel_init=normal, name="linear_1")(caption)
-        hidden = jax.nn.gelu(hidden, approximate=True)
+        hidden = gelu_tanh(hidden)
         return Linear(self.features, dtype=self.dtype, kernel_init=normal, name="linear_2")(hidden)
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from kernels.depthwise_conv import depthwise_conv2d
 from kernels.typing import Array, Float
+from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
 from sana_jax.nn.linear import Linear
 
@@ -32,12 +32,12 @@ class GLUMBConv(nn.Module):
             bias_init=torch_uniform(features),
             name="conv_inverted",
         )(x)
-        x = DepthwiseConv(dtype=self.dtype, name="conv_depth")(jax.nn.silu(x))
+        x = DepthwiseConv(dtype=self.dtype, name="conv_depth")(silu(x))
         value, gate = jnp.split(x, 2, axis=-1)
         point = Linear(
             features, use_bias=False, dtype=self.dtype, kernel_init=torch_uniform(self.hidden), name="conv_point"
         )
-        return point(value * jax.nn.silu(gate))
+        return point(value * silu(gate))
 
 
 class DepthwiseConv(nn.Module):

@@ -18,6 +18,7 @@ import numpy as np
 from kernels.typing import Array, Float, PyTree
 from sana_jax.autoencoders import Autoencoder
 from sana_jax.compilation import Program, Programs
+from sana_jax.condition_tokens_files import save_condition_tokens
 from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.sampling import AmendFunction, sample_loop
@@ -208,6 +209,8 @@ class ImagePipeline(LoraPipeline):
         try:
             with atomic_directory(path) as temporary:
                 save_model(self, temporary)
+                if (tokens := getattr(self, "condition_tokens", None)) is not None:
+                    save_condition_tokens(temporary, tokens)
         except OSError as error:
             raise UserError(
                 f"writing {path} failed ({error.strerror or error}); nothing was left there: name another directory"

@@ -29,7 +29,7 @@ def encode_positive(
         UserError: neither or both of texts and embeddings, an empty list, or arrays of a wrong shape.
     """
     encoded = _encode(encode, channels, "prompt", texts, embeds, mask, negative=False)
-    return Encoded(*(jnp.repeat(array, num_images_per_prompt, axis=0) for array in encoded))
+    return jax.tree.map(lambda array: jnp.repeat(array, num_images_per_prompt, axis=0), encoded)
 
 
 def encode_negative(

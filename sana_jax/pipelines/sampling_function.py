@@ -13,6 +13,7 @@ from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.diffusion.guidance import classifier_free_guidance, interval_guidance
 from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.sampling import VelocityFunction, sample_scan
+from sana_jax.models.condition_tokens import ConditionTokens
 from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.nn.linear import LORA
@@ -21,10 +22,11 @@ SamplingFunction = Callable[..., Float[Array, "B H W C"]]
 
 
 class Encoded(NamedTuple):
-    """Encoded prompts: embeddings, and a mask with 1 where a token counts."""
+    """Encoded prompts: embeddings, a mask with 1 where a token counts, and further conditions if the model has any."""
 
     embeds: Float[Array, "B L C"]
     mask: Int[Array, "B L"]
+    tokens: ConditionTokens | None = None
 
 
 class Control(NamedTuple):
@@ -78,6 +80,7 @@ class Network(NamedTuple):
             encoder_attention_mask=conditions.mask,
             controlnet_residuals=residuals,
             identity_attention=identity,
+            condition_tokens=conditions.tokens,
         ).astype(jnp.float32)
 
 
@@ -120,7 +123,8 @@ def guided_velocity(
         latents: noised latents, channels-last.
         timestep: the sampler's.
         positive: encoded prompts.
-        negative: encoded negative prompts, as many, or one for all; None leaves out classifier-free guidance.
+        negative: encoded negative prompts, as many, or one for all; None leaves out classifier-free guidance. It has
+            (null) tokens where ``positive`` has tokens.
         guidance_scale: read only with ``negative``.
         perturbed_layers: layers whose self-attention is the identity in the perturbed part; empty leaves it out
             (perturbed-attention guidance, arXiv 2403.17377).
@@ -161,11 +165,13 @@ def make_sampling_fn(
     """A whole sampling run as one pure function, to be jitted.
 
     Returns:
-        ``fn(params, latents, embeds, mask, null_embeds, null_mask, key, lora)`` -> latents (B, H, W, C) in float32,
+        ``fn(params, latents, embeds, mask, null_embeds, null_mask, key, lora, tokens, null_tokens)`` -> latents
+        (B, H, W, C) in float32,
         where ``latents`` (B, H, W, C) are unit normal, ``embeds`` (B, L, C) and ``mask`` (B, L) are the prompts', and
         ``null_embeds`` (B or 1, L, C) and ``null_mask`` the negative ones. With a guidance scale of 1 or below the
         transformer sees each picture once per step, and the last two are not read and may be None. ``key`` serves
         samplers that draw noise, and may be None for the others. ``lora`` is a tree beside the parameters, or None.
+        ``tokens`` are condition tokens of B samples, or None, and ``null_tokens`` those of B or 1 without conditions.
     """
     schedule = sampler.schedule(num_inference_steps)
     network = Network(transformer)
@@ -179,10 +185,13 @@ def make_sampling_fn(
         null_mask: Int[Array, "B L"] | None = None,
         key: PRNGKeyArray | None = None,
         lora: PyTree | None = None,
+        tokens: ConditionTokens | None = None,
+        null_tokens: ConditionTokens | None = None,
     ) -> Float[Array, "B H W C"]:
-        negative = Encoded(null_embeds, null_mask) if is_guided(guidance_scale) else None
+        positive = Encoded(embeds, mask, tokens)
+        negative = Encoded(null_embeds, null_mask, null_tokens) if is_guided(guidance_scale) else None
         velocity = _velocity_of_schedule(
-            network, params, schedule, Encoded(embeds, mask), negative, guidance_scale, guidance_interval, lora
+            network, params, schedule, positive, negative, guidance_scale, guidance_interval, lora
         )
         return sample_scan(sampler, schedule, velocity, latents, key).latents
 

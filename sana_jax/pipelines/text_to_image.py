@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,6 +26,7 @@ from sana_jax.pipelines.base import (
     first_step,
 )
 from sana_jax.pipelines.checks import check_options, check_text_options
+from sana_jax.pipelines.conditions import ConditionsPipeline
 from sana_jax.pipelines.image_inputs import mask_at, place, read_mask, read_pictures, to_network_range
 from sana_jax.pipelines.opening import abstract_params
 from sana_jax.pipelines.prompts import encode_negative, encode_positive
@@ -74,12 +75,13 @@ class TextToImageRequest:
     binning: Binning | None = None
     max_sequence_length: int | None = None
     complex_human_instruction: Sequence[str] | None = None
+    conditions: Mapping[str, Any] | None = None
     output_type: OutputType = "pil"
     callback_on_step_end: StepEndCallback | None = None
     progress_bar: bool = False
 
 
-class SanaPipeline(ImagePipeline):
+class SanaPipeline(ConditionsPipeline, ImagePipeline):
     """Draws pictures from texts, alone or beginning from a picture; arguments as in ``ImagePipeline``.
 
     Perturbed-attention guidance acts on exactly the layers named, and in models with q/k norms too; the reference's
@@ -122,6 +124,7 @@ class SanaPipeline(ImagePipeline):
         binning: Binning | None = None,
         max_sequence_length: int | None = None,
         complex_human_instruction: Sequence[str] | None = None,
+        conditions: Mapping[str, Any] | None = None,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         progress_bar: bool = False,
@@ -156,6 +159,8 @@ class SanaPipeline(ImagePipeline):
             max_sequence_length: prompt tokens that count, where the text encoder has that setting.
             complex_human_instruction: lines put before the prompt, where the text encoder has that setting; empty for
                 none.
+            conditions: by name, for a model with token encoders: a number, a vector (an array or a ``.npy`` file) or
+                a picture, for all prompts or a list of one for each. One that is missing is left open.
             output_type: ``"pil"``; ``"np"``, (B, H, W, 1 or 3) in [0, 1]; or ``"latent"``, (B, C, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, C, h, w)}) after every step; if
                 it returns False, sampling ends there.
@@ -187,6 +192,7 @@ class SanaPipeline(ImagePipeline):
 
         watch = Stopwatch()
         positive, negative = self._conditions(request, is_guided(scale))
+        positive, negative = self._with_tokens(request, positive, negative)
         self._leave(TEXT)
         watch.end("text")
 
@@ -251,6 +257,17 @@ class SanaPipeline(ImagePipeline):
             return positive, None
         negatives = (request.negative_prompt, request.negative_prompt_embeds, request.negative_prompt_attention_mask)
         return positive, encode_negative(encode, channels, *negatives, positive, repeats)
+
+    def _with_tokens(
+        self, request: TextToImageRequest, positive: Encoded, negative: Encoded | None
+    ) -> tuple[Encoded, Encoded | None]:
+        repeats, count = request.num_images_per_prompt, positive.embeds.shape[0]
+        guided = negative is not None
+        tokens, null = self._tokens_of_call(request.conditions, count // repeats, repeats, guided)
+        if guided and null is not None:
+            null = jax.tree.map(lambda array: jnp.repeat(array, negative.embeds.shape[0], axis=0), null)
+            negative = negative._replace(tokens=null)
+        return positive._replace(tokens=tokens), negative
 
     def _perturbed_layers(self, scale: float, adaptive: float, layers: Any) -> tuple[int, ...]:
         if not (scale >= 0 and np.isfinite(scale) and adaptive >= 0 and np.isfinite(adaptive)):

@@ -19,6 +19,7 @@ _SIGNS = (
     ("PixArt", r"adaln_single\..*"),
     ("Stable Diffusion", r"(model\.diffusion_model\.)?(down_blocks|input_blocks|mid_block|middle_block)\..*"),
     ("Gemma", r"(model\.)?(embed_tokens\.weight|layers\.\d+\.self_attn\..*)"),
+    ("SigLIP", r"(vision_model\.)?head\.probe"),
     ("a CLIP or T5 text encoder", r"(text_model|encoder\.block|shared)\..*"),
     ("a ControlNet of SANA", r"controlnet_blocks\..*|controlnet\.\d+\..*"),
     ("an original SANA of NVlabs", r"blocks\.\d+\.(cross_attn|attn\.qkv)\..*|x_embedder\..*"),

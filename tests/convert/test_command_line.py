@@ -53,7 +53,7 @@ def test_the_program_needs_no_accelerator_and_says_one_line_of_an_error(tmp_path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "no command; allowed are import, export, inspect"),
+        ([], "no command; allowed are import, export, merge, inspect"),
         (["convert"], "'convert' is no command"),
         (["import"], "--source is missing"),
         (["import", "a"], "--destination is missing"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,16 @@ from convert.engine import import_model
 from convert.lora import merge_model
 from convert.main import main
 from sana_jax.errors import CheckpointError, UserError
+from sana_jax.lora import init_lora, lora_tree, read_lora, scaled_lora
+from sana_jax.models.sana import SanaTransformer
+from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.pipelines.model_directory import read_model_directory, write_model_directory
+from sana_jax.pipelines.opening import abstract_params, model_weights_id
+from sana_jax.weights import save_params
+from sana_jax.weights.manifest import write_manifest
+from sana_jax.weights.rules import flatten
 from sana_jax.weights.safetensors_files import SafetensorsSource
+from sana_jax.weights.tables.sana import transformer_rules
 from tests.convert.cases import files_of, tensors_of, transformer
 from tests.lora import lora_oracle
 
@@ -99,3 +110,76 @@ def test_refused(published, lora, tmp_path):
     merge_model(source, lora, out, dry_run=True, report=silent)
     assert files_of(out) == {}
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def make_run(directory, base, pipeline: str = "SanaPipeline", extra: dict | None = None, kind: str = "lora"):
+    """A training run's directory with the checkpoint of a LoRA, and the LoRA."""
+    model = read_model_directory(base, pipeline)
+    config = model.transformer_config
+    shapes = abstract_params(SanaTransformer(config))
+    fresh = init_lora(shapes, ("all_linear_and_pointwise",), 3, jax.random.key(0))
+    tree = jax.tree.map(lambda leaf: leaf + 0.1 * np.arange(leaf.size).reshape(leaf.shape) / leaf.size, fresh)
+    settings = {"lora": {"rank": 3, "alpha": 4.5, "dropout": 0.1, "targets": ["all_linear_and_pointwise"]}}
+    write_model_directory(
+        directory,
+        transformer_config=config,
+        sampler=model.sampler,
+        text_encoder=model.text_encoder,
+        autoencoder=model.autoencoder,
+        defaults=model.defaults,
+        pipeline=pipeline,
+        trained_from=BaseModelFile(kind, str(base), str(base), model_weights_id(model), settings),
+    )
+    step = directory / "checkpoints" / "5"
+    save_params(step / "params", {"lora": tree, **(extra or {})})
+    write_manifest(step, ["params"])
+    (directory / "lora").mkdir()
+    (directory / "lora" / "README.md").write_text("card")
+    return tree, transformer_rules(config), shapes
+
+
+def test_a_run_gives_its_lora(published, tmp_path, capsys):
+    base = published("sana-1.0")
+    tree, rules, shapes = make_run(tmp_path / "run", base, extra={"tokens": {"bias": np.zeros(3, np.float32)}})
+    with pytest.raises(UserError, match="give --lora only or --lora merged"):
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out")])
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--lora", "only"]) == 0
+    out = capsys.readouterr().out
+    assert "the params weights of step 5" in out
+    assert "left out: tokens, which the run has trained too and diffusers cannot load" in out
+    assert sorted(files_of(tmp_path / "out")) == ["README.md", "pytorch_lora_weights.safetensors"]
+    found = flatten(lora_tree([(read_lora(tmp_path / "out", rules, shapes), 1.0)], shapes))
+    for path, leaf in flatten(scaled_lora(tree, 1.5)).items():
+        np.testing.assert_array_equal(found[path], leaf)
+    metadata = SafetensorsSource(tmp_path / "out" / "pytorch_lora_weights.safetensors").metadata
+    assert json.loads(metadata["lora_adapter_metadata"])["transformer.lora_dropout"] == 0.1
+    assert json.loads(metadata["sana_jax"])["step"] == 5
+    # and merged: the same as merging that file
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "merged"), "--lora", "merged"]) == 0
+    merge_model(base, tmp_path / "out", tmp_path / "expected", report=silent)
+    stem = "diffusion_pytorch_model"
+    merged = tensors_of(tmp_path / "merged" / "transformer", stem)
+    assert merged == tensors_of(tmp_path / "expected" / "transformer", stem)
+    assert merged != tensors_of(base / "transformer", stem)
+    SanaPipeline.from_pretrained(tmp_path / "merged")
+
+
+def test_a_run_is_refused(published, tmp_path):
+    base = published("sana-1.0")
+    with pytest.raises(UserError, match="is no training run of a LoRA"):
+        main(["export", str(base), str(tmp_path / "out"), "--lora", "only"])
+    moved = tmp_path / "base"
+    shutil.copytree(base, moved)
+    make_run(tmp_path / "run", moved)
+    with pytest.raises(UserError, match="no variants"):
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--lora", "only", "--variant", "bf16"])
+    weights = moved / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(CheckpointError, match="put the old ones back"):
+        main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--lora", "merged"])
+    make_run(tmp_path / "sprint run", base, kind="sprint")
+    with pytest.raises(UserError, match="a training run of kind sprint"):
+        main(["export", str(tmp_path / "sprint run"), str(tmp_path / "out"), "--lora", "only"])
+    assert not (tmp_path / "out").exists()

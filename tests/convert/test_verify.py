@@ -165,14 +165,15 @@ def loading_contract(model):
 
 
 def perturbed(params, *path, layer=None):
-    """The same parameters with one leaf, or one layer of it, changed by a thousandth."""
+    """The same parameters with one leaf, or one layer of it, changed by a thousandth; in bfloat16 by a twentieth."""
     tree = jax.tree.map(np.asarray, params)
     node = tree
     for key in path[:-1]:
         node = node[key]
     leaf = node[path[-1]].copy()
     chosen = leaf if layer is None else leaf[layer]
-    chosen *= 1 + 1e-3 * np.random.default_rng(0).standard_normal(chosen.shape).astype(leaf.dtype)
+    amount = 1e-3 if leaf.dtype == np.float32 else 5e-2
+    chosen *= (1 + amount * np.random.default_rng(0).standard_normal(chosen.shape)).astype(leaf.dtype)
     node[path[-1]] = leaf
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), tree, params)
 
@@ -247,15 +248,20 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_in_the_weights_is_named(published, check, monkeypatch, fault):
-    kind, component, change, expected = FAULTS[fault]
+def plant(monkeypatch, change):
+    """Ours reads changed weights, and of a component only its modules are compared."""
     read = loading.load_ours
     monkeypatch.setattr(loading, "load_ours", lambda place, dtype: change(read(place, dtype)))
     # What is done with prompts and pictures as a whole has nothing to add here.
     monkeypatch.setattr("convert.verify.comparison.whole_rows", lambda *arguments: [])
     only_blocks = networks.autoencoder_passes
     monkeypatch.setitem(networks.PASSES, "AutoencoderDC", lambda *inputs: (only_blocks(*inputs)[0], []))
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_weights_is_named(published, check, monkeypatch, fault):
+    kind, component, change, expected = FAULTS[fault]
+    plant(monkeypatch, change)
     fine, lines, rows = check(published(kind), component, prompts=["a red panda"])
     assert not fine
     past = [row["module"] for row in rows[component] if not row["ok"]]
@@ -278,6 +284,20 @@ def test_a_fault_in_the_code_is_named(published, check, monkeypatch):
     fine, lines, _ = check(published("sana-1.0"), "transformer")
     assert not fine
     assert "transformer: transformer_blocks.0.attn1: attention itself" in lines[-1]
+
+
+# An autoencoder takes long: everything is compiled again in bfloat16.
+IN_BFLOAT16 = [pytest.param(fault, marks=[pytest.mark.prove] if fault != "conv_depth" else []) for fault in FAULTS]
+
+
+@pytest.mark.parametrize("fault", IN_BFLOAT16)
+def test_a_fault_in_the_weights_is_named_in_bfloat16(published, check, monkeypatch, fault):
+    kind, component, change, expected = FAULTS[fault]
+    plant(monkeypatch, change)
+    fine, lines, rows = check(published(kind), component, prompts=["a red panda"], dtype="bfloat16")
+    assert not fine
+    assert next(row["module"] for row in rows[component] if not row["ok"]) == expected
+    assert f"{component}: {expected}" in lines[-1]
 
 
 # -- bad input -------------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """CAME, CAME with an 8-bit momentum, and Lion against recorded steps.
 
-Recorded tensors are PyTorch's: a linear weight (out, in), a convolution (out, in, height, width). Here they are (in, out)
-and (height, width, in, out). In the recording the table is a matrix as well, so here it has a matrix's name.
+Recorded tensors are PyTorch's: a linear weight (out, in), a convolution (out, in, height, width). Here they are
+(in, out) and (height, width, in, out). In the recording the table is a matrix as well, so here it has a matrix's name.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def run(golden: GoldenFile, config: OptimizerConfig):
     step_function = jax.jit(optimizer.update)
     for step in range(golden.hparams["steps"]):
         grads = {
-            name: {kind: jnp.asarray(to_jax(golden[f"in/grads/{name}"][step])) for kind in params[name]} for name in names
+            name: {kind: jnp.asarray(to_jax(golden[f"in/grads/{name}"][step])) for kind in params[name]}
+            for name in names
         }
         updates, state = step_function(grads, state, params)
         params = optax.apply_updates(params, updates)
@@ -108,7 +109,8 @@ def compare_memory(golden: GoldenFile, step: int, state) -> int:
             compared += expect(golden, port, f"{place}/exp_avg.{name}", SCALE_TOLERANCE)
         if f"out/{place}/exp_avg.data" in golden:
             difference = to_torch(memory.momentum.codes).astype(int) - golden[f"out/{place}/exp_avg.data"].astype(int)
-            assert np.abs(difference).max() <= 1 and (difference == 0).mean() >= EQUAL_CODES, place
+            assert np.abs(difference).max() <= 1, place
+            assert (difference == 0).mean() >= EQUAL_CODES, place
             compared += 1
     return compared
 

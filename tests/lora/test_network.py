@@ -34,6 +34,7 @@ FORWARD, GRADIENT = 1e-5, 1e-4
 # Compiling takes most of the time, and speed does not matter here.
 QUICKLY = {"xla_backend_optimization_level": 0}
 TARGETS = [*ALL_LINEAR, *CONV]
+RANK, ALPHA = 3, 5
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,11 +45,11 @@ def _full_precision():
 
 @pytest.fixture(scope="module", params=["patch-2", "sprint"])
 def case(request, tmp_path_factory):
-    """(variant, our model, base parameters, LoRA tree, inputs, expected output, expected gradients of the LoRA)."""
+    """(variant, our model, base parameters, LoRA as it is trained, inputs, output and gradients that are expected)."""
     variant = request.param
     config = jax_config(variant)
     model = copy.deepcopy(torch_model(variant))
-    model.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=TARGETS))
+    model.add_adapter(LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=TARGETS))
     generator = torch.Generator().manual_seed(5)
     adapter = {name: parameter for name, parameter in model.named_parameters() if "lora_" in name}
     with torch.no_grad():
@@ -94,6 +95,7 @@ def apply(transformer, variables, inputs):
 
 def test_output(case):
     variant, transformer, params, lora, inputs, expected, _ = case
+    lora = scaled_lora(lora, ALPHA / RANK)
     run = jit(lambda variables: apply(transformer, variables, inputs))
     beside = run({"params": params, "lora": lora})
     merged = run({"params": merge_lora(params, lora)})
@@ -110,6 +112,7 @@ def test_gradients(case):
     transformer = SanaTransformer(jax_config(variant), remat={"patch-2": "none", "sprint": "full"}[variant])
 
     def loss(lora):
+        lora = scaled_lora(lora, ALPHA / RANK)
         return (apply(transformer, {"params": params, "lora": lora}, inputs) * inputs.output_weights).sum()
 
     found, wanted = flatten(jit(jax.grad(loss))(lora)), flatten(expected)

@@ -38,7 +38,9 @@ CONFIG = SanaConfig(
 BATCH, LENGTH = 3, 5
 MASK = np.ones((BATCH, LENGTH), np.int32)
 MASK[0, 3:] = 0
-MASK[2] = 0  # nothing but padding
+# A caption of nothing but padding is read as if it were unmasked, at -10000, which leaves its logits three decimals.
+MASK_WITH_EMPTY_ROW = MASK.copy()
+MASK_WITH_EMPTY_ROW[2] = 0
 VECTOR = TokenEncoderConfig("vector", width=7, normalize=True, num_tokens=2, hidden=9)
 SCALAR = TokenEncoderConfig("scalar", frequencies=3, inject="after", activation="gelu", null="zero")
 ENCODERS = ConditionEncoders({"object": VECTOR, "zoom": SCALAR}, CONFIG.caption_channels, CONFIG.inner_dim)
@@ -135,12 +137,12 @@ FRESH = init_tokens(ENCODERS, jax.random.key(3))
 # --- the start ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", [MASK, None], ids=["masked", "unmasked"])
+@pytest.mark.parametrize("mask", [MASK, MASK_WITH_EMPTY_ROW, None], ids=["masked", "no caption", "unmasked"])
 def test_fresh_tokens_change_nothing(mask):
     base = output(None, encoder_attention_mask=mask)
     for params in (FRESH, with_weight(FRESH, -0.5)):
         fresh = output(apply_tokens(ENCODERS, params, CONDITIONS), encoder_attention_mask=mask)
-        for sample in range(BATCH):  # the one without any caption too
+        for sample in range(BATCH):
             assert relative(fresh[sample], base[sample]) <= ROUNDING
     weighed = output(apply_tokens(ENCODERS, with_weight(FRESH, 1.0), CONDITIONS), encoder_attention_mask=mask)
     for sample in range(BATCH):
@@ -171,20 +173,15 @@ def test_a_token_of_weight_1_is_a_word_of_the_caption():
     assert tokens.before.shape == (BATCH, 2, 10)
     assert tokens.after.shape == (BATCH, 0, 24)
     found = output(tokens)
-    given, words = arguments(), MASK.copy()
-    words[2] = 1  # that caption is read as if it were unmasked, at -10000, which leaves its logits three decimals
-    caption = np.concatenate([given["encoder_hidden_states"], tokens.before], axis=1)
-    longer = np.concatenate([words, np.ones((BATCH, 2), np.int32)], axis=1)
+    caption = np.concatenate([arguments()["encoder_hidden_states"], tokens.before], axis=1)
+    longer = np.concatenate([MASK, np.ones((BATCH, 2), np.int32)], axis=1)
     expected = output(None, encoder_hidden_states=caption, encoder_attention_mask=longer)
-    assert relative(found[:2], expected[:2]) <= ROUNDING
-    assert relative(found[2], expected[2]) <= 1e-3
-    hidden = np.concatenate([words, np.zeros((BATCH, 2), np.int32)], axis=1)
+    assert relative(found, expected) <= ROUNDING
+    hidden = np.concatenate([MASK, np.zeros((BATCH, 2), np.int32)], axis=1)
     absent = {"object": jnp.zeros(BATCH, bool)}
     tokens = apply_tokens(vector, with_weight(init_tokens(vector, jax.random.key(0)), 1.0), CONDITIONS, None, absent)
     expected = output(None, encoder_hidden_states=caption, encoder_attention_mask=hidden)
-    found = output(tokens)
-    assert relative(found[:2], expected[:2]) <= ROUNDING
-    assert relative(found[2], expected[2]) <= 1e-3
+    assert relative(output(tokens), expected) <= ROUNDING
 
 
 def test_the_weight_multiplies():
@@ -247,7 +244,7 @@ def test_the_weights_gradient_is_the_difference_quotient(start):
     params = with_weight(randomised(FRESH, 4), start)
     found = gradient(params)
     for name in ("object", "zoom"):
-        step = 2e-3 if start else 1e-3
+        step = 5e-4
 
         def at(value, name=name):
             return float(loss({**params, name: {**params[name], "attention_weight": jnp.float32(value)}}))
@@ -256,7 +253,7 @@ def test_the_weights_gradient_is_the_difference_quotient(start):
         lower = middle - step if start else middle
         expected = (at(middle + step) - at(lower)) / (middle + step - lower)
         assert abs(expected) > 1  # both are far from nothing, also where the weight is 0
-        np.testing.assert_allclose(found[name]["attention_weight"], expected, rtol=0.1 if start == 0 else 0.02)
+        np.testing.assert_allclose(found[name]["attention_weight"], expected, rtol=0.05 if start == 0 else 0.01)
 
 
 def test_below_0_the_weights_gradient_goes_on():
@@ -267,27 +264,26 @@ def test_below_0_the_weights_gradient_goes_on():
 
 
 def test_the_contents_gradient_is_that_of_weight_1():
-    """At any weight, what the loss's own gradient is, divided by the weight; and at 0 its limit."""
+    """The loss's own gradient divided by the weight, where that is below 1; and at 0 its limit."""
     params = randomised(FRESH, 4)
-    direction = jax.tree.map(lambda leaf: leaf * 0.1, randomised(params["object"], 8))
-    direction["attention_weight"] = jnp.float32(0.0)
 
-    def slope(weight):
-        found = gradient(with_weight(params, weight))["object"]
-        return float(sum(jnp.vdot(a, b) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(direction))))
+    def slope_and_quotient(weight, step=2e-2):
+        """Along the gradient itself, the weight held: what the gradient says, and the loss's difference quotient."""
+        own = {**gradient(with_weight(params, weight))["object"], "attention_weight": jnp.float32(0.0)}
+        length = float(optax.tree_utils.tree_norm(own))
 
-    def quotient(weight, step=1e-2):
-        moved = [
-            {**params["object"], **jax.tree.map(lambda a, b, s=s: a + s * b, params["object"], direction)}
-            for s in (step, -step)
-        ]
-        up, down = (loss(with_weight({**params, "object": m}, weight)) for m in moved)
-        return (float(up) - float(down)) / (2 * step)
+        def at(distance):
+            moved = jax.tree.map(lambda a, b: a + distance / length * b, params["object"], own)
+            return float(loss(with_weight({**params, "object": moved}, weight)))
 
-    np.testing.assert_allclose(slope(2.0), quotient(2.0), rtol=0.02)
-    np.testing.assert_allclose(slope(0.5), quotient(0.5) / 0.5, rtol=0.02)
-    np.testing.assert_allclose(slope(0.0), quotient(1e-2) / 1e-2, rtol=0.1)
-    np.testing.assert_allclose(slope(0.0), slope(1e-4), rtol=1e-2)
+        return length, (at(step) - at(-step)) / (2 * step)
+
+    for weight in (2.0, 0.5, 0.02):
+        slope, quotient = slope_and_quotient(weight)
+        np.testing.assert_allclose(slope, quotient / min(weight, 1.0), rtol=0.02)
+    slope, quotient = slope_and_quotient(0.0)
+    assert quotient == pytest.approx(0, abs=1e-2)
+    np.testing.assert_allclose(slope, slope_and_quotient(0.02)[0], rtol=0.1)
     assert SMALLEST_WEIGHT < 1e-10
 
 

@@ -7,7 +7,16 @@ import pytest
 from PIL import Image
 
 from sana_jax.errors import UserError
-from sana_jax.images import automatic_enlargement, enlarge_image, image_grid, save_png, to_pil
+from sana_jax.images import (
+    automatic_enlargement,
+    enlarge_image,
+    image_grid,
+    labelled_table,
+    save_gif,
+    save_png,
+    strip,
+    to_pil,
+)
 
 
 def test_modes_rounding_and_clamping():
@@ -96,3 +105,82 @@ def test_grid_labels_widen_cells():
         image_grid([images[0], Image.new("RGB", (9, 8))])
     with pytest.raises(UserError, match="columns 0"):
         image_grid(images, 0)
+
+
+def test_strip():
+    images = [Image.new("L", (140, 30), value) for value in (10, 90, 200)]
+    labels = ["step 1", "step 2", "step 3"]
+    across, down = np.asarray(strip(images, labels)), np.asarray(strip(images, labels, vertical=True))
+    assert (across == 90).sum() >= 140 * 30
+    assert across.shape[1] == 3 * 148
+    assert down.shape[1] == 148
+    assert [np.argmax((down == value).sum(axis=1) >= 140) for value in (10, 90, 200)] == sorted(
+        np.argmax((down == value).sum(axis=1) >= 140) for value in (10, 90, 200)
+    )
+    with pytest.raises(UserError, match="labels"):
+        strip(images, labels[:2])
+    with pytest.raises(UserError, match="grid"):
+        strip([], [])
+
+
+def test_labelled_table():
+    """Pictures stand in their row and column, whatever their sizes and their labels' lengths; one place is empty."""
+    rows = [[Image.new("L", (20, 10), 10), None], [Image.new("L", (30, 40), 60), Image.new("L", (8, 8), 90)]]
+    long = "a long prompt of many words that does not fit into one line beside the pictures"
+    table = labelled_table(rows, [long, "b\nseed 1"], ["step 1", "step 2\nguidance 4.5"])
+    pixels = np.asarray(table)
+    places = {}
+    for value, size in {10: 200, 60: 1200, 90: 64}.items():
+        block = np.zeros_like(pixels, bool)
+        found = np.argwhere(pixels == value)
+        top, left = np.median(found, axis=0)
+        block[pixels == value] = True
+        assert block.sum() >= size
+        places[value] = top, left
+    assert places[10][0] < places[60][0]
+    assert abs(places[60][1] - places[10][1]) < 20
+    assert places[90][1] > places[60][1]
+    assert table.width < 900  # the long label is wrapped
+    coloured = labelled_table([[Image.new("RGB", (4, 4), (1, 2, 3))]], ["r"], ["c"])
+    assert (coloured.mode, coloured.getpixel((0, 0))) == ("RGB", (255, 255, 255))
+    with pytest.raises(UserError, match="one label for every row"):
+        labelled_table(rows, ["a"], ["1", "2"])
+    with pytest.raises(UserError, match="without pictures"):
+        labelled_table([[None]], ["a"], ["1"])
+
+
+def test_gif(tmp_path, monkeypatch):
+    frames = [Image.new("RGB", (12, 8), colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255))]
+    path = save_gif(tmp_path / "new" / "moving.gif", frames, 120, comment="steps 1 2 3")
+    with Image.open(path) as moving:
+        assert (moving.n_frames, moving.size, moving.info["loop"]) == (3, (12, 8), 0)
+        assert moving.info["comment"] == b"steps 1 2 3"
+        for index, frame in enumerate(frames):
+            moving.seek(index)
+            assert moving.info["duration"] == 120
+            np.testing.assert_array_equal(np.asarray(moving.convert("RGB")), np.asarray(frame))
+    gray = save_gif(tmp_path / "gray.gif", [Image.new("L", (3, 3), value) for value in (7, 8)])
+    with Image.open(gray) as moving:
+        assert np.asarray(moving.convert("L")).tolist() == [[7] * 3] * 3
+    before = path.read_bytes()
+
+    def fail(self, file, **_):
+        file.write(b"half")
+        raise RuntimeError("disk")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Image.Image, "save", fail)
+        with pytest.raises(RuntimeError):
+            save_gif(path, frames[:1])
+    assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["moving.gif"]
+    for arguments, message in {
+        (tmp_path / "x.png",): r"ends in \.gif",
+        (tmp_path / "x.gif", 15): "15 milliseconds",
+        (tmp_path / "x.gif", 0): "0 milliseconds",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            save_gif(arguments[0], frames, *arguments[1:])
+    for bad in ([], [frames[0], Image.new("RGB", (5, 5))]):
+        with pytest.raises(UserError, match="of one size"):
+            save_gif(tmp_path / "x.gif", bad)

@@ -6,12 +6,13 @@ import numpy as np
 import optax
 import pytest
 
-from configs.schema import OptimizerConfig
+from configs.optimizer import READS, OptimizerConfig, check_optimizer, setting
 from sana_jax import UserError
 from train.optimizers import (
     learning_rate_schedule,
     make_optimizer,
     path_mask,
+    peak_learning_rates,
     stop_frozen,
     updates_taken,
     warmup_steps,
@@ -189,3 +190,108 @@ def test_adamw_against_pytorch(clip_norm):
 def flat(tree) -> dict[str, np.ndarray]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+# -- own learning rates, and what alone is trained -----------------------------------------------------------------
+
+
+def test_a_learning_rate_of_its_own_has_the_same_shape_of_schedule():
+    settings = {"learning_rate": 1e-2, "weight_decay": 0.1, "schedule": "cosine", "warmup_steps": 2, "clip_norm": 1.0}
+    plain, _ = updated(OptimizerConfig(**settings))
+    grouped, state = updated(OptimizerConfig(**settings, learning_rates=("attention/.*=1e-3", "head/bias=0.05")))
+    assert np.array_equal(plain["head"]["kernel"], grouped["head"]["kernel"])
+    assert np.array_equal(plain["scale_shift_table"], grouped["scale_shift_table"])
+    for settings_of_all, place in (({**settings, "learning_rate": 1e-3}, ("attention", "kernel")),):
+        alone, _ = updated(OptimizerConfig(**settings_of_all))
+        np.testing.assert_allclose(alone[place[0]][place[1]], grouped[place[0]][place[1]], rtol=1e-6, atol=1e-7)
+    moved = grouped["head"]["bias"] - 1, plain["head"]["bias"] - 1
+    np.testing.assert_allclose(moved[0], 5 * moved[1], rtol=1e-4)
+    assert int(updates_taken(state)) == 3
+
+
+def test_a_learning_rate_of_its_own_beside_frozen_parameters():
+    config = OptimizerConfig(learning_rate=1e-2, frozen=("attention/.*",), learning_rates=("head/kernel=1e-3",))
+    tree, _ = updated(config, steps=1)
+    assert np.array_equal(tree["attention"]["kernel"], params()["attention"]["kernel"])
+    np.testing.assert_allclose(np.abs(tree["head"]["kernel"] - params()["head"]["kernel"]), 1e-3, rtol=1e-3)
+    np.testing.assert_allclose(np.abs(tree["head"]["bias"] - 1), 1e-2, rtol=1e-3)
+    assert peak_learning_rates(config, params()) == {
+        "head/kernel": 1e-3,
+        "head/bias": 1e-2,
+        "scale_shift_table": 1e-2,
+    }
+
+
+def test_only_what_is_named_is_trained():
+    config = OptimizerConfig(learning_rate=1e-2, trained=("head/.*",))
+    tree, state = updated(config)
+    others, other_state = updated(OptimizerConfig(learning_rate=1e-2, frozen=("attention/.*", "scale_shift_table")))
+    assert jax.tree.all(jax.tree.map(np.array_equal, (tree, state), (others, other_state)))
+    stopped = jax.grad(lambda tree: jnp.square(stop_frozen(tree, (), ("head/.*",))["attention"]["kernel"]).sum())
+    assert not stopped(params())["attention"]["kernel"].any()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"learning_rates": ("attention=1e-3",)}, "--optimizer.learning-rates 'attention' matches no trained param"),
+        ({"learning_rates": ("(=1e-3",)}, r"--optimizer.learning-rates '\(' is not a regular expression"),
+        (
+            {"learning_rates": ("head/.*=1e-3", ".*/kernel=1e-2")},
+            "'head/.*' and '.*/kernel' both match head/kernel; a parameter has one learning rate",
+        ),
+        ({"learning_rates": ("head/.*=1e-3",), "frozen": ("head/.*",)}, "'head/.*' matches no trained parameter"),
+        ({"trained": ("tail/.*",)}, "--optimizer.trained 'tail/.*' matches no parameter"),
+        ({"trained": ("head/.*",), "frozen": ("head/bias",)}, "say the opposite"),
+    ],
+)
+def test_groups_that_do_not_fit(config, message):
+    with pytest.raises(UserError, match=message):
+        make_optimizer(OptimizerConfig(**config), 100, params())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"learning_rates": ("head/.*",)}, "--optimizer.learning-rates 'head/.*' is not PATTERN=VALUE"),
+        ({"learning_rates": ("head/.*=fast",)}, "'head/.*=fast' is not PATTERN=VALUE"),
+        ({"learning_rates": ("head/.*=0",)}, "above 0 and below 1"),
+        ({"learning_rates": ("head/.*=nan",)}, "above 0 and below 1"),
+        ({"learning_rates": ("=1e-3",)}, "'=1e-3' is not PATTERN=VALUE"),
+        ({"learning_rates": ("a=1e-3", "a=1e-4")}, "names the pattern 'a' twice; keep one"),
+        ({"trained": ("a",), "frozen": ("b",)}, "--optimizer.trained a is not allowed; allowed is none together with"),
+        ({"beta3": 0.9}, r"--optimizer.beta3 0.9 .* does not read it \(came, came_8bit, prodigy do\)"),
+        ({"came_clip_threshold": 2.0}, "--optimizer.came-clip-threshold 2.0 .* its default, 1.0, with .*name adamw"),
+        ({"name": "lion", "epsilon": 1e-8}, "--optimizer.epsilon 1e-08 .* with --optimizer.name lion"),
+        ({"name": "came", "block_size": 64}, r"--optimizer.block-size 64 .*\(adamw_8bit, came_8bit do\)"),
+        ({"muon_steps": 6}, r"--optimizer.muon-steps 6 .*\(muon does\)"),
+        ({"name": "came", "beta3": 1.0}, "--optimizer.beta3 1.0"),
+        ({"name": "came", "came_epsilon_gradient": 0.0}, "--optimizer.came-epsilon-gradient 0.0"),
+        ({"name": "adamw_8bit", "block_size": 8}, "--optimizer.block-size 8"),
+        ({"name": "came_8bit", "min_8bit_size": 0}, "--optimizer.min-8bit-size 0"),
+        ({"name": "muon", "muon_momentum": 1.0}, "--optimizer.muon-momentum 1.0"),
+        ({"name": "muon", "muon_steps": 0}, "--optimizer.muon-steps 0"),
+        ({"name": "prodigy"}, "--optimizer.learning-rate 0.0001 .* 0.01 to 10 with --optimizer.name prodigy"),
+        ({"name": "prodigy", "learning_rate": 1.0, "learning_rates": ("a=0.1",)}, "one rate for all"),
+        ({"name": "schedule_free_adamw", "schedule": "cosine"}, "--optimizer.schedule cosine .* constant with"),
+        ({"name": "schedule_free_adamw", "beta1": 0.0}, "--optimizer.beta1 0.0"),
+    ],
+)
+def test_settings_that_are_not_allowed(config, message):
+    with pytest.raises(UserError, match=message):
+        check_optimizer(OptimizerConfig(**config))
+
+
+def test_defaults_of_each_optimizer():
+    def defaults(name, *fields):
+        return tuple(setting(OptimizerConfig(name=name), field) for field in fields)
+
+    assert defaults("adamw", "beta1", "beta2", "epsilon") == (0.9, 0.999, 1e-10)
+    assert defaults("came", "beta1", "beta2", "beta3") == (0.9, 0.999, 0.9999)
+    assert defaults("came_8bit", "block_size", "min_8bit_size") == (2048, 16384)
+    assert defaults("adamw_8bit", "block_size", "min_8bit_size", "epsilon") == (256, 4096, 1e-10)
+    assert defaults("lion", "beta1", "beta2") == (0.9, 0.99)
+    assert defaults("prodigy", "beta3", "epsilon") == (None, 1e-8)
+    assert setting(OptimizerConfig(name="came", beta3=0.5), "beta3") == 0.5
+    for name in READS:
+        check_optimizer(OptimizerConfig(name=name, learning_rate=0.1))

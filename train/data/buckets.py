@@ -108,7 +108,7 @@ def assign_buckets(
     table = tuple(table)
     place = {each: index for index, each in enumerate(table)}
     chosen = np.asarray([place[nearest_bin(*size, table)] for size in sizes], np.int64).reshape(len(sizes))
-    merged: list[tuple[Bucket, Bucket, int]] = []
+    original = chosen.copy()
     while rare == "merge":
         used, counts = np.unique(chosen, return_counts=True)
         if len(used) < 2 or counts.min() >= minimum:
@@ -116,8 +116,9 @@ def assign_buckets(
         rarest = int(used[counts.argmin()])
         others = [int(index) for index in used if index != rarest]
         into = min(others, key=lambda index: abs(math.log(_shape(table[index]) / _shape(table[rarest]))))
-        merged.append((_bucket(table[rarest]), _bucket(table[into]), int(counts.min())))
         chosen[chosen == rarest] = into
+    moves, moved = np.unique(np.stack([original, chosen], -1)[original != chosen], axis=0, return_counts=True)
+    merged = tuple((_bucket(table[a]), _bucket(table[b]), int(count)) for (a, b), count in zip(moves, moved))
     used, bucket_of, counts = np.unique(chosen, return_inverse=True, return_counts=True)
     buckets = tuple(_bucket(table[index]) for index in used)
     repeated = tuple((bucket, int(count), minimum) for bucket, count in zip(buckets, counts) if count < minimum)
@@ -125,9 +126,7 @@ def assign_buckets(
         covering_size(size, *buckets[index])[0] / size[0] for size, index in zip(sizes, bucket_of.reshape(-1).tolist())
     ]
     enlarged = [each for each in factors if each > 1]
-    plan = BucketPlan(
-        buckets, bucket_of.reshape(-1), tuple(counts.tolist()), tuple(merged), repeated, len(enlarged), ()
-    )
+    plan = BucketPlan(buckets, bucket_of.reshape(-1), tuple(counts.tolist()), merged, repeated, len(enlarged), ())
     lines = _lines(plan, max(enlarged, default=1.0))
     return BucketPlan(*(getattr(plan, name) for name in BucketPlan.__dataclass_fields__ if name != "lines"), lines)
 

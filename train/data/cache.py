@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import ml_dtypes  # noqa: F401 - NumPy then knows bfloat16 by name
 import numpy as np
@@ -263,7 +263,8 @@ class ShardWriter:
 class CacheWriter:
     """A cache that this process, and no other, adds to.
 
-    Opening it removes what an interrupted process left half-written, and damaged shards, with a line about each.
+    Opening it waits for a process that is writing, and removes what an interrupted one left half-written, and damaged
+    shards, with a line about each.
 
     Args:
         directory: of the cache; made where there is none.
@@ -273,7 +274,7 @@ class CacheWriter:
 
     Raises:
         CheckpointError: the cache there has another identity.
-        UserError: the directory can't be written to, holds something else, or another process writes to it.
+        UserError: the directory can't be written to, or holds something else.
     """
 
     def __init__(self, directory: Path, identity: CacheIdentity, *, thorough: bool = False, say: Say = print):
@@ -281,7 +282,7 @@ class CacheWriter:
         _check_place(directory)
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(directory / ".lock")
+            self._lock = _lock(directory / ".lock", say)
             if (directory / IDENTITY_FILE).exists():
                 read_identity(directory).require(identity, directory)
             else:
@@ -300,6 +301,15 @@ class CacheWriter:
             for shard in self.shards
             if shard.kind == kind
             for name, signature in zip(shard.names, shard.signatures)
+        }
+
+    def layouts(self, kind: str) -> dict[Name, Layout]:
+        """The arrays of each record of a kind; later shards win."""
+        return {
+            name: shard.layouts[number]
+            for shard in self.shards
+            if shard.kind == kind
+            for name, number in zip(shard.names, shard.layout_of)
         }
 
     def left_out(self) -> dict[Name, str]:
@@ -518,16 +528,14 @@ def _check_place(directory: Path) -> None:
         )
 
 
-def _lock(path: Path):
+def _lock(path: Path, say: Say) -> IO:
+    """Waits until no other process writes to the cache; the system lets go of a dead one's lock."""
     file = open(path, "a")  # noqa: SIM115 - held as long as the cache is written to
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(
-            f"another process is writing to the cache {path.parent}; wait until it has ended, or name another folder "
-            "with --data.cache"
-        ) from error
+    except BlockingIOError:
+        say(f"cache: another process is writing to {path.parent}; waiting until it has ended")
+        fcntl.flock(file, fcntl.LOCK_EX)
     return file
 
 

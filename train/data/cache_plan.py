@@ -81,8 +81,8 @@ def table_of(data: ImageDataConfig, model: ModelDirectory) -> tuple[Bin, ...]:
     )
 
 
-def signature(record: Record, bucket: Bucket, conditions: Sequence[Condition]) -> str:
+def signature(record: Record, bucket: Bucket | None, conditions: Sequence[Condition]) -> str:
     """What a picture's records depend on beside its pixels and the identity."""
     inputs = {condition.name: record.columns.get(condition.name) for condition in conditions}
-    text = json.dumps([record.size, bucket, inputs], default=repr, sort_keys=True)
+    text = json.dumps([record.stamp, record.size, bucket, inputs], default=repr, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -188,9 +188,8 @@ class CachedData:
                 if name not in arrays:
                     arrays[name] = np.empty((len(rows), *array.shape), np.float32)
                 if arrays[name].shape[1:] != array.shape:
-                    raise ValueError(
-                        f"samples of several shapes in one batch: {arrays[name].shape[1:]} and {array.shape}"
-                    )
+                    shapes = f"{arrays[name].shape[1:]} and {array.shape}"
+                    raise ValueError(f"one batch has {name} of shapes {shapes}; take its samples from one bucket")
                 arrays[name][number] = array
             captions = contents.captions[row]
             chosen = next((i for i, end in enumerate(captions.ends) if of_caption < end), len(captions.ends) - 1)

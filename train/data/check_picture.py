@@ -52,6 +52,8 @@ def draw_check_picture(
     originals, latents, captions = [], [], []
     for sample in samples:
         key, variant = sample["key"], sample["variants"][0]
+        if records[key].size is None:
+            continue
         view = view_of(key, variant, Bucket(height, width))
         channels = encoder.autoencoder.image_channels
         try:

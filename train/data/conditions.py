@@ -44,8 +44,8 @@ class Sample(NamedTuple):
     source: ImageSource
     record: Record
     view: View
-    picture: UInt8[np.ndarray, "h w C"]
-    """The picture as ``view`` shows it."""
+    picture: UInt8[np.ndarray, "h w C"] | None
+    """The picture as ``view`` shows it; None where the data has latents instead."""
 
 
 class Condition(Protocol):
@@ -77,6 +77,10 @@ class Condition(Protocol):
         """A batch of what ``prepare`` returns to the arrays that the model gets."""
         ...
 
+    def free(self) -> None:
+        """Lets go of weights of its own."""
+        ...
+
 
 @dataclass(frozen=True)
 class Encoders:
@@ -85,13 +89,20 @@ class Encoders:
     Attributes:
         encode_pictures: pictures (B, H, W, C) of bytes to latents (B, h, w, c).
         channels: of those pictures.
+        say: prints a line.
     """
 
     encode_pictures: Callable[[UInt8[np.ndarray, "B H W C"]], Float[np.ndarray, "B h w c"]]
     channels: int
+    say: Callable[[str], None] = print
 
 
-class Scalar:
+class _WithoutWeights:
+    def free(self) -> None:
+        """There is nothing to let go of."""
+
+
+class Scalar(_WithoutWeights):
     """A number per picture: () in float32."""
 
     of_one_shape = True
@@ -120,7 +131,7 @@ class Scalar:
         return prepared
 
 
-class Vector:
+class Vector(_WithoutWeights):
     """Numbers per picture, (D,) in float32: a list in the data, or a column that names a .npy file."""
 
     of_one_shape = True
@@ -153,7 +164,7 @@ class Vector:
         return prepared
 
 
-class Picture:
+class Picture(_WithoutWeights):
     """Latents (h, w, c) of a second picture, cut as the sample's own: what a ControlNet is given."""
 
     of_one_shape = False
@@ -177,7 +188,7 @@ class Picture:
         return self._encoders.encode_pictures(prepared)
 
 
-class Canny:
+class Canny(_WithoutWeights):
     """Latents (h, w, c) of the picture's own edges, white on black."""
 
     of_one_shape = False
@@ -188,7 +199,7 @@ class Canny:
 
     def missing(self, record: Record) -> str | None:
         """As ``Condition`` says."""
-        return None
+        return "has no picture to find edges in" if record.size is None else None
 
     def prepare(self, sample: Sample) -> UInt8[np.ndarray, "h w C"]:
         """As ``Condition`` says."""
@@ -197,6 +208,47 @@ class Canny:
     def encode(self, prepared: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B h w c"]:
         """As ``Condition`` says."""
         return self._encoders.encode_pictures(prepared)
+
+
+class Siglip:
+    """SigLIP's vector (D,), in float32, of the picture that a column names; uncut, and the same for mirror images."""
+
+    of_one_shape = True
+
+    def __init__(self, name: str, directory: str, encoders: Encoders):
+        from sana_jax.image_encoders import SiglipImageEncoder
+
+        self.name = name
+        self._encoder = SiglipImageEncoder.from_directory(directory, say=encoders.say)
+        described = self._encoder.describe()
+        self.identity = {
+            "kind": "siglip",
+            "id": self._encoder.id,
+            **{name: described[name] for name in ("weights", "dtype", "features", "normalize")},
+        }
+
+    def missing(self, record: Record) -> str | None:
+        """As ``Condition`` says."""
+        return f"has no {self.name}" if _absent(record.columns.get(self.name)) else None
+
+    def prepare(self, sample: Sample) -> UInt8[np.ndarray, "S S 3"]:
+        """As ``Condition`` says. Pictures are resized here, so that they make a batch."""
+        from PIL import Image
+
+        data = sample.source.read(sample.record, self.name)
+        picture = decode_picture(data, name=f"{sample.record.key} ({self.name})", channels=3)
+        how = self._encoder.preprocessing
+        if how.height is None:
+            return picture
+        return np.asarray(Image.fromarray(picture).resize((how.width, how.height), how.resample))
+
+    def encode(self, prepared: UInt8[np.ndarray, "B S S 3"]) -> Float[np.ndarray, "B D"]:
+        """As ``Condition`` says."""
+        return self._encoder.encode(prepared)
+
+    def free(self) -> None:
+        """As ``Condition`` says."""
+        self._encoder.free()
 
 
 def canny_edges(picture: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W C"]:
@@ -222,12 +274,21 @@ def _without_argument(kind: str, make: Callable[[str, Encoders], Condition]) -> 
     return factory
 
 
+def _siglip(name: str, directory: str, encoders: Encoders) -> Condition:
+    if not directory:
+        raise UserError(
+            f"--data.conditions {name}=siglip names no model; write {name}=siglip:DIRECTORY, with a published SigLIP"
+        )
+    return Siglip(name, directory, encoders)
+
+
 # kind -> (name, what follows the colon, encoders) -> condition
 KINDS: dict[str, Factory] = {
     "scalar": _without_argument("scalar", lambda name, _: Scalar(name)),
     "vector": _without_argument("vector", lambda name, _: Vector(name)),
     "picture": _without_argument("picture", Picture),
     "canny": _without_argument("canny", Canny),
+    "siglip": _siglip,
 }
 
 

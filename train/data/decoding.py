@@ -188,6 +188,8 @@ def _open(file: IO[bytes], name: str) -> Image.Image:
         raise BadPicture(name, f"has {height}x{width} pixels; {SHORTEST_SIDE} or more are needed on each side")
     if width * height > MOST_PIXELS:
         raise BadPicture(name, f"has {height}x{width} pixels; the most that are read are {MOST_PIXELS}")
+    if picture.mode == "LAB":
+        raise BadPicture(name, "is in the colour model LAB, which is not read; save it as RGB")
     return picture
 
 
@@ -212,11 +214,11 @@ def _header(picture: Image.Image) -> Header:
     if picture.format != "MPO" and getattr(picture, "is_animated", False):
         oddities.append("of several frames: the first is taken")
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
-        oddities.append("with transparency: put on white")
+        oddities.append("transparent: put on white")
     elif picture.mode.startswith(("I", "F")):
         oddities.append("of more than 8 bits: brought to 8")
-    elif (picture.mode in ("CMYK", "YCbCr", "LAB", "HSV") and picture.format != "JPEG") or picture.mode == "CMYK":
-        oddities.append(f"of colour model {picture.mode}: brought to RGB")
+    elif picture.mode == "CMYK":
+        oddities.append("of the colour model CMYK: brought to RGB")
     if orientation >= 5:
         height, width = width, height
     return Header(height, width, picture.format or "", tuple(oddities))

@@ -91,6 +91,11 @@ class DigitsData:
         """All samples have one shape."""
         return {self.preview_shape: np.arange(len(self))}
 
+    @property
+    def validation(self) -> None:
+        """Nothing is held out."""
+        return None
+
     def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings and masks of captions."""
         return self.text_encoder.encode(captions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +20,10 @@ from sana_jax.autoencoders.dc_autoencoder import LARGEST_UNTILED
 from sana_jax.pipelines.model_directory import ModelDirectory
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights.identity import weights_id
+from train.data.decoding import BadPicture
 
 Say = Callable[[str], None]
+LATENT_NAMES = ("z", "npy")
 _MOST_PICTURES = 64  # of one batch
 _MOST_PROMPTS = 8
 _LOSSES_SHOWN = 3  # prompts that are too long: so many are printed, the rest counted
@@ -60,14 +62,42 @@ class PictureEncoder:
         return height // factor, width // factor, self.autoencoder.latent_channels
 
     def free(self) -> None:
-        """Lets go of the weights."""
-        if hasattr(self.autoencoder, "free"):
+        """Lets go of the weights, and of programs, which are for the one device that has computed here."""
+        if hasattr(self.autoencoder, "weights"):
             self.autoencoder.free()
+            self.autoencoder.programs.clear()
 
 
 def to_network_range(pictures: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
     """Bytes to numbers in [-1, 1]."""
     return pictures.astype(np.float32) / 127.5 - 1.0
+
+
+def latents_of_features(key: str, arrays: Mapping[str, np.ndarray], channels: int) -> Float[np.ndarray, "h w C"]:
+    """Latents that the data holds instead of a picture, as the original trainer stores them: (C, h, w), scaled.
+
+    Args:
+        key: of the sample, for messages.
+        arrays: what was stored; the latents are ``z`` of an .npz file, or an .npy file.
+        channels: C.
+
+    Raises:
+        BadPicture: there are none, or they are no latents of this model.
+    """
+    name = next((name for name in LATENT_NAMES if name in arrays), None)
+    if name is None:
+        raise BadPicture(
+            key, f"has the arrays {', '.join(arrays) or '(none)'}; latents are called z, or are an .npy file"
+        )
+    latents = arrays[name]
+    if latents.ndim == 4 and len(latents) == 1:
+        latents = latents[0]
+    if latents.ndim != 3 or latents.shape[0] != channels or latents.dtype.kind != "f":
+        raise BadPicture(
+            key,
+            f"has {name} of shape {arrays[name].shape} and {latents.dtype}; latents are ({channels}, h, w), of floats",
+        )
+    return latents.transpose(1, 2, 0).astype(np.float32)
 
 
 def latent_dtype(data: ImageDataConfig, autoencoder: Autoencoder) -> str:

@@ -41,6 +41,7 @@ class Record:
         captions: empty where it has none.
         group: pictures of one group never fall on both sides of a split; None: a group by itself.
         columns: everything else that the data says of it; numbers are numbers, names of further pictures are texts.
+        stamp: changes when the picture's file does, and is the same on every machine: of its length and beginning.
     """
 
     key: str
@@ -48,10 +49,13 @@ class Record:
     captions: tuple[Caption, ...] = ()
     group: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    stamp: str = ""
 
 
 def shown(name: str) -> str:
     """A file's name as one printable line."""
+    if name.isprintable():
+        return name
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in name
     )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import hashlib
 import io
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -28,10 +29,22 @@ from train.data.sources.listing import ARRAY_SUFFIXES, PICTURE_SUFFIXES, Entry, 
 from train.data.sources.manifest import SUFFIXES, USUAL_STEMS, list_manifest
 from train.data.sources.webdataset import LIST_OF_TARS, list_tars
 
-__all__ = ["Caption", "ImageSource", "IndexedSource", "Problem", "Record", "open_source", "refuse_too_many_bad"]
+__all__ = [
+    "Caption",
+    "ImageSource",
+    "IndexedSource",
+    "Problem",
+    "Record",
+    "index_source",
+    "open_source",
+    "refuse_missing_captions",
+    "refuse_no_pictures",
+    "refuse_too_many_bad",
+]
 
 _THREADS = 8  # that open files: they wait for the disk, or for a network's
 _LISTED = 10  # names in a message
+_STAMPED = 4096  # bytes of a file's beginning
 
 
 class ImageSource(Protocol):
@@ -78,6 +91,7 @@ class IndexedSource:
         notes: lines about what was left out, and what is done to pictures.
         without_caption: keys of the records that have none of their own.
         duplicates: pictures that share a name.
+        looked_at: files that could be pictures, the unusable ones included.
     """
 
     def __init__(self, name: str, listing: Listing):
@@ -87,6 +101,7 @@ class IndexedSource:
         self.duplicates = list(listing.duplicates)
         self.records: list[Record] = []
         self.without_caption: list[str] = []
+        self.looked_at = len(listing.entries) + len(listing.problems)
         self._root = listing.root
         self._entries: dict[str, Entry] = {}
 
@@ -126,6 +141,11 @@ class IndexedSource:
                 raise BadPicture(blob.name, f"holds no arrays ({' '.join(str(error).split())[:100]})") from error
         return found
 
+    def name_of(self, record: Record) -> str:
+        """The file's name, for messages."""
+        picture = self._entries[record.key].picture
+        return record.key if picture is None else picture.name
+
     def has_features(self, record: Record) -> bool:
         """Whether arrays are stored beside the picture."""
         return bool(self._entries[record.key].arrays)
@@ -145,7 +165,7 @@ class IndexedSource:
 
 
 def open_source(config: ImageDataConfig, say: Say = print) -> IndexedSource:
-    """Finds out the format of ``config.path`` and indexes it.
+    """Finds out the format of ``config.path`` and indexes it, for training.
 
     Says in one line each: what was found, every file that can't be used, and a count of everything that is left out or
     done to pictures.
@@ -154,31 +174,44 @@ def open_source(config: ImageDataConfig, say: Say = print) -> IndexedSource:
         FileNotFoundError: there is nothing at the path.
         UserError: no pictures, missing captions where they are needed, or too many unusable files.
     """
+    source = index_source(config)
+    for note in source.notes:
+        say(f"data: {note}")
+    refuse_too_many_bad(source.problems, source.looked_at, config.max_bad_share)
+    for problem in source.problems:
+        say(f"data: left out: {problem.name} {problem.reason}")
+    refuse_no_pictures(source)
+    refuse_missing_captions(source, config)
+    say(f"data: {source.describe()}")
+    return source
+
+
+def index_source(config: ImageDataConfig) -> IndexedSource:
+    """Finds out the format of ``config.path`` and indexes it, whatever is found there.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        UserError: it is of no known format, or damaged as a whole.
+    """
     if config.path is None or not config.path.strip():
         raise UserError("--data.path is missing; name a folder of pictures, a manifest, tar files or a dataset on disk")
     path = pathlib.Path(config.path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"--data.path {path} does not exist; name a folder of pictures, a manifest or a tar")
-    listing = _list(path, config)
+    try:
+        if not path.exists():
+            raise FileNotFoundError(
+                f"--data.path {path} does not exist; name a folder of pictures, a manifest or a tar"
+            )
+        listing = _list(path, config)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"--data.path {path} can't be read ({error.strerror}); allow it, or name another") from error
     source = IndexedSource(config.path, listing)
-    usable = _read_headers(listing, source)
-    usable = _large_enough(usable, config, source)
-    records = [(entry, _record(entry, header, config)) for entry, header in usable]
+    usable = _large_enough(_read_headers(listing, source), config, source)
+    records = [(entry, _record(entry, looked, config)) for entry, looked in usable]
     records = _with_captions(records, config, source)
     source.records = [record for _, record in records]
     source._entries = {entry.key: entry for entry, _ in records}
-    for line in source.notes:
-        say(f"data: {line}")
-    refuse_too_many_bad(source.problems, len(listing.entries) + len(listing.problems), config.max_bad_share)
-    for problem in source.problems:
-        say(f"data: left out: {problem.name} {problem.reason}")
-    if not source.records:
-        raise UserError(
-            f"{path} ({listing.kind}) has no picture that can be used, {len(source.problems)} files are unusable; name "
-            f"a folder with {', '.join(PICTURE_SUFFIXES[:6])} files, a manifest or a tar"
-        )
-    _refuse_missing_captions(source, config)
-    say(f"data: {source.describe()}")
     return source
 
 
@@ -200,6 +233,36 @@ def refuse_too_many_bad(problems: Sequence[Problem], total: int, limit: float) -
             f"{len(problems)} of {total} files are unusable, --data.max-bad-share allows a share of {limit:g}: "
             f"{some}{more}: mend or remove them, or raise it (python -m train.inspect_data PATH lists them all)"
         )
+
+
+def refuse_no_pictures(source: IndexedSource) -> None:
+    """Stops where there is nothing to train on.
+
+    Raises:
+        UserError: no records.
+    """
+    if not source.records:
+        left_out = f"; {source.notes[-1]}" if source.notes else ""
+        raise UserError(
+            f"--data.path {source.name} ({source.kind}) has no picture that can be used, {len(source.problems)} files "
+            f"are unusable{left_out}: name a folder with {', '.join(PICTURE_SUFFIXES[:6])} files, a manifest or a tar"
+        )
+
+
+def refuse_missing_captions(source: IndexedSource, config: ImageDataConfig) -> None:
+    """Stops where captions are missing and that is an error.
+
+    Raises:
+        UserError: with the first names.
+    """
+    missing = source.without_caption
+    if not missing or config.missing_captions != "error":
+        return
+    names = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
+    raise UserError(
+        f"{len(missing)} of {len(source)} pictures have no caption: {names}; write one beside each (a.txt for a.jpg), "
+        "give all of them one with --data.caption 'a photo of ...', or choose --data.missing-captions skip or empty"
+    )
 
 
 # -- which format ------------------------------------------------------------------------------------------------------
@@ -248,7 +311,9 @@ def _format_of_file(path: pathlib.Path) -> Format:
 
 
 def _usual_manifest(path: pathlib.Path) -> pathlib.Path | None:
-    names = [path / f"{stem}{suffix}" for stem in USUAL_STEMS for suffix in SUFFIXES[:4]]
+    """A manifest of one of the usual names, in a folder or in its folder ``train``."""
+    folders = (path, path / "train")
+    names = [folder / f"{stem}{suffix}" for folder in folders for stem in USUAL_STEMS for suffix in SUFFIXES[:4]]
     return next((name for name in names if name.is_file()), None)
 
 
@@ -277,34 +342,53 @@ def _list(path: pathlib.Path, config: ImageDataConfig) -> Listing:
             raise UserError(
                 f"--data.format manifest: {path} has no metadata.jsonl or metadata.csv; name the file itself"
             )
-        path = manifest
+        listing = list_manifest(manifest, kinds)
+        if manifest.parent != path:
+            listing.notes.append(f"{manifest.relative_to(path)} is read, and no other folder of {path}")
+        return listing
     return list_manifest(path, kinds)
 
 
 # -- headers, captions, groups -----------------------------------------------------------------------------------------
 
 
-def _read_headers(listing: Listing, source: IndexedSource) -> list[tuple[Entry, Header | None]]:
+class _Looked(NamedTuple):
+    header: Header
+    stamp: str
+
+
+_NO_PICTURE = _Looked(Header(0, 0, "", ()), "")
+
+
+def _look(entry: Entry) -> _Looked | BadPicture:
+    """A picture's header; ``_NO_PICTURE`` for features alone."""
+    if entry.picture is None:
+        return _NO_PICTURE
+    try:
+        with entry.picture.open() as file:
+            header = read_header(file, name=entry.picture.name)
+            file.seek(0)
+            digest = hashlib.blake2b(file.read(_STAMPED), digest_size=8)
+            digest.update(str(file.seek(0, os.SEEK_END)).encode())
+            return _Looked(header, digest.hexdigest())
+    except BadPicture as error:
+        return error
+    except OSError as error:
+        return BadPicture(entry.picture.name, f"can't be read ({error.strerror})")
+
+
+def _read_headers(listing: Listing, source: IndexedSource) -> list[tuple[Entry, _Looked]]:
     """Entries whose picture can be opened; the others become problems."""
-
-    def look(entry: Entry) -> Header | BadPicture | None:
-        if entry.picture is None:
-            return None
-        try:
-            with entry.picture.open() as file:
-                return read_header(file, name=entry.picture.name)
-        except BadPicture as error:
-            return error
-
     with ThreadPoolExecutor(_THREADS) as pool:
-        headers = list(pool.map(look, listing.entries))
+        found = list(pool.map(_look, listing.entries))
     usable, oddities, misnamed, misstated = [], collections.defaultdict(list), [], []
-    for entry, header in zip(listing.entries, headers):
-        if isinstance(header, BadPicture):
-            source.problems.append(Problem(header.name, header.reason))
+    for entry, looked in zip(listing.entries, found):
+        if isinstance(looked, BadPicture):
+            source.problems.append(Problem(looked.name, looked.reason))
             continue
-        usable.append((entry, header))
-        if header is None:
+        usable.append((entry, looked))
+        header = looked.header
+        if looked is _NO_PICTURE:
             continue
         for oddity in header.oddities:
             oddities[oddity].append(entry.picture.name)
@@ -342,22 +426,22 @@ def _counted(names: Sequence[str], text: str, first: int = 3) -> str:
 
 
 def _large_enough(
-    usable: list[tuple[Entry, Header | None]], config: ImageDataConfig, source: IndexedSource
-) -> list[tuple[Entry, Header | None]]:
+    usable: list[tuple[Entry, _Looked]], config: ImageDataConfig, source: IndexedSource
+) -> list[tuple[Entry, _Looked]]:
     small = [
         entry.key
-        for entry, header in usable
-        if header is not None and min(header.height, header.width) < config.minimum_size
+        for entry, looked in usable
+        if looked is not _NO_PICTURE and min(looked.header.height, looked.header.width) < config.minimum_size
     ]
     if small:
         source.notes.append(
             _counted(small, f"pictures have a side below --data.minimum-size {config.minimum_size} and are left out")
         )
     left_out = set(small)
-    return [(entry, header) for entry, header in usable if entry.key not in left_out]
+    return [(entry, looked) for entry, looked in usable if entry.key not in left_out]
 
 
-def _record(entry: Entry, header: Header | None, config: ImageDataConfig) -> Record:
+def _record(entry: Entry, looked: _Looked, config: ImageDataConfig) -> Record:
     column = "group" if config.group_column is None else config.group_column
     group = entry.columns.get(column)
     if config.group_column == "folder" and group is None:
@@ -367,8 +451,9 @@ def _record(entry: Entry, header: Header | None, config: ImageDataConfig) -> Rec
             f"--data.group-column {column}: {entry.key} has none; it has the columns "
             f"{', '.join(entry.columns) or 'none'}: name a column that every picture has, or folder"
         )
-    size = None if header is None else (header.height, header.width)
-    return Record(entry.key, size, entry.captions, None if group is None else str(group), entry.columns)
+    size = None if looked is _NO_PICTURE else (looked.header.height, looked.header.width)
+    group = None if group is None else str(group)
+    return Record(entry.key, size, entry.captions, group, entry.columns, looked.stamp)
 
 
 def _with_captions(
@@ -400,14 +485,3 @@ def _with_captions(
     elif missing and config.missing_captions == "empty":
         source.notes.append(_counted(missing, "pictures without a caption get an empty one", _LISTED))
     return done
-
-
-def _refuse_missing_captions(source: IndexedSource, config: ImageDataConfig) -> None:
-    missing = source.without_caption
-    if not missing or config.missing_captions != "error":
-        return
-    names = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
-    raise UserError(
-        f"{len(missing)} of {len(source)} pictures have no caption: {names}; write one beside each (a.txt for a.jpg), "
-        "give all of them one with --data.caption 'a photo of ...', or choose --data.missing-captions skip or empty"
-    )

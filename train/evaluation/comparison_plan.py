@@ -37,7 +37,7 @@ class CompareConfig:
     The models are the first words of the command: training runs, published or converted directories.
     """
 
-    models: tuple[str, ...]
+    models: tuple[str, ...] = ()
     """Model directories: the words before the first option; --models is the same."""
     output: str = "comparison"
     """Directory of comparison.html, comparison.csv and pictures/."""

@@ -69,9 +69,14 @@ def frechet_distance(one: Gaussian, other: Gaussian) -> float:
 
 
 def _square_root(covariance: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "D D"]:
-    """The symmetric root of a symmetric matrix; eigenvalues that rounding has made negative count as 0."""
+    """The symmetric root of a symmetric matrix.
+
+    Eigenvalues that are nothing but rounding, by the rule for a matrix's rank, count as 0: their roots would be a
+    hundred million times larger than they are.
+    """
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
-    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
+    least = max(values[-1], 0.0) * len(values) * np.finfo(np.float64).eps
+    return (vectors * np.sqrt(np.where(values > least, values, 0.0))) @ vectors.T
 
 
 def kernel_distance(

@@ -130,10 +130,7 @@ def save_features(path: Path, reference: Reference, function: FeatureFunction) -
     Raises:
         UserError: the name does not end in ``.npz`` or can't be written.
     """
-    if path.suffix != ".npz":
-        raise UserError(
-            f"--save-reference {path} is not allowed; the name ends in .npz: try {path.with_suffix('.npz')}"
-        )
+    check_features_path(path)
     arrays: dict[str, Any] = {
         "mean": reference.gaussian.mean,
         "covariance": reference.gaussian.covariance,
@@ -147,6 +144,14 @@ def save_features(path: Path, reference: Reference, function: FeatureFunction) -
             np.savez(file, **arrays)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from error
+
+
+def check_features_path(path: Path) -> None:
+    """Raises ``UserError`` for a name that does not end in ``.npz``: before the features are computed."""
+    if path.suffix != ".npz":
+        raise UserError(
+            f"--save-reference {path} is not allowed; the name ends in .npz: try {path.with_suffix('.npz')}"
+        )
 
 
 def read_features(path: Path, function: FeatureFunction | None) -> Reference:

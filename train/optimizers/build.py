@@ -71,9 +71,7 @@ def _updates(config: OptimizerConfig, steps: int, decayed, rates: dict[str, floa
     ]
     if config.learning_rates:
         factors = {path: rate / config.learning_rate for path, rate in rates.items()}
-        parts.append(
-            optax.stateless(lambda tree, _: map_with_names(lambda path, update: factors[path] * update, tree))
-        )
+        parts.append(optax.stateless(lambda tree, _: map_with_names(lambda path, update: factors[path] * update, tree)))
     optimizer = optax.chain(*parts)
     if config.name == "schedule_free_adamw":
         return contrib.schedule_free(optimizer, schedule, beta1, config.schedule_free_weight_power)

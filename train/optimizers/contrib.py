@@ -88,7 +88,7 @@ def schedule_free(
 def evaluation_params(opt_state: PyTree, params: PyTree) -> PyTree:
     """What to sample with, average and export: with schedule_free_adamw the average of the iterates, else ``params``.
 
-    Schedule-free training takes its gradients between the average and the last iterate, and that is what ``params`` are.
+    Schedule-free training takes its gradients between the average and the last iterate, where ``params`` are.
     """
 
     def is_schedule_free(node) -> bool:

@@ -45,6 +45,15 @@ class Recipe(Protocol):
         """What must be known, beside the trained parameters and the base model, to use them: JSON-able."""
         ...
 
+    def notes(self, learning_rate: float | None, base: PyTree | None) -> list[str]:
+        """What a user should know before training: lines to print.
+
+        Args:
+            learning_rate: the peak.
+            base: the base model's parameters as shapes.
+        """
+        ...
+
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
         """The trained parameters of step 0, float32; ``base`` are the base model's, None without one."""
         ...
@@ -62,7 +71,10 @@ class Recipe(Protocol):
         batch: Batch,
         draws: PyTree,
     ) -> Float[Array, "B H W C"]:
-        """The predicted velocity in training; ``timestep`` in 0..1000, captions and conditions from ``batch``."""
+        """The predicted velocity in training; ``timestep`` in 0..1000, captions and conditions from ``batch``.
+
+        ``draws`` of ``draw``, the same part of the batch; None where nothing is to be random, for validation.
+        """
         ...
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:

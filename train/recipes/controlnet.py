@@ -50,6 +50,10 @@ class ControlNetTraining:
         """The ControlNet's shape."""
         return {"controlnet": dataclasses.asdict(self.controlnet.config)}
 
+    def notes(self, learning_rate: float | None, base: PyTree | None) -> list[str]:
+        """Nothing to note."""
+        return []
+
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
         """The base model's embeddings and first blocks, and zero layers before and behind them."""
         params = init_controlnet_params(self.controlnet, key)

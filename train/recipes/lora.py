@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 
 import jax
 
-from configs.lora import LoraConfig
+from configs.lora import LoraConfig, lora_warnings
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
-from sana_jax.lora import init_lora, scaled_lora, with_dropout
+from sana_jax.lora import init_lora, scaled_lora, target_table, with_dropout
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sharding_rules import SANA, Rule, lora_rules
 from sana_jax.nn.linear import LORA
@@ -37,6 +37,11 @@ class LoraTransformer:
         """What the LoRA's scale is made of."""
         return {"lora": dataclasses.asdict(self.config)}
 
+    def notes(self, learning_rate: float | None, base: PyTree | None) -> list[str]:
+        """Which layers change, and what is unusual."""
+        table = target_table(base, self.config.targets, self.config.rank)
+        return [*table.splitlines(), *lora_warnings(learning_rate, self.transformer.config)]
+
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
         """A LoRA that changes nothing yet; of ``base`` only the shapes are read."""
         return {LORA: init_lora(base, self.config.targets, self.config.rank, key, self.config.init)}
@@ -50,7 +55,7 @@ class LoraTransformer:
     ) -> Float[Array, "B H W C"]:
         """The prediction of the base transformer with the LoRA."""
         lora = scaled_lora(trained[LORA], self.config.scale)
-        if self.config.dropout:
+        if self.config.dropout and draws is not None:
             lora = with_dropout(lora, self.config.dropout, draws)
         return self.transformer.apply(
             transformer_variables(frozen, lora),

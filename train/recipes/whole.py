@@ -32,6 +32,10 @@ class WholeTransformer:
         """A whole transformer needs none."""
         return {}
 
+    def notes(self, learning_rate: float | None, base: PyTree | None) -> list[str]:
+        """Nothing to note."""
+        return []
+
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
         """Random parameters, or a copy of the base model's in float32."""
         if base is None:

@@ -38,11 +38,8 @@ def pixels(height: int = 48, width: int = 64, seed: int = 0, channels: int = 3) 
 
 def encoded(picture: Image.Image | np.ndarray, kind: str, **options) -> bytes:
     """A picture's file."""
-    picture = (
-        picture
-        if isinstance(picture, Image.Image)
-        else Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
-    )
+    if not isinstance(picture, Image.Image):
+        picture = Image.fromarray(picture[..., 0] if picture.shape[2:] == (1,) else picture)
     out = io.BytesIO()
     picture.save(out, kind, **options)
     return out.getvalue()
@@ -64,6 +61,11 @@ def with_broken_checksum(png: bytes, kind: bytes) -> bytes:
     length = struct.unpack(">I", png[at - 4 : at])[0]
     end = at + 4 + length
     return png[:end] + bytes([png[end] ^ 0xFF]) + png[end + 1 :]
+
+
+def with_changed_byte(png: bytes) -> bytes:
+    at = png.index(b"IDAT") + 100
+    return png[:at] + bytes([png[at] ^ 0xFF]) + png[at + 1 :]
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -95,7 +97,6 @@ def _contents() -> dict[str, tuple[str, Outcome, Callable[[], bytes]]]:
         "good.webp": ("the same name again", "used", lambda: encoded(picture, "WEBP")),
         "bitmap.bmp": ("BMP", "used", lambda: encoded(picture, "BMP")),
         "cmyk.jpg": ("CMYK", "used", lambda: encoded(Image.fromarray(picture).convert("CMYK"), "JPEG")),
-        "lab.tiff": ("LAB", "used", lambda: encoded(Image.merge("LAB", Image.fromarray(picture).split()), "TIFF")),
         "16bit.png": ("16 bits", "used", lambda: encoded(gray.astype(np.uint16) * 257, "PNG")),
         "sixteen.tiff": ("16 bits", "used", lambda: encoded(gray.astype(np.uint16) * 257, "TIFF")),
         "float.tiff": ("floats", "used", lambda: encoded(floats, "TIFF")),
@@ -124,7 +125,10 @@ def _contents() -> dict[str, tuple[str, Outcome, Callable[[], bytes]]]:
         os.fsdecode(b"latin\xe9.png"): ("a name that is not UTF-8", "used", lambda: encoded(picture, "PNG")),
         "folder.jpg/inside.png": ("in a folder named like a picture", "used", lambda: encoded(picture, "PNG")),
         "a/b/c/d/e/deep.png": ("deep down", "used", lambda: encoded(picture, "PNG")),
+        # the checksum around the pixels is wrong, the one within them is right
+        "broken_checksum.png": ("broken checksum", "used", lambda: broken("IDAT")),
         # what is damaged
+        "lab.tiff": ("LAB", "header", lambda: encoded(Image.merge("LAB", Image.fromarray(picture).split()), "TIFF")),
         "empty.jpg": ("empty", "header", lambda: b""),
         "truncated.jpg": ("truncated", "pixels", lambda: cut(encoded(picture, "JPEG"), 0.85)),
         "cut_png.png": ("truncated", "pixels", lambda: cut(encoded(picture, "PNG"))),
@@ -135,16 +139,8 @@ def _contents() -> dict[str, tuple[str, Outcome, Callable[[], bytes]]]:
         "page.png": ("a web page", "header", lambda: b"<!DOCTYPE html><html><body>404</body></html>"),
         "zeros.jpg": ("zeros", "header", lambda: bytes(5000)),
         "pointer.png": ("a pointer of git lfs", "header", lambda: b"version https://git-lfs.github.com/spec/v1\n"),
-        "broken_checksum.png": (
-            "broken checksum",
-            "pixels",
-            lambda: broken("IDAT"),
-        ),
-        "broken_header.png": (
-            "broken header",
-            "header",
-            lambda: broken("IHDR"),
-        ),
+        "broken_pixels.png": ("a changed byte", "pixels", lambda: with_changed_byte(encoded(picture, "PNG"))),
+        "broken_header.png": ("a broken header", "header", lambda: broken("IHDR")),
         "bomb.png": ("huge", "header", bomb),
         "one_pixel.png": ("one pixel", "header", lambda: encoded(pixels(1, 1), "PNG")),
         "line.png": ("a line of 1x90", "header", lambda: encoded(pixels(1, 90), "PNG")),

@@ -31,7 +31,7 @@ def opened(folder):
 
 def key_of(name: str) -> str:
     text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return unicodedata.normalize("NFC", text if name.startswith("good.") else os.path.splitext(text)[0])
+    return shown(unicodedata.normalize("NFC", text if name.startswith("good.") else os.path.splitext(text)[0]))
 
 
 def test_there_are_forty_kinds(folder):

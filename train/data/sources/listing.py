@@ -188,14 +188,16 @@ class Listing:
 
 
 def clean_key(name: str) -> str:
-    """A name as a key: composed Unicode, '/' between folders, no bytes that are not text."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace") if isinstance(name, str) else name
-    return unicodedata.normalize("NFC", text).replace(os.sep, "/")
+    """A name as a key: composed Unicode, '/' between folders, nothing that can't be printed on a line."""
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return shown(unicodedata.normalize("NFC", text).replace(os.sep, "/"))
 
 
 def clean_text(text: str) -> str:
     """A caption on one line, without control characters."""
-    return " ".join("".join(each if each.isprintable() else " " for each in text).split())
+    if not text.isprintable():
+        text = "".join(each if each.isprintable() else " " for each in text)
+    return " ".join(text.split())
 
 
 def read_text(data: bytes) -> tuple[str, str]:

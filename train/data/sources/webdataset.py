@@ -151,7 +151,7 @@ def _with_scores(captions: list[Caption], scores: list[tuple[str, float]]) -> li
 def _samples(listing: Listing, shard: pathlib.Path) -> dict[str, dict[str, SliceBlob]]:
     """Members by sample, then by suffix in lower case."""
     samples: dict[str, dict[str, SliceBlob]] = {}
-    repeated, ignored = [], []
+    repeated, ignored, end = [], [], 0
     size = os.path.getsize(shard)
     try:
         with open(shard, "rb") as file:
@@ -159,6 +159,8 @@ def _samples(listing: Listing, shard: pathlib.Path) -> dict[str, dict[str, Slice
                 raise UserError(f"{shard} is compressed, which forbids reading samples in any order: unpack it first")
         with tarfile.open(shard, "r:") as tar:
             for member in tar:
+                tar.members = []  # it would keep every one
+                end = max(end, member.offset_data + -(-member.size // 512) * 512)
                 folder, _, base = member.name.rpartition("/")
                 if not member.isreg() or hidden(base) or any(hidden(part) for part in folder.split("/") if part != "."):
                     ignored += [] if member.isdir() else [f"{shard.name}/{member.name}"]
@@ -175,7 +177,8 @@ def _samples(listing: Listing, shard: pathlib.Path) -> dict[str, dict[str, Slice
                 else:
                     blob = SliceBlob(str(shard), member.offset_data, member.size, shown_name)
                     samples[name][suffix.lower()] = blob
-                tar.members = []  # type: ignore[attr-defined] it would keep every member
+        if samples and (ending := _ending(shard, end)) is not None:
+            listing.problem(shard.name, f"{ending} after {len(samples)} samples")
     except tarfile.TarError as error:
         listing.problem(shard.name, f"is damaged as a tar after {len(samples)} samples ({error})")
     except OSError as error:
@@ -183,6 +186,16 @@ def _samples(listing: Listing, shard: pathlib.Path) -> dict[str, dict[str, Slice
     listing.note(repeated, "members are in a tar twice; the first is taken")
     listing.note(ignored, "members are hidden, links, or without a suffix, and left out")
     return {name: members for name, members in samples.items() if members}
+
+
+def _ending(shard: pathlib.Path, end: int) -> str | None:
+    """What is wrong with the end of a tar, which is zeros: tarfile takes anything else for an end too."""
+    with open(shard, "rb") as file:
+        file.seek(end)
+        rest = file.read(1 << 16)
+    if not rest:
+        return "is cut off"
+    return "goes on with something that is no tar, or with another tar," if any(rest) else None
 
 
 Texts = dict[str, list[Caption]]

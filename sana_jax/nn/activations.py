@@ -1,0 +1,32 @@
+"""Activations whose inside is float32 whatever the compute dtype is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import Array, Float
+
+
+def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``x / (1 + exp(-x))``, rounded once to ``x``'s dtype."""
+    return _rounded_once(jax.nn.silu, x)
+
+
+def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """GELU in its tanh form, rounded once to ``x``'s dtype."""
+    return _rounded_once(lambda x: jax.nn.gelu(x, approximate=True), x)
+
+
+def _rounded_once(function: Callable, x: Array) -> Array:
+    """``function`` in float32. Written in bfloat16, XLA rounds after every one of its four to eight operations."""
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        return function(x)
+
+    def wide(x: Array) -> Array:
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    # A backward pass keeps x alone, not what is float32.
+    return jax.checkpoint(wide, prevent_cse=False)(x)

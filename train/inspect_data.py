@@ -1,0 +1,301 @@
+"""What a data set holds and how training would read it: ``python -m train.inspect_data PATH [--resolution 1024 ...]``.
+
+Counts, sizes, shapes and the sizes that they are trained at, captions, further columns, and every file that can't be
+used, by name. No model is needed, and nothing is written but the contact sheet that ``--contact-sheet`` asks for.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from configs.data import ImageDataConfig
+from kernels.typing import UInt8
+from sana_jax.command_line import parse
+from sana_jax.errors import UserError, run_command_line
+from sana_jax.images import check_png_path, image_grid, save_png
+from train.data.buckets import BucketPlan, assign_buckets, size_table
+from train.data.captions import CaptionRule, caption_weights
+from train.data.decoding import BadPicture, decode_picture, resize_and_crop_to
+from train.data.source import (
+    IndexedSource,
+    Problem,
+    Record,
+    index_source,
+    refuse_missing_captions,
+    refuse_no_pictures,
+    refuse_too_many_bad,
+)
+from train.data.splits import split
+
+PROG = "python -m train.inspect_data"
+_SHEET = 48  # pictures of a contact sheet
+_CELL = 160  # px
+_THREADS = 4
+_SHOWN = 3  # examples
+
+
+@dataclass(frozen=True)
+class InspectConfig(ImageDataConfig):
+    """Reports what a data set holds. The options are those of --data in training; the path may come first."""
+
+    batch_size: int = 16
+    """Sizes with fewer pictures than this are rare."""
+    check_pixels: bool = True
+    """Decode every picture, which finds the truncated ones; False reads their headers alone, in seconds."""
+    contact_sheet: str | None = None
+    """Also draw some of the pictures, as they are trained, into this PNG."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size} is not allowed; choose 1 or more")
+        if self.cache is not None:
+            raise UserError(f"--cache {self.cache} is not used here, nothing is prepared; leave it out")
+        if self.contact_sheet is not None:
+            check_png_path(self.contact_sheet)
+
+
+def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
+    """Reports line by line.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        UserError: it is of no known format, or has no picture that can be used.
+    """
+    source = index_source(config)
+    if config.check_pixels:
+        _check_pixels(source, config)
+    say(f"{source.name}: {source.kind}")
+    say(f"usable: {len(source)} of {source.looked_at}")
+    for problem in source.problems:
+        say(f"unusable: {problem.name} {problem.reason}")
+    for note in source.notes:
+        say(f"note: {note}")
+    for same in source.duplicates:
+        say(f"same name: {', '.join(same)}")
+    refuse_no_pictures(source)
+    pictures = [record for record in source.records if record.size is not None]
+    plan = None
+    if pictures:
+        for line in _describe_sizes([record.size for record in pictures]):
+            say(line)
+        table = size_table(32, 32, config.resolution or 1024, aspect_buckets=config.aspect_buckets)
+        sizes = [record.size for record in pictures]
+        plan = assign_buckets(sizes, table, minimum=config.batch_size, rare=config.rare_buckets)
+        for line in _describe_buckets(plan, assign_buckets(sizes, table, minimum=1), config):
+            say(line)
+    for line in (*_describe_captions(source), *_describe_columns(source), *_describe_groups(source, config)):
+        say(line)
+    for line in (*_describe_features(source), *_describe_conditions(source, config)):
+        say(line)
+    for check in (
+        lambda: refuse_too_many_bad(source.problems, source.looked_at, config.max_bad_share),
+        lambda: refuse_missing_captions(source, config),
+        lambda: _say_choice(source, config, say),
+    ):
+        try:
+            check()
+        except UserError as error:
+            say(f"training would stop: {str(error).replace('--data.', '--')}")
+    if config.contact_sheet is not None:
+        if plan is None:
+            raise UserError(f"--contact-sheet {config.contact_sheet}: {source.name} has features and no pictures")
+        _draw_sheet(source, pictures, plan, config)
+        say(f"contact sheet: {config.contact_sheet}")
+
+
+def _check_pixels(source: IndexedSource, config: InspectConfig) -> None:
+    """Moves the records whose pixels can't be read to the source's problems."""
+    from tqdm import tqdm
+
+    def look(record: Record) -> Problem | None:
+        if record.size is None:
+            return None
+        try:
+            decode_picture(source.read(record), name=source.name_of(record), channels=3)
+        except BadPicture as error:
+            return Problem(error.name, error.reason)
+        return None
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(tqdm(pool.map(look, source.records), "decoding", total=len(source), disable=None, leave=False))
+    bad = {record.key for record, problem in zip(source.records, found) if problem is not None}
+    source.problems += [problem for problem in found if problem is not None]
+    source.records = [record for record in source.records if record.key not in bad]
+    source.without_caption = [key for key in source.without_caption if key not in bad]
+
+
+def _describe_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
+    def spread(values: Sequence[float], form: str) -> str:
+        return f"{min(values):{form}} to {max(values):{form}}, median {statistics.median(values):{form}}"
+
+    heights, widths = zip(*sizes)
+    return [
+        f"height: {spread(heights, '.0f')} px",
+        f"width: {spread(widths, '.0f')} px",
+        f"shorter side: {spread([min(size) for size in sizes], '.0f')} px",
+        f"height / width: {spread([height / width for height, width in sizes], '.2f')}",
+    ]
+
+
+def _describe_buckets(plan: BucketPlan, unmerged: BucketPlan, config: InspectConfig) -> list[str]:
+    """Each size with its count, before rare ones are dealt with; then what is done about those."""
+    most = max(unmerged.counts)
+    lines = [f"trained at, for --resolution {config.resolution or 1024} (height x width, pictures):"]
+    for bucket, count in zip(unmerged.buckets, unmerged.counts):
+        rare = f"  rare: fewer than --batch-size {config.batch_size}" if count < config.batch_size else ""
+        bar = "#" * max(1, round(30 * count / most))
+        lines.append(f"  {bucket!s:>9} {count:>7} {bar}{rare}")
+    return [*lines, *plan.lines[1:]]
+
+
+def _describe_captions(source: IndexedSource) -> list[str]:
+    captions = [caption for record in source.records for caption in record.captions if caption.text]
+    lines = [f"captions: {len(captions)}, {len({caption.text for caption in captions})} different"]
+    if captions:
+        words = [len(caption.text.split()) for caption in captions]
+        lines.append(f"words in a caption: {min(words)} to {max(words)}, median {statistics.median(words):.0f}")
+        several = sum(len(record.captions) > 1 for record in source.records)
+        kinds = Counter(caption.kind for caption in captions)
+        if several or len(kinds) > 1:
+            listed = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
+            lines.append(f"pictures with several captions: {several}; kinds: {listed}")
+        scores = [caption.score for caption in captions if caption.score is not None]
+        if scores:
+            lines.append(f"scores of captions: {len(scores)}, {min(scores):g} to {max(scores):g}")
+        texts = dict.fromkeys(caption.text for caption in captions)
+        lines += [f"  for example: {_short(text)}" for text in list(texts)[:_SHOWN]]
+    missing = source.without_caption
+    if missing:
+        some = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        lines.append(f"without a caption: {len(missing)}: {some}")
+    return lines
+
+
+def _say_choice(source: IndexedSource, config: InspectConfig, say: Callable[[str], None]) -> None:
+    """How often each kind of caption will be taken.
+
+    Raises:
+        UserError: a picture has none of a kind that may be.
+    """
+    rule, shares, pictures = CaptionRule.of(config), Counter(), 0
+    for record in source.records:
+        if not record.captions:
+            continue
+        weights = caption_weights(record.captions, rule)
+        pictures += 1
+        for caption, weight in zip(record.captions, weights):
+            shares[caption.kind] += weight / sum(weights)
+    if len(shares) > 1:
+        listed = ", ".join(f"{kind} {share / pictures:.0%}" for kind, share in shares.items())
+        say(f"captions by --caption-choice {config.caption_choice}: {listed}")
+
+
+def _describe_conditions(source: IndexedSource, config: InspectConfig) -> list[str]:
+    lines = []
+    for condition in config.conditions:
+        name = condition.partition("=")[0]
+        count = sum(name in record.columns for record in source.records)
+        lines.append(f"condition {condition}: {count} of {len(source)} samples have the column {name}")
+    variants = config.crops * (1 + config.flip)
+    return lines if variants == 1 else [*lines, f"variants of each picture: {variants} (crops and mirror images)"]
+
+
+def _describe_columns(source: IndexedSource) -> list[str]:
+    names = dict.fromkeys(name for record in source.records for name in record.columns)
+    return [f"column {name}: {_describe_column(source, name)}" for name in names]
+
+
+def _describe_column(source: IndexedSource, name: str) -> str:
+    values: list[Any] = [record.columns[name] for record in source.records if name in record.columns]
+    missing = len(source) - len(values)
+    some = "" if not missing else f", missing in {missing}"
+    if all(isinstance(value, bool) for value in values):
+        return f"{sum(values)} true, {len(values) - sum(values)} false{some}"
+    if all(isinstance(value, int | float) for value in values):
+        return f"numbers from {min(values):g} to {max(values):g}{some}"
+    if all(isinstance(value, str) for value in values):
+        return f"texts, {len(set(values))} different, such as {_short(values[0])!r}{some}"
+    kinds = ", ".join(sorted({type(value).__name__ for value in values}))
+    return f"{kinds}, such as {_short(str(values[0]))}{some}"
+
+
+def _describe_groups(source: IndexedSource, config: InspectConfig) -> list[str]:
+    groups = Counter(record.group for record in source.records if record.group is not None)
+    lines = []
+    if groups:
+        lines.append(f"groups: {len(groups)}, of {min(groups.values())} to {max(groups.values())} pictures")
+    if config.validation_share:
+        training, validation = split(source.records, config.validation_share)
+        lines.append(f"split: {len(training)} to train, {len(validation)} to validate (with seed 0)")
+    return lines
+
+
+def _describe_features(source: IndexedSource) -> list[str]:
+    holding = [record for record in source.records if source.has_features(record)]
+    if not holding:
+        return []
+    try:
+        arrays = source.features(holding[0])
+    except BadPicture as error:
+        return [f"features: beside {len(holding)} samples; {error}"]
+    shapes = ", ".join(f"{name} {array.dtype}{list(array.shape)}" for name, array in arrays.items())
+    return [f"features: beside {len(holding)} samples; {holding[0].key} has {shapes}"]
+
+
+def _draw_sheet(source: IndexedSource, pictures: list[Record], plan: BucketPlan, config: InspectConfig) -> None:
+    """Pictures that are spread evenly over the data, cut as they are trained, each in a cell of the same size."""
+    chosen = np.unique(np.linspace(0, len(pictures) - 1, min(_SHEET, len(pictures))).round().astype(int)).tolist()
+    cells, labels = [], []
+    for index in chosen:
+        record, bucket = pictures[index], plan.buckets[plan.bucket_of[index]]
+        try:
+            picture = decode_picture(source.read(record), name=source.name_of(record), channels=3)
+        except BadPicture:  # named above, if pixels were asked for
+            continue
+        cells.append(_cell(picture, bucket.height, bucket.width))
+        label = _short(record.key.rpartition("/")[2], 24)
+        labels.append(label.encode("ascii", "replace").decode())
+    if not cells:
+        raise UserError(f"--contact-sheet {config.contact_sheet}: none of the pictures can be decoded")
+    save_png(config.contact_sheet, image_grid(cells, labels=labels))
+
+
+def _cell(picture: UInt8[np.ndarray, "H W 3"], height: int, width: int):
+    from PIL import Image
+
+    scale = _CELL / max(height, width)
+    small = resize_and_crop_to(picture, max(1, round(height * scale)), max(1, round(width * scale)))
+    cell = Image.new("RGB", (_CELL, _CELL), (235, 235, 235))
+    cell.paste(Image.fromarray(small), ((_CELL - small.shape[1]) // 2, (_CELL - small.shape[0]) // 2))
+    return cell
+
+
+def _short(text: str, most: int = 100) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: a path, then options."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and not arguments[0].startswith("-"):
+        arguments = ["--path", *arguments]
+    try:
+        inspect(parse(InspectConfig, arguments, prog=PROG))
+    except UserError as error:  # the options are those of training, without their group
+        raise UserError(str(error).replace("--data.", "--")) from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error).replace("--data.", "--")) from error
+    return 0
+
+
+if __name__ == "__main__":
+    run_command_line(main)

@@ -1,0 +1,78 @@
+"""What a LoRA run hands out with every checkpoint: the LoRA as diffusers loads it, and a model card beside it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+
+from kernels.typing import PyTree
+from sana_jax.lora import save_lora_weights
+from sana_jax.lora.reading import FILE_NAME
+from sana_jax.models.sana import SanaTransformer
+from sana_jax.nn.linear import LORA
+from sana_jax.pipelines.opening import abstract_params
+from sana_jax.weights.tables.sana import transformer_rules
+from train.assembly import RunParts
+from train.model_card import LoraCard, write_model_card
+
+
+def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = None) -> Path | None:
+    """Writes a LoRA run's file and card into its directory, in place of older ones; other runs have none.
+
+    Every process calls it; the first one writes.
+
+    Args:
+        parts: of the run.
+        trained: its trained parameters, those that are sampled with.
+        step: that they are of.
+        preview: the newest picture of the run.
+
+    Returns:
+        The LoRA file; None for other runs.
+    """
+    if parts.recipe.kind != "lora":
+        return None
+    config, lora = parts.config, parts.config.lora
+    tree = _on_host(trained[LORA])
+    if jax.process_index() != 0:
+        return None
+    abstract = abstract_params(SanaTransformer(config.transformer))
+    run_dir = Path(config.run_dir)
+    notes = {"base_model": config.model, "steps": step, "targets": list(lora.targets)}
+    save_lora_weights(
+        run_dir,
+        tree,
+        transformer_rules(config.transformer),
+        abstract,
+        alpha=lora.alpha,
+        dropout=lora.dropout,
+        notes=notes,
+    )
+    card = LoraCard(
+        base_model=config.model,
+        lora=lora,
+        steps=step,
+        data=f"{len(parts.dataset):,} pictures",
+        prompt=getattr(config.data, "caption", None),
+        license=parts.base.parts.defaults.license,
+        pipeline=parts.pipeline,
+        preview=None if preview is None else str(preview.relative_to(run_dir)),
+        facts={
+            "learning rate": config.optimizer.learning_rate,
+            "batch size": config.batch_size,
+            "optimizer": config.optimizer.name,
+            "flow shift": config.flow.flow_shift,
+            "seed": config.seed,
+        },
+    )
+    write_model_card(run_dir, card)
+    return run_dir / FILE_NAME
+
+
+def _on_host(tree: PyTree) -> PyTree:
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(tree, tiled=True)
