@@ -13,6 +13,8 @@ PRESETS = {
     "digits": "configs.presets.digits",
     "lora": "configs.presets.lora",
     "finetune": "configs.presets.finetune",
+    "dreambooth": "configs.presets.dreambooth",
+    "controlnet": "configs.presets.controlnet",
 }
 DEFAULT_PRESET = "digits"
 

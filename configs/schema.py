@@ -14,6 +14,7 @@ from configs.controlnet import ControlNetConfig
 from configs.data import ImageDataConfig
 from configs.lora import LoraConfig
 from configs.optimizer import OptimizerConfig, check_optimizer
+from configs.prior import PriorConfig
 from sana_jax.errors import UserError
 from sana_jax.models.sana import SanaConfig
 
@@ -196,6 +197,8 @@ class RunConfig:
     """Trains a LoRA beside the base model instead of the model itself."""
     controlnet: ControlNetConfig | None = None
     """Trains a ControlNet beside the base model instead of the model itself."""
+    prior: PriorConfig | None = None
+    """Prior preservation, for pictures of one subject."""
     batch_size: int = 64
     """Samples per optimizer step, over all devices."""
     accumulation: int = 1

@@ -23,7 +23,7 @@ from sana_jax.weights.messages import first_few
 from sana_jax.weights.safetensors_files import TensorSource, all_finite
 
 _TRANSFORMER = "SanaTransformer2DModel"
-_CARD = "lora/README.md"  # in a run's directory
+_CARD = "README.md"  # in a run's directory
 
 
 def merge_model(

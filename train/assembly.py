@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from configs.data import ImageDataConfig
 from configs.schema import DigitsDataConfig, RunConfig
 from kernels.typing import Float, Int
 from sana_jax.autoencoders import Autoencoder
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.pipelines.opening import find_model
+from sana_jax.pipelines.text_to_image import SanaPipeline
 from sana_jax.text_encoders import TextEncoder
 from train.base_model import BaseModel, absolute, open_base_model, settle
 from train.data import CachedData, Dataset, DigitsData
+from train.data.prior import WithPrior, draw_prior_pictures
 from train.distributed import on_first_process
 from train.precompute import precompute
 from train.preemption import StopRequest
@@ -32,6 +40,10 @@ class TrainingData(Dataset, Protocol):
     @property
     def preview_shape(self) -> tuple[int, int, int]:
         """(H, W, C) of the latents that previews draw."""
+        ...
+
+    def caption_of(self, index: int) -> str:
+        """A sample's first caption."""
         ...
 
     def encode(self, captions: Sequence[str]) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:
@@ -118,4 +130,47 @@ def assemble(
     if directory is None:
         return None
     dataset = CachedData(directory, config.data)
+    if config.prior is not None and config.prior.caption is not None:
+        with_class = _class_configuration(config)
+        directory = on_first_process(lambda: _prepare_class(with_class, base, say, stop))
+        if directory is None:
+            return None
+        dataset = WithPrior(dataset, CachedData(directory, with_class.data), config.prior.weight)
     return RunParts(config, base, dataset, make_recipe(config), base.parts.text_encoder, base.parts.autoencoder)
+
+
+def _class_configuration(config: RunConfig) -> RunConfig:
+    """The run's configuration with the pictures of the subject's class for data."""
+    prior, data = config.prior, config.data
+    path = prior.path or os.path.join(os.path.dirname(config.run_dir), f"class-{slug(prior.caption)}")
+    cache = None if data.cache is None else f"{data.cache}-class"
+    data = ImageDataConfig(
+        path=path,
+        caption=prior.caption,
+        resolution=data.resolution,
+        aspect_buckets=data.aspect_buckets,
+        latent_dtype=data.latent_dtype,
+        cache=cache,
+    )
+    return dataclasses.replace(config, data=data)
+
+
+def _prepare_class(config: RunConfig, base: BaseModel, say: Callable[[str], None], stop: StopRequest) -> Path | None:
+    """Draws what is missing of the class's pictures with the base model, and makes their cache."""
+    prior, pipeline = config.prior, None
+
+    def draw(caption: str, seed: int):
+        nonlocal pipeline
+        if pipeline is None:
+            pipeline = SanaPipeline.from_pretrained(find_model(base.name), variant=base.variant)
+        drawn = pipeline(caption, seed=seed, num_inference_steps=prior.num_inference_steps, progress_bar=False)
+        return drawn.images[0]
+
+    draw_prior_pictures(Path(config.data.path), prior.caption, prior.pictures, draw, say)
+    del pipeline  # its weights are not needed beside the training's own
+    return precompute(config, base.parts, say=say, stop=stop)
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "pictures"

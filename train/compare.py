@@ -163,7 +163,7 @@ def _draw(config: CompareConfig, opener: Opener, pipeline: ImagePipeline, pictur
         prompt=(picture.prompt,),
         output=NO_PICTURE,
         seed=picture.seed,
-        steps=config.num_inference_steps,
+        steps=column.num_inference_steps,
         guidance_scale=column.guidance_scale,
         height=config.height,
         width=config.width,

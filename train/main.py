@@ -381,9 +381,10 @@ class Run:
                 + "".join(f"; {note}" for note in notes)
             )
         model, prompt = shlex.quote(config.run_dir), shlex.quote(self.previewer.example_prompt)
+        control = " --control-image PICTURE" if self.parts.recipe.kind == "controlnet" else ""
         self.say(
             f"everything is in {config.run_dir} (pictures in {config.run_dir}/samples); draw one with:\n"
-            f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt} --out picture.png"
+            f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt}{control} --out picture.png"
         )
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,11 +38,38 @@ class Previewer:
         self._config = parts.config
         self._sample: Callable | None = None
 
-    @property
+    @cached_property
     def captions(self) -> list[str]:
-        """What is drawn."""
+        """What is drawn: prompts, or captions of the data; those of the examples, where these give more than words."""
         preview = self._config.preview
-        return list(preview.prompts) or self._parts.dataset.captions[: preview.captions]
+        if preview.prompts:
+            return list(preview.prompts)
+        if self._parts.recipe.conditions:
+            source, indices = self._examples
+            return [source.caption_of(index) for index in indices]
+        return self._parts.dataset.captions[: preview.captions]
+
+    @cached_property
+    def _examples(self) -> tuple[Any, list[int]]:
+        """Samples whose conditions are drawn with, and the data that they are of; held-out ones where there are any."""
+        dataset, preview = self._parts.dataset, self._config.preview
+        source = dataset.validation or dataset
+        indices = source.buckets.get(dataset.preview_shape, ())
+        if not len(indices):
+            source, indices = dataset, dataset.buckets[dataset.preview_shape]
+        most = min(len(preview.prompts) or preview.captions, len(indices))
+        chosen = np.linspace(0, len(indices) - 1, most).round().astype(int)
+        return source, [int(indices[place]) for place in chosen]
+
+    def _conditions(self) -> dict[str, np.ndarray]:
+        """Of every column of the grid, once per row; empty for a network that reads none."""
+        names = self._parts.recipe.conditions
+        if not names:
+            return {}
+        source, indices = self._examples
+        repeated = [indices[column % len(indices)] for column in range(len(self.captions))]
+        conditions = source.batch(np.asarray(repeated * self._config.preview.per_caption)).conditions
+        return {name: conditions[name] for name in names}
 
     @property
     def example_prompt(self) -> str:
@@ -81,7 +110,7 @@ class Previewer:
         prompts = Prompts(*dataset.encode(self.captions * preview.per_caption), *dataset.null_encoding())
         # Picture i has the noise that generate gives its picture i, in PyTorch's order.
         latents = initial_latents(preview.seed, rows, (channels, height, width)).transpose(0, 2, 3, 1)
-        inputs = jax.device_put((np.asarray(latents), prompts, {}), everywhere)
+        inputs = jax.device_put((np.asarray(latents), prompts, self._conditions()), everywhere)
         sampling = self._parts.recipe.sampling_function(
             run_sampler(self._config), preview.num_inference_steps, preview.guidance_scale
         )

@@ -5,7 +5,8 @@ projection, or after it (and then before the caption norm, so that they have the
 
 **Zero-effect start.** A token that is merely appended dilutes the softmax of cross-attention, whatever it holds. So
 every encoder has a learned weight w >= 0 that starts at 0 and multiplies ``exp(logit)`` of its tokens: an additive
-attention bias ``log(w + 1e-12)``. At the start the network gives what it gives without tokens, to float32 rounding.
+attention bias ``log(w + 1e-24)``. At the start the network gives what it gives without tokens, to float32 rounding
+(unless a token's logit is 35 and more above those of the caption, as in random networks without q/k norms).
 
 **Gradients** are healthy from there on, for two reasons. That of w is ``exp(logit)/Z`` times what the token would
 change, not scaled by w; and below 0, where w is cut off, it passes on as if it were not, so that w can come back. That
@@ -33,8 +34,10 @@ from sana_jax.nn.attention import MASKED, mask_to_bias
 from sana_jax.nn.initializers import scaled_normal
 from sana_jax.nn.linear import Linear
 
-# exp(logit) of a token whose weight is 0 is multiplied with this: nothing in float32, and its logarithm is finite.
-SMALLEST_WEIGHT = 1e-12
+# exp(logit) of a token whose weight is 0 is multiplied with this. It is nothing in float32 also for a token whose logit
+# is 35 above those of the caption, which happens where queries are not normalised; and float32 still holds gradients
+# that have this factor.
+SMALLEST_WEIGHT = 1e-24
 # The parameter behind a weight is a tenth of it, because optimizers that move every parameter by about the learning
 # rate would otherwise need 1 / learning_rate steps until a token counts as much as a word.
 WEIGHT_PER_PARAMETER = 10.0

@@ -27,7 +27,7 @@ from sana_jax.files import atomic_directory
 from sana_jax.images import to_pil
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.checks import check_finite, check_multiple, not_finite
-from sana_jax.pipelines.image_inputs import place, to_network_range
+from sana_jax.pipelines.image_inputs import LUMA, place, to_network_range
 from sana_jax.pipelines.lora import LoraPipeline
 from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.pipelines.opening import abstract_params, open_model, save_model
@@ -344,12 +344,12 @@ class ImagePipeline(LoraPipeline):
         Each lies so that the cropping of the result gives back its place. diffusers stretches it over all that is
         sampled, and where that is then cropped, the result is up to a few per cent out of place.
         """
-        if self.autoencoder.image_channels != 3:
-            raise UserError(f"{name}: this model draws gray pictures and reads none; leave {name} out")
         if len(pictures) not in (1, count):
             raise UserError(f"{len(pictures)} of {name} for {count} pictures; allowed is one for all or one each")
         window = kept_window(size.sampled, size.requested)
         ready = [place(to_network_range(picture, *window)[0], size.sampled) for picture in pictures]
+        if self.autoencoder.image_channels == 1:
+            ready = [(picture @ LUMA)[..., None] for picture in ready]
         latents = jnp.asarray(self.autoencoder.encode(jnp.stack(ready)), jnp.float32)
         check_finite("encoding of the picture", latents)
         self._leave(AUTOENCODER)

@@ -19,6 +19,9 @@ _SHORTEST_SIDE = 16  # px: below this a picture says nothing at the sizes that m
 # What is white in modes of more than 8 bits: PIL opens 16-bit files in any of the first two.
 _WHITE = {"I": 65535.0, "F": 1.0}
 
+# Brightness of red, green and blue (ITU-R BT.601), as PIL makes gray of colour.
+LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
+
 
 def read_picture(picture: Any, name: str = "image") -> Image.Image:
     """A picture as an RGB PIL image.

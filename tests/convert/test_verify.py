@@ -15,7 +15,7 @@ import torch
 from convert import main as command
 from convert.engine import import_model
 from convert.verify import loading, networks, verify_model
-from convert.verify.report import Difference, Limits, choose_limits, make_row
+from convert.verify.report import Difference, Limits, choose_limits, make_row, median_ratio_row
 from sana_jax.errors import CheckpointError, UserError
 from tests.convert import cases
 from tests.parity import pipeline_oracle
@@ -300,6 +300,18 @@ def test_a_fault_in_the_weights_is_named_in_bfloat16(published, check, monkeypat
     assert f"{component}: {expected}" in lines[-1]
 
 
+@pytest.mark.prove
+def test_a_fault_of_the_pipeline_is_named_in_bfloat16(published, check, monkeypatch):
+    from sana_jax.pipelines import sampling_function
+
+    right = sampling_function.classifier_free_guidance
+    monkeypatch.setattr(sampling_function, "classifier_free_guidance", lambda n, p, scale: right(n, p, 1.2 * scale))
+    fine, lines, rows = check(published("sana-1.0"), "pipeline", dtype="bfloat16")
+    assert not fine
+    assert not rows["pipeline"][-1]["ok"]
+    assert "pipeline: " in lines[-1]
+
+
 # -- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -371,6 +383,21 @@ def test_thresholds(published, check):
     with pytest.raises(UserError, match="--module-threshold -1"):
         choose_limits("float32", module=-1)
     assert choose_limits("float32", module=1e-3).module == 1e-3
+
+
+def test_the_median_of_a_pipelines_rows_is_judged_apart():
+    """In bfloat16 one row may be far from PyTorch's own error, but not most of them."""
+    reference = np.linspace(1, 2, 50)
+
+    def rows(*amounts):
+        own = reference * 1.01
+        return [make_row("x", reference * (1 + 0.01 * n), reference, 0, Limits(ratio=5), own=own) for n in amounts]
+
+    assert median_ratio_row(rows(0.5, 1.2, 4), Limits()).judged == pytest.approx(1.2)
+    assert not median_ratio_row(rows(0.5, 1.2, 4), Limits()).past
+    assert median_ratio_row(rows(1.6, 1, 1.7), Limits()).past
+    assert [row.past for row in rows(4, 6)] == [False, True]
+    assert median_ratio_row(rows(np.nan, np.nan, 1), Limits()).past
 
 
 def test_what_is_not_finite_or_of_another_shape_is_past():

@@ -262,6 +262,16 @@ def test_one_transformer_is_in_memory_at_a_time(run, tmp_path, monkeypatch):
     assert len(opened) == 2
 
 
+def test_numbers_of_steps_are_columns(run, tmp_path):
+    words = ("--checkpoint-steps", 10, "--prompts", SEVEN, "--num-inference-steps", 1, 3, "--output", tmp_path)
+    assert call(run, *words) == 0
+    pipe = SanaPipeline.from_pretrained(run)
+    for row, steps in zip(rows(tmp_path), (1, 3), strict=True):
+        assert row["num_inference_steps"] == str(steps)
+        np.testing.assert_array_equal(pixels(tmp_path / row["file"]), pipe(SEVEN, num_inference_steps=steps).images[0])
+    assert {"1 steps", "3 steps"} <= set(Links(tmp_path / "comparison.html").text)
+
+
 def test_lora_files_and_their_weights(run, tmp_path, capsys):
     files = [lora_file(tmp_path / f"style{seed}.safetensors", seed) for seed in (1, 2)]
     words = ("--checkpoint-steps", "newest", "--prompts", SEVEN, "--output", tmp_path / "out")
@@ -342,6 +352,7 @@ def test_published_models(kind, tmp_path, capsys):
         ((*PROMPTS, "--checkpoint-steps", "all", 5), "--checkpoint-steps all 5 is not allowed"),
         ((*PROMPTS, "--checkpoint-steps", "last"), "--checkpoint-steps last is not allowed"),
         ((*PROMPTS, "--guidance-scales", "nan"), "finite"),
+        ((*PROMPTS, "--num-inference-steps", 0), "--num-inference-steps 0 is not allowed"),
         ((*PROMPTS, "--lora-scales", 1), "--lora-scales would not be used"),
         ((*PROMPTS, "--lora", "missing.safetensors"), "LoRA missing.safetensors is not a file"),
         ((*PROMPTS, "--checkpoint-steps", 5, "--strip"), "only one is drawn"),

@@ -206,6 +206,10 @@ class CachedData:
         ordered = (self._contents.texts[number] for number, _ in counts.most_common())
         return [text for text in ordered if text.strip()]
 
+    def caption_of(self, index: int) -> str:
+        """A sample's first caption."""
+        return self._contents.texts[self._contents.captions[int(self._rows[index])].texts[0]]
+
     def encode(self, captions: Sequence[str]) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:
         """Embeddings and masks of texts that the cache has.
 

@@ -96,6 +96,10 @@ class DigitsData:
         """Nothing is held out."""
         return None
 
+    def caption_of(self, index: int) -> str:
+        """A sample's caption."""
+        return self.config.caption.format(digit=NAMES[self._samples[1][index]])
+
     def encode(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings and masks of captions."""
         return self.text_encoder.encode(captions)

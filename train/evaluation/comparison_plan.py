@@ -59,8 +59,8 @@ class CompareConfig:
     """LoRA files, each drawn by itself, a column for each of its weights."""
     lora_scales: tuple[float, ...] = ()
     """Weights of the LoRA files; 0 is one column without any. None given: 1."""
-    num_inference_steps: int | None = None
-    """Sampling steps; None: the model's own."""
+    num_inference_steps: tuple[int, ...] = ()
+    """Sampling steps, a column for each number; none: the model's own."""
     height: int | None = None
     """Pixels; None: the model's own."""
     width: int | None = None
@@ -92,6 +92,7 @@ class CompareConfig:
         check_once("model", self.models)
         check_once("seed", self.seeds)
         check_once("guidance scale", self.guidance_scales)
+        check_once("number of steps", self.num_inference_steps)
         check_once("LoRA weight", self.lora_scales)
         check_once("LoRA", self.lora)
         check_once("checkpoint step", self.checkpoint_steps)
@@ -100,6 +101,9 @@ class CompareConfig:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise UserError(f"--seeds {seed} is not allowed; choose 0 to {2**32 - 1}")
+        for steps in self.num_inference_steps:
+            if steps < 1:
+                raise UserError(f"--num-inference-steps {steps} is not allowed; choose 1 or more")
         if bad := [value for value in (*self.guidance_scales, *self.lora_scales) if not math.isfinite(value)]:
             raise UserError(f"scale {bad[0]} is not allowed; choose finite numbers")
         words = [word for word in self.checkpoint_steps if not word.isdecimal()]
@@ -130,7 +134,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class Column:
-    """One way to draw: a model's checkpoint, a LoRA and its weight (or none), a guidance scale (None: its own)."""
+    """One way to draw: a model's checkpoint, a LoRA and its weight (or none), guidance and steps (None: its own)."""
 
     model: str
     directory: Path
@@ -138,6 +142,7 @@ class Column:
     lora: str | None
     lora_scale: float
     guidance_scale: float | None
+    num_inference_steps: int | None
 
     @property
     def checkpoint_text(self) -> str:
@@ -173,9 +178,10 @@ def plan_columns(config: CompareConfig) -> list[Column]:
         runs += is_training_run(directory)
         for step in chosen_steps(directory, _wanted_steps(config, directory)):
             columns += [
-                Column(model, directory, step, lora, scale, guidance)
+                Column(model, directory, step, lora, scale, guidance, steps)
                 for lora, scale in loras
                 for guidance in config.guidance_scales or (None,)
+                for steps in config.num_inference_steps or (None,)
             ]
     if config.checkpoint_steps != ("all",) and not runs:
         raise UserError(
@@ -212,8 +218,8 @@ def plan_pictures(config: CompareConfig, columns: Sequence[Column], prompts: Seq
             "lora_scale": column.lora_scale,
             "guidance_scale": column.guidance_scale,
             "negative_prompt": config.negative_prompt,
-            **{name: getattr(config, name) for name in ("num_inference_steps", "height", "width", "binning")},
-            **{name: getattr(config, name) for name in ("variant", "dtype")},
+            "num_inference_steps": column.num_inference_steps,
+            **{name: getattr(config, name) for name in ("height", "width", "binning", "variant", "dtype")},
             "version": sana_jax.__version__,
         }
         for prompt in prompts:

@@ -186,6 +186,8 @@ def _setting_text(column: Column, drawn: Drawn, names_lora: bool | None = None, 
         scale = next(own, None)
     if scale is not None:
         parts.append(f"guidance {scale:g}")
+    if column.num_inference_steps is not None:
+        parts.append(f"{column.num_inference_steps} steps")
     return separator.join(parts)
 
 
