@@ -14,7 +14,10 @@ PRESETS = {
     "lora": "configs.presets.lora",
     "finetune": "configs.presets.finetune",
     "dreambooth": "configs.presets.dreambooth",
+    "siglip_zoom_lora": "configs.presets.siglip_zoom_lora",
     "controlnet": "configs.presets.controlnet",
+    "digits_sprint": "configs.presets.digits_sprint",
+    "sprint": "configs.presets.sprint",
 }
 DEFAULT_PRESET = "digits"
 

@@ -15,6 +15,8 @@ from configs.data import ImageDataConfig
 from configs.lora import LoraConfig
 from configs.optimizer import OptimizerConfig, check_optimizer
 from configs.prior import PriorConfig
+from configs.sprint import SprintConfig
+from configs.tokens import TokensConfig
 from sana_jax.errors import UserError
 from sana_jax.models.sana import SanaConfig
 
@@ -126,7 +128,7 @@ class PreviewConfig:
     """What to draw; without any, captions of the data."""
     captions: int = 8
     """How many captions of the data are drawn at most, where no prompts are given."""
-    sampler: Literal["dpm_solver", "flow_euler"] = "dpm_solver"
+    sampler: Literal["dpm_solver", "flow_euler", "scm"] = "dpm_solver"
     """Sampler; the run's directory takes it as its default for sampling."""
     seed: int = 0
     """Seed of the noise."""
@@ -195,8 +197,12 @@ class RunConfig:
     """Variant of its published weight files: bf16, fp16."""
     lora: LoraConfig | None = None
     """Trains a LoRA beside the base model instead of the model itself."""
+    tokens: TokensConfig | None = None
+    """Trains encoders of condition tokens beside the LoRA."""
     controlnet: ControlNetConfig | None = None
     """Trains a ControlNet beside the base model instead of the model itself."""
+    sprint: SprintConfig | None = None
+    """Distils the base model to a few steps."""
     prior: PriorConfig | None = None
     """Prior preservation, for pictures of one subject."""
     batch_size: int = 64
@@ -250,7 +256,13 @@ class RunConfig:
         _require(
             "mesh.context", context, context == 1, "1 for networks of pictures, which do not cut a sample's tokens"
         )
+        _require("tokens", "without --lora", self.tokens is None or self.lora is not None, "tokens beside a LoRA")
+        scm = self.preview.sampler == "scm"
+        allowed = "scm for Sprint training" if self.sprint else "dpm_solver or flow_euler"
+        _require("preview.sampler", self.preview.sampler, scm == (self.sprint is not None), allowed)
         v = self.validation
+        flow_only = self.sprint is None or not v.every
+        _require("validation.every", v.every, flow_only, "0 for Sprint training, whose loss is not flow matching's")
         _require("validation.every", v.every, v.every >= 0, "0 (none) or more")
         _require("validation.samples", v.samples, v.samples >= 1, "1 or more")
         levels = bool(v.sigmas) and all(0 < sigma < 1 for sigma in v.sigmas)

@@ -73,8 +73,8 @@ class RunParts(NamedTuple):
     @property
     def pipeline(self) -> str:
         """The pipeline that samples what the run trains."""
-        if self.recipe.kind == "controlnet":
-            return "SanaControlNetPipeline"
+        if self.recipe.kind in ("controlnet", "sprint"):
+            return {"controlnet": "SanaControlNetPipeline", "sprint": "SanaSprintPipeline"}[self.recipe.kind]
         return "SanaPipeline" if self.base is None else self.base.pipeline
 
     @property
@@ -92,10 +92,12 @@ def open_base(config: RunConfig) -> tuple[RunConfig, BaseModel | None]:
     Raises:
         UserError, FileNotFoundError, CheckpointError: one line about what does not fit.
     """
-    if config.lora is not None and config.model is None:
+    learners = {"a LoRA": config.lora, "a ControlNet": config.controlnet, "a student": config.sprint}
+    wanted = [name for name, settings in learners.items() if settings is not None]
+    if wanted and config.model is None:
         raise UserError(
-            f"the preset {config.preset} trains a LoRA beside a model; name one with --model DIRECTORY (a published or "
-            "converted model, or a training run such as runs/digits)"
+            f"the preset {config.preset} trains {wanted[0]} beside a model; name one with --model DIRECTORY (a "
+            "published or converted model, or a training run such as runs/digits)"
         )
     base = None if config.model is None else open_base_model(config.model, config.model_variant)
     return settle(config, base), base
@@ -136,7 +138,24 @@ def assemble(
         if directory is None:
             return None
         dataset = WithPrior(dataset, CachedData(directory, with_class.data), config.prior.weight)
-    return RunParts(config, base, dataset, make_recipe(config), base.parts.text_encoder, base.parts.autoencoder)
+    recipe = make_recipe(config)
+    _check_conditions(recipe.conditions, dataset)
+    return RunParts(config, base, dataset, recipe, base.parts.text_encoder, base.parts.autoencoder)
+
+
+def _check_conditions(wanted: Sequence[str], dataset: CachedData | WithPrior) -> None:
+    """Raises ``UserError`` unless the data has just the conditions that the recipe reads."""
+    there = set(dataset.condition_shapes(dataset.preview_shape))
+    if missing := sorted(set(wanted) - there):
+        raise UserError(
+            f"the network reads the condition {missing[0]}, which the data does not have; declare it with "
+            f"--data.conditions {missing[0]}=KIND, where KIND is scalar, vector, picture, canny or siglip:DIRECTORY"
+        )
+    if unused := sorted(there - set(wanted)):
+        raise UserError(
+            f"--data.conditions declares {unused[0]}, which nothing in this run reads; leave it out, or choose a "
+            "preset that does: controlnet, siglip_zoom_lora"
+        )
 
 
 def _class_configuration(config: RunConfig) -> RunConfig:

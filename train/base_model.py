@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from configs.schema import RunConfig
 from kernels.typing import PyTree
 from sana_jax.errors import UserError
-from sana_jax.models.sana import SanaTransformer
+from sana_jax.models.sana import SanaConfig, SanaTransformer
 from sana_jax.models.sharding_rules import SANA
 from sana_jax.pipelines.model_directory import ModelDirectory, pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import abstract_params, find_model, model_weights_id, open_transformer_weights
@@ -37,11 +37,7 @@ class BaseModel(NamedTuple):
 
     def abstract_weights(self, mesh: Mesh, dtype: str) -> PyTree:
         """Shapes of the transformer's parameters in a dtype, with where they lie on a mesh."""
-        shapes = abstract_params(SanaTransformer(self.parts.transformer_config), jnp.dtype(dtype))
-        shardings, _ = parameter_shardings(shapes, SANA, mesh)
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-        )
+        return abstract_transformer(self.parts.transformer_config, mesh, dtype)
 
     def weights(self, abstract: PyTree) -> Resident:
         """The transformer's parameters as ``abstract_weights`` lays them out; read at the first use.
@@ -52,6 +48,15 @@ class BaseModel(NamedTuple):
         """
         resident, _, _ = open_transformer_weights(self.parts, abstract, variant=self.variant)
         return resident
+
+
+def abstract_transformer(config: SanaConfig, mesh: Mesh | AbstractMesh, dtype: str) -> PyTree:
+    """Shapes of a transformer's parameters in a dtype, with where they lie on a mesh."""
+    shapes = abstract_params(SanaTransformer(config), jnp.dtype(dtype))
+    shardings, _ = parameter_shardings(shapes, SANA, mesh)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+    )
 
 
 def open_base_model(name: str, variant: str | None = None) -> BaseModel:
@@ -65,6 +70,11 @@ def open_base_model(name: str, variant: str | None = None) -> BaseModel:
     if pipeline == "SanaControlNetPipeline":
         pipeline = "SanaPipeline"
     parts = read_model_directory(directory, pipeline, variant=variant)
+    if parts.trained_from is not None and parts.trained_from.kind == "sprint":
+        raise UserError(
+            f"--model {name} is a Sprint run, whose checkpoints hold more than a model; save its model first: "
+            "SanaSprintPipeline.from_pretrained(...).save_pretrained(...)"
+        )
     if parts.transformer_source is not parts:
         raise UserError(
             f"--model {name} is a run that has trained a {parts.trained_from.kind} beside {parts.trained_from.model}; "
@@ -88,6 +98,8 @@ def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
             )
         return config
     network = base.parts.transformer_config
+    if config.sprint is not None:
+        network = dataclasses.replace(network, guidance_embeds=True)  # the student's
     if config.transformer not in (None, network):
         raise UserError(
             f"--model {config.model} has another network than the preset {config.preset}, which trains one of its own; "

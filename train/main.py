@@ -40,14 +40,14 @@ from train.checkpoints import CheckpointStore
 from train.data import Loader
 from train.distributed import describe_processes, join_processes
 from train.metrics import MetricsWriter, Progress, clock, summarise
-from train.objectives.flow_matching import FlowMatching
 from train.optimizers import learning_rate_schedule, warmup_steps
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.publishing import publish
 from train.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
-from train.state import StatePlan, TrainState, parameter_count, plan_state, sampled_params
-from train.step import StepMetrics, make_train_step
+from train.state import TrainState, parameter_count, sampled_params
+from train.state_plan import StatePlan, plan_state
+from train.step import StepMetrics
 from train.validation import Validator
 
 PROG = "python -m train.main"
@@ -139,7 +139,6 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         say(f"warm-up: {warmup} steps, not {config.optimizer.warmup_steps}, since the run has {config.steps} steps")
     if plan.whole and mesh.size > 1:
         say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
-    objective = FlowMatching(recipe, config.flow, *map(jnp.asarray, dataset.null_encoding()))
     previewer, validator = Previewer(parts, mesh, stop.writing), Validator(parts, mesh)
     store = _open_store(config)
     run = Run(parts, stop, store, loader, previewer, validator, say)
@@ -150,16 +149,19 @@ def train(config: RunConfig, stop: StopRequest) -> int:
 
     # ---- compilation -------------------------------------------------------------------------------------------------
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, plan.abstract), replicated(mesh))
-    step_function = make_train_step(objective, plan.optimizer, config)
-    step_function = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
+    null_encoding = tuple(map(jnp.asarray, dataset.null_encoding()))
+    step_functions = recipe.step_functions(config, plan.optimizer, null_encoding)
     train_steps = {}
     for shape, indices in dataset.buckets.items():
         first_batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
         abstract_batch = jax.tree.map(
             lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows_sharding), first_batch
         )
-        name = f"the train step for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
-        train_steps[shape] = compile_ahead(name, step_function, plan.abstract, frozen, abstract_batch, say=say)
+        for kind, step_function in enumerate(step_functions):
+            which = "the train step" if len(step_functions) == 1 else f"train step {kind + 1} of {len(step_functions)}"
+            name = f"{which} for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
+            jitted = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
+            train_steps[shape, kind] = compile_ahead(name, jitted, plan.abstract, frozen, abstract_batch, say=say)
     if config.preview.every:
         previewer.compile(sampled_params(plan.abstract), frozen, say)
     if config.validation.every:
@@ -181,8 +183,8 @@ def train(config: RunConfig, stop: StopRequest) -> int:
         run_directory.write(parts)
 
     # ---- loop --------------------------------------------------------------------------------------------------------
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return train_steps[batch.latents.shape[1:]](state, frozen, batch)
+    def train_step(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, StepMetrics]:
+        return train_steps[batch.latents.shape[1:], step % len(step_functions)](state, frozen, batch)
 
     previewer.frozen = run.frozen = frozen
     with store:
@@ -238,7 +240,7 @@ class Run:
             while step < config.steps:
                 batch = to_devices(next(self.loader))
                 self.stop.nothing_to_lose = False
-                state, metrics = train_step(state, batch)
+                state, metrics = train_step(state, batch, step)
                 step += 1
                 window.append(metrics)
                 self.unchecked.append((step, metrics))

@@ -139,7 +139,7 @@ def summarise(window: Sequence[StepMetrics], images: int, seconds: float) -> dic
     ``loss``, norms and learning rate are the last step's own, so that a resumed run repeats them; ``loss_mean`` and
     the losses by noise level (``loss_sigma_a_b``, where samples fell into that bin) are over the window.
     """
-    steps = [StepMetrics(*(np.asarray(value) for value in metrics)) for metrics in window]
+    steps = [jax.tree.map(np.asarray, metrics) for metrics in window]
     last = steps[-1]
     row = {
         name: float(getattr(last, name)) for name in ("loss", "grad_norm", "update_norm", "param_norm", "learning_rate")
@@ -153,6 +153,8 @@ def summarise(window: Sequence[StepMetrics], images: int, seconds: float) -> dic
         for i, (low, high) in enumerate(itertools.pairwise(edges)):
             if count[i]:
                 row[f"loss_sigma_{low:.2f}_{high:.2f}"] = float(loss[i] / count[i])
+    for name in sorted({name for step in finite for name in step.figures}):
+        row[name] = float(np.mean([step.figures[name] for step in finite if name in step.figures]))
     row["nonfinite_steps"] = float(len(steps) - len(finite))
     if seconds > 0:
         row["images_per_second"] = images / seconds

@@ -38,6 +38,8 @@ NAMES = (
     "model_index.json",
     "base_model.json",
     "pytorch_lora_weights.safetensors",
+    "condition_tokens.safetensors",
+    "condition_tokens.json",
     "transformer",
     "scheduler",
     "text_encoder",
@@ -132,6 +134,9 @@ def check_writable(config: RunConfig) -> None:
 
 def run_sampler(config: RunConfig) -> Sampler:
     """The sampler of previews, which is also the run's default for sampling."""
+    if config.sprint is not None:
+        two = {"intermediate_timesteps": None} if config.preview.num_inference_steps != 2 else {}
+        return make_sampler(config.preview.sampler, sigma_data=config.sprint.sigma_data, **two)
     return make_sampler(config.preview.sampler, flow_shift=config.flow.flow_shift)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,32 +11,17 @@ import optax
 
 from configs.schema import RunConfig
 from configs.sprint import SprintConfig
-from kernels.typing import Array, Bool, Float, PyTree
+from kernels.typing import PyTree
 from sana_jax.errors import UserError
 from train.batch import Batch
 from train.objectives.sprint import PhaseLosses, Sprint, vectors_after
 from train.optimizers import learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
-from train.step import accumulate, ema_decay, sigma_bins
+from train.step import StepFunction, StepMetrics, accumulate, ema_decay, sigma_bins
 
 # What each optimizer updates, of the tree of ``train.objectives.sprint``; "vectors" belong to none.
 STUDENT, DISCRIMINATOR = ("transformer", "logvar"), ("heads",)
-
-
-class SprintMetrics(NamedTuple):
-    """What a step reports: the fields of ``StepMetrics``, for the parameters of its phase, and the phase's figures."""
-
-    loss: Float[Array, ""]
-    grad_norm: Float[Array, ""]
-    update_norm: Float[Array, ""]
-    param_norm: Float[Array, ""]
-    learning_rate: Float[Array, ""]
-    finite: Bool[Array, ""]
-    bin_loss: Float[Array, " K"]
-    bin_count: Float[Array, " K"]
-    figures: dict[str, Float[Array, ""]]
-    """Means over the batch of what the loss consists of, by name."""
 
 
 class SprintOptimizers(NamedTuple):
@@ -129,9 +113,7 @@ def check_batch_of_heads(sprint: SprintConfig, batch_size: int, accumulation: in
             )
 
 
-def make_sprint_steps(
-    sprint: Sprint, optimizers: SprintOptimizers, config: RunConfig
-) -> tuple[Callable[[TrainState, PyTree, Batch], tuple[TrainState, SprintMetrics]], ...]:
+def make_sprint_steps(sprint: Sprint, optimizers: SprintOptimizers, config: RunConfig) -> tuple[StepFunction, ...]:
     """The step functions ``(state, frozen, batch) -> (state, metrics)``: step number n is made with ``n % len``.
 
     ``state.params`` is the tree of ``train.objectives.sprint``, ``state.ema`` that of ``averaged``, ``state.opt_state``
@@ -153,7 +135,7 @@ def make_sprint_steps(
                 return sprint.generator_losses(trained, frozen, batch, draws, step)
             return sprint.discriminator_losses(trained, frozen, batch, draws)
 
-        def step_function(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, SprintMetrics]:
+        def step_function(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
             def mean_loss(own, batch, draws):
                 trained = {**state.params, **stop_frozen(own, options.frozen, options.trained)}
                 rows = batch.latents.shape[0]
@@ -180,7 +162,7 @@ def make_sprint_steps(
             new = TrainState(state.step + 1, params, ema, {**state.opt_state, phase: new_state})
             kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
             bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
-            metrics = SprintMetrics(
+            metrics = StepMetrics(
                 loss=loss,
                 grad_norm=grad_norm,
                 update_norm=optax.tree_utils.tree_norm(updates),

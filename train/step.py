@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -16,6 +16,8 @@ from train.objectives.base import Objective
 from train.optimizers import evaluation_params, learning_rate_schedule, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
+
+NO_FIGURES: Mapping[str, Array] = {}
 
 
 class StepMetrics(NamedTuple):
@@ -31,6 +33,8 @@ class StepMetrics(NamedTuple):
     """Sum of the samples' losses by bin of noise level."""
     bin_count: Float[Array, " K"]
     """Samples in each bin."""
+    figures: Mapping[str, Float[Array, ""]] = NO_FIGURES
+    """Means over the batch of what the loss consists of, by name."""
 
 
 StepFunction = Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]

@@ -37,6 +37,7 @@ CONFIG = RunConfig(
         sample_size=8,
         patch_size=2,
         qk_norm="rms_norm_across_heads",
+        timestep_scale=0.001,  # times in [0, 1], which a consistency model can be distilled from
     ),
     data=DigitsDataConfig(),
     batch_size=64,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import numpy as np
 
 from convert.verify import loading
 from convert.verify.networks import EXACT, PASSES, PIXELS_KIND, Inputs, Pass, Whole, by_layer, with_layers
-from convert.verify.report import Limits, Report, Row, Section, make_row
+from convert.verify.report import BFLOAT16_SPREAD, Limits, Report, Row, Section, make_row
 from convert.verify.taps import LAYERS, PARTS, Recording, Tap, run_ours, run_theirs
 
 BFLOAT16 = "bfloat16"
@@ -189,9 +190,12 @@ def whole_rows(
     theirs: dict[str, np.ndarray],
     own: dict[str, np.ndarray] | None,
     limits: Limits,
+    *,
+    of_pipeline: bool = False,
 ) -> list[Row]:
-    """Rows of results that the user sees."""
+    """Rows of results that the user sees; in bfloat16 those of a pipeline, and single pixels, may spread further."""
     rows = []
+    wide = dataclasses.replace(limits, ratio=limits.ratio * BFLOAT16_SPREAD)
     for name, kind in kinds.items():
         if kind == EXACT:
             rows.append(make_row(name, ours[name], theirs[name], 0.0, limits))
@@ -199,5 +203,9 @@ def whole_rows(
         pixels = kind == PIXELS_KIND
         limit = limits.pixel if pixels else limits.whole
         other = None if own is None else own[name]
-        rows.append(make_row(name, ours[name], theirs[name], limit, limits, own=other, of_pixels=pixels))
+        spread = wide if pixels or of_pipeline else limits
+        rows.append(make_row(name, ours[name], theirs[name], limit, spread, own=other, of_pixels=pixels))
+        if pixels and other is not None and not of_pipeline:
+            told = f"{name}, all pixels"
+            rows.append(make_row(told, ours[name], theirs[name], limit, limits, own=other))
     return rows

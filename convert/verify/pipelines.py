@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from convert.sources import Model
 from convert.verify import loading
 from convert.verify.comparison import BFLOAT16, whole_rows
 from convert.verify.networks import EXACT, PIXELS_KIND, WHOLE, Inputs, Whole, from_torch, smooth_picture
-from convert.verify.report import BFLOAT16_PIPELINE_SPREAD, Limits, Report, Section, median_ratio_row
+from convert.verify.report import Limits, Report, Section, median_ratio_row
 
 _GUIDANCE, _CONTROL_SCALE, _PAG_SCALE, _STRENGTH, _SPRINT_STEPS = 4.5, 0.7, 2.0, 0.6, 2
 _OURS = {
@@ -153,11 +152,8 @@ def compare_pipeline(
     if ours.keys() != theirs["float32"].keys():
         missing = sorted(ours.keys() ^ theirs["float32"].keys())
         raise RuntimeError(f"the pipelines took other steps: {', '.join(missing)}")
-    if own is None:
-        rows = whole_rows(kinds, ours, theirs["float32"], own, limits)
-    else:
-        wide = dataclasses.replace(limits, ratio=limits.ratio * BFLOAT16_PIPELINE_SPREAD)
-        rows = whole_rows(kinds, ours, theirs["float32"], own, wide)
+    rows = whole_rows(kinds, ours, theirs["float32"], own, limits, of_pipeline=True)
+    if own is not None:
         rows.append(median_ratio_row(rows, limits))
     loading.collect()
     return Section("pipeline", tuple(rows), time.perf_counter() - begin)

@@ -63,6 +63,19 @@ class ConditionsPipeline:
         """Forgets them; the transformer is as it was before, to the bit."""
         self.condition_tokens = self.image_encoder = None
 
+    def embed_pictures(self, conditions: Mapping[str, Any]) -> dict[str, Any]:
+        """Conditions with vectors in place of pictures, for calls that share them: pictures are embedded once.
+
+        Raises:
+            FileNotFoundError, UserError, CheckpointError: as calls with these conditions.
+        """
+        known = {} if self.condition_tokens is None else self.condition_tokens.encoders.encoders
+        ready = dict(conditions)
+        for name, value in conditions.items():
+            if name in known and value is not None and read_numbers(name, value, known[name]) is None:
+                ready[name] = self._embed(name, known[name], value)
+        return ready
+
     def _tokens_of_call(
         self, conditions: Mapping[str, Any] | None, prompts: int, repeats: int, guided: bool
     ) -> tuple[ConditionTokens | None, ConditionTokens | None]:

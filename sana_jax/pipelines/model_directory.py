@@ -104,7 +104,7 @@ class ModelDirectory:
     @property
     def transformer_source(self) -> ModelDirectory:
         """The directory that has the transformer's weights: its own, or the one that it was trained beside."""
-        beside = self.trained_from is not None and self.trained_from.kind != "whole"
+        beside = self.trained_from is not None and self.trained_from.kind in ("lora", "controlnet")
         return self.base.transformer_source if beside else self
 
 

@@ -88,19 +88,23 @@ def open_model(
     transformer = SanaTransformer(
         model.transformer_config, dtype=compute_dtype, fp16_saturation=emulate_fp16_saturation
     )
-    beside = model.transformer_source is not model
-    resident, step, which = open_transformer_weights(
-        model.transformer_source,
-        abstract_params(transformer, compute_dtype),
-        variant=variant,
-        weights="auto" if beside else weights,
-        checkpoint_step=None if beside else checkpoint_step,
-    )
+    kind = "whole" if model.trained_from is None else model.trained_from.kind
     trained = None
-    if beside:
+    if kind != "whole":
         trained, step, which = _trained_part(model, weights, checkpoint_step)
+    if kind == "sprint":
+        params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), trained["transformer"])
+        resident = Resident.of("transformer", params)
+    else:
+        choice = (weights, checkpoint_step) if kind == "whole" else ("auto", None)
+        abstract = abstract_params(transformer, compute_dtype)
+        resident, base_step, base_which = open_transformer_weights(
+            model.transformer_source, abstract, variant=variant, weights=choice[0], checkpoint_step=choice[1]
+        )
+        if kind == "whole":
+            step, which = base_step, base_which
     network = network_weights = None
-    if beside and model.trained_from.kind == "controlnet":
+    if kind == "controlnet":
         shape = SanaControlNetConfig(**model.trained_from.settings["controlnet"])
         network = SanaControlNet(shape, dtype=compute_dtype, fp16_saturation=emulate_fp16_saturation)
         network_weights = Resident.of("controlnet", jax.tree.map(lambda leaf: leaf.astype(compute_dtype), trained))
@@ -129,8 +133,8 @@ def open_model(
 
 def _trained_part(model: ModelDirectory, weights: str, checkpoint_step: int | None) -> tuple[PyTree, int, str]:
     """What a run has trained beside its base model, the step and which of the two sets of weights it is."""
-    source = model.transformer_source
-    model.trained_from.check(model_weights_id(source), model.path)
+    if model.transformer_source is not model:
+        model.trained_from.check(model_weights_id(model.transformer_source), model.path)
     abstract = checkpoint_structure(model.path / "checkpoints", which=weights, step=checkpoint_step)
     return load_checkpoint_params(model.path / "checkpoints", abstract, which=weights, step=checkpoint_step)
 

@@ -83,7 +83,7 @@ def draw_sweep(pipeline: Any, sweep: Sweep, prompts: Sequence[str], arguments: M
         prompts: one or several texts.
         arguments: further ones of the call.
     """
-    given = dict(arguments.get("conditions") or {})
+    given = pipeline.embed_pictures(arguments.get("conditions") or {})
     return [
         pipeline(list(prompts), **{**arguments, "conditions": {**given, sweep.name: value}}) for value in sweep.values
     ]

@@ -253,7 +253,7 @@ def plant(monkeypatch, change):
     read = loading.load_ours
     monkeypatch.setattr(loading, "load_ours", lambda place, dtype: change(read(place, dtype)))
     # What is done with prompts and pictures as a whole has nothing to add here.
-    monkeypatch.setattr("convert.verify.comparison.whole_rows", lambda *arguments: [])
+    monkeypatch.setattr("convert.verify.comparison.whole_rows", lambda *arguments, **options: [])
     only_blocks = networks.autoencoder_passes
     monkeypatch.setitem(networks.PASSES, "AutoencoderDC", lambda *inputs: (only_blocks(*inputs)[0], []))
 

@@ -264,4 +264,3 @@ def test_encoder_refuses(whole, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "siglip_vision_model", **TINY, "hidden_size": 24}))
     with pytest.raises(CheckpointError, match="of another shape"):
         SiglipImageEncoder.from_directory(tmp_path)
-

@@ -30,7 +30,7 @@ from sana_jax.models.condition_tokens import (
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.conditions import read_numbers
 from sana_jax.pipelines.sampling_function import initial_latents, make_sampling_fn
-from sana_jax.pipelines.sweep import Sweep, parse_condition
+from sana_jax.pipelines.sweep import Sweep, draw_sweep, parse_condition
 from sana_jax.pipelines.text_to_image import SanaPipeline
 from tests.pipelines.tiny_model import random_params, tiny_config, write_run
 
@@ -229,6 +229,9 @@ def test_pictures_go_through_the_image_encoder_of_training(pipeline, saved):
     expected = pipeline(PROMPT, conditions={"object": vector, "zoom": 1.0}, **QUICK).images
     np.testing.assert_array_equal(found, expected)
     assert encoder.freed == 1
+    films = draw_sweep(pipeline, Sweep("zoom", (1.0, 0.0)), [PROMPT], {"conditions": {"object": picture}, **QUICK})
+    assert encoder.freed == 2  # once for all values
+    np.testing.assert_array_equal(films[0].images, found)
     encoder.id = "0ff"
     with pytest.raises(CheckpointError, match=r"0ff.*trained with f00"):
         pipeline(PROMPT, conditions={"object": picture}, **QUICK)

@@ -15,7 +15,7 @@ from train.data import DigitsData, Loader
 from train.objectives.flow_matching import FlowMatching
 from train.recipes import make_recipe
 from train.sharding import batch_sharding, local_rows, make_mesh, replicated, to_global
-from train.state import StatePlan, plan_state
+from train.state_plan import StatePlan, plan_state
 from train.step import make_train_step
 
 # The same program from XLA's passes, turned into machine code in half the time.

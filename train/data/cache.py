@@ -280,6 +280,7 @@ class CacheWriter:
     def __init__(self, directory: Path, identity: CacheIdentity, *, thorough: bool = False, say: Say = print):
         self.directory, self.identity, self._say = directory, identity, say
         _check_place(directory)
+        self._lock: IO | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(directory / ".lock", say)
@@ -290,9 +291,13 @@ class CacheWriter:
                 write_durably(directory / IDENTITY_FILE, [content])
             self.shards = self._sound_shards(thorough)
         except OSError as error:
+            self.close()
             raise UserError(
                 f"the cache {directory} can't be written to ({error.strerror}); name another folder with --data.cache"
             ) from error
+        except BaseException:
+            self.close()
+            raise
 
     def present(self, kind: str) -> dict[Name, str]:
         """The records of a kind that are there, with their signatures; later shards win."""
@@ -334,7 +339,8 @@ class CacheWriter:
 
     def close(self) -> None:
         """Lets other processes write."""
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> CacheWriter:
         return self

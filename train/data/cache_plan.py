@@ -46,7 +46,7 @@ def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Seq
 def cache_directory(config: RunConfig, identity: CacheIdentity) -> Path:
     """Where the cache of a run is: ``--data.cache``, or one beside the run that runs on the same data share."""
     if config.data.cache is not None:
-        return Path(config.data.cache)
+        return Path(config.data.cache).expanduser()
     if config.data.path is None:
         raise UserError("--data.path is missing: name a folder of pictures, or a finished cache with --data.cache")
     path = Path(config.data.path).absolute()

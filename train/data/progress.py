@@ -7,11 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 
-from train.metrics import clock
-
 PROGRESS_SECONDS = 10.0
 
 Say = Callable[[str], None]
+
+
+def _clock(seconds: float) -> str:
+    from train.metrics import clock  # which imports all of training
+
+    return clock(seconds)
 
 
 class Meter:
@@ -28,7 +32,7 @@ class Meter:
         now = time.monotonic()
         if now - self._said >= PROGRESS_SECONDS and self._done < self._total:
             speed = self._done / (now - self._started)
-            left = clock((self._total - self._done) / speed)
+            left = _clock((self._total - self._done) / speed)
             self._say(f"{self._what}: {self._done:,}/{self._total:,}, {speed:.2f} {self._what}/s, ETA {left}")
             self._said = now
 
@@ -37,7 +41,7 @@ class Meter:
         seconds = time.monotonic() - self._started
         if self._total:
             speed = self._done / max(seconds, 1e-9)
-            self._say(f"{self._what}: {self._done:,} in {clock(seconds)}, {speed:.2f} {self._what}/s")
+            self._say(f"{self._what}: {self._done:,} in {_clock(seconds)}, {speed:.2f} {self._what}/s")
 
 
 class Moments:

@@ -58,7 +58,14 @@ def model_identity(directory: Path, checkpoint_step: int | None) -> str:
     Of a run that was trained beside a base model, the base model's weights count by the name that the run has of them.
     """
     digest = hashlib.sha256()
-    patterns = ("model_index.json", "base_model.json", "*/config.json", "*/tokenizer*", "scheduler/*.json")
+    patterns = (
+        "model_index.json",
+        "base_model.json",
+        "condition_tokens.*",
+        "*/config.json",
+        "*/tokenizer*",
+        "scheduler/*.json",
+    )
     for path in sorted(path for pattern in patterns for path in directory.glob(pattern) if path.is_file()):
         digest.update(f"{path.relative_to(directory)} {hashlib.sha256(path.read_bytes()).hexdigest()} ".encode())
     transformer = "transformer" if checkpoint_step is None else f"checkpoints/{checkpoint_step}"
@@ -84,20 +91,17 @@ class Opener:
         self._encoded: dict[tuple[str, bool], tuple[Any, Any]] = {}
 
     def open(self, config: GenerateConfig) -> ImagePipeline:
-        """The pipeline of ``config.model``, with its LoRAs; programs of an equal network are taken over."""
+        """The pipeline of ``config.model``, with its LoRAs; a further checkpoint of the same model compiles nothing."""
         pipeline = open_pipeline(config)
         shared = self._shared
-        alike = shared and shared["class"] is type(pipeline) and shared["transformer"] == pipeline.transformer
-        if not alike or shared["model"] != config.model:
-            self._encoded = {}
-        else:
+        key = (config.model, type(pipeline), pipeline.transformer)
+        if shared.get("key") == key:
             pipeline.text_encoder, pipeline.autoencoder = shared["text_encoder"], shared["autoencoder"]
-        if alike:
             pipeline.programs = shared["programs"]
+        else:
+            self._encoded = {}
         self._shared = {
-            "class": type(pipeline),
-            "model": config.model,
-            "transformer": pipeline.transformer,
+            "key": key,
             "text_encoder": pipeline.text_encoder,
             "autoencoder": pipeline.autoencoder,
             "programs": pipeline.programs,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
-from kernels.typing import Array, Float, Int, PyTree
+from kernels.typing import Array, Bool, Float, Int, PyTree
 from train.batch import Batch
 
 
@@ -34,4 +34,24 @@ class Objective(Protocol):
             batch: samples, or a part of them.
             draws: of ``draw``, the same part.
         """
+        ...
+
+
+class VelocityNetwork(Protocol):
+    """A network as flow matching calls it; see ``train.recipes.base.Recipe``."""
+
+    def draw(self, seed: int, step: int | Int[Array, ""], drop_caption: Bool[Array, " B"]) -> PyTree:
+        """What is random inside the network at one training step, given which samples lose their captions."""
+        ...
+
+    def velocity(
+        self,
+        trained: PyTree,
+        frozen: PyTree | None,
+        noisy: Float[Array, "B H W C"],
+        timestep: Float[Array, " B"],
+        batch: Batch,
+        draws: PyTree,
+    ) -> Float[Array, "B H W C"]:
+        """The predicted velocity."""
         ...

@@ -17,9 +17,8 @@ from kernels.typing import Array, Bool, Float, Int, PyTree
 from sana_jax.diffusion.flow import add_noise, flow_matching_loss, noise_level, velocity_target
 from sana_jax.diffusion.timesteps import TimestepDensity, sample_timestep_index
 from train.batch import Batch
-from train.objectives.base import SampleLosses
+from train.objectives.base import SampleLosses, VelocityNetwork
 from train.randomness import stream
-from train.recipes.base import Recipe
 
 
 class Draws(NamedTuple):
@@ -45,7 +44,7 @@ class FlowMatching:
         null_mask: its mask (1, L).
     """
 
-    recipe: Recipe
+    recipe: VelocityNetwork
     config: FlowConfig
     null_embeds: Float[Array, "1 L Ctext"]
     null_mask: Int[Array, "1 L"]
@@ -66,7 +65,7 @@ class FlowMatching:
             index=sample_timestep_index(stream(seed, step, "timestep"), (rows,), self.density),
             noise=jax.random.normal(stream(seed, step, "noise"), batch.latents.shape, jnp.float32),
             drop_caption=drop_caption,
-            network=self.recipe.draw(seed, step, rows),
+            network=self.recipe.draw(seed, step, drop_caption),
         )
 
     def losses(self, trained: PyTree, frozen: PyTree | None, batch: Batch, draws: Draws) -> SampleLosses:

@@ -15,7 +15,7 @@ from sana_jax.errors import UserError
 from train.sharding import parameter_paths, path_name
 
 # A part of a path below which parameters are stacked over layers on their first axis.
-_STACK = re.compile(r"(.*_)?blocks")
+_STACK = re.compile(r"(.*_)?blocks|heads")
 # The last part of the path of what may be a matrix: a dense layer's kernel, or a factor of a LoRA.
 _MATRIX_NAMES = ("kernel", "down", "up")
 

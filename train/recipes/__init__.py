@@ -13,9 +13,10 @@ from sana_jax.models.sana import SanaTransformer
 from train.recipes.base import Prompts, Recipe
 from train.recipes.controlnet import ControlNetTraining
 from train.recipes.lora import LoraTransformer
+from train.recipes.sprint import SprintTraining, student_config
 from train.recipes.whole import WholeTransformer
 
-__all__ = ["Prompts", "Recipe", "make_recipe"]
+__all__ = ["Prompts", "Recipe", "make_recipe", "student_config"]
 
 
 def make_recipe(config: RunConfig) -> Recipe:
@@ -24,10 +25,14 @@ def make_recipe(config: RunConfig) -> Recipe:
     transformer = SanaTransformer(
         config.transformer, jnp.dtype(compute.dtype), remat=compute.remat, scan_blocks=compute.scan_blocks
     )
+    if config.sprint is not None:
+        shape = dataclasses.replace(config.transformer, guidance_embeds=False)
+        return SprintTraining(transformer, transformer.clone(config=shape), config.sprint)
     if config.controlnet is not None:
         return _controlnet(config, transformer)
     if config.lora is not None:
-        return LoraTransformer(transformer, config.lora)
+        encoders = None if config.tokens is None else config.tokens.network(config.transformer)
+        return LoraTransformer(transformer, config.lora, encoders)
     return WholeTransformer(transformer)
 
 

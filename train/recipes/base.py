@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from configs.schema import RunConfig
 from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sharding_rules import Rule
-from train.batch import Batch
+from train.step import StepFunction
 
 
 class Prompts(NamedTuple):
@@ -21,6 +22,7 @@ class Prompts(NamedTuple):
     null_mask: Int[Array, "1 L"]
 
 
+NullEncoding = tuple[Float[Array, "1 L C"], Int[Array, "1 L"]]
 SamplingFunction = Callable[[PyTree, PyTree, Float[Array, "B H W C"], Prompts, Mapping[str, Array]], Array]
 
 
@@ -58,25 +60,20 @@ class Recipe(Protocol):
         """The trained parameters of step 0, float32; ``base`` are the base model's, None without one."""
         ...
 
-    def draw(self, seed: int, step: int | Int[Array, ""], rows: int) -> PyTree:
-        """What is random inside the network at one training step; every array has ``rows`` as its first axis."""
+    def averaged(self, trained: PyTree) -> PyTree:
+        """What the moving average is kept of, and pictures are drawn with."""
         ...
 
-    def velocity(
-        self,
-        trained: PyTree,
-        frozen: PyTree | None,
-        noisy: Float[Array, "B H W C"],
-        timestep: Float[Array, " B"],
-        batch: Batch,
-        draws: PyTree,
-    ) -> Float[Array, "B H W C"]:
-        """The predicted velocity in training; ``timestep`` in 0..1000, captions and conditions from ``batch``.
+    def optimizer(self, config: RunConfig, trained: PyTree) -> Any:
+        """The optimizer, with ``init(trained)``; ``trained`` may be shapes."""
+        ...
 
-        ``draws`` of ``draw``, the same part of the batch; None where nothing is to be random, for validation.
-        """
+    def step_functions(
+        self, config: RunConfig, optimizer: Any, null_encoding: NullEncoding
+    ) -> tuple[StepFunction, ...]:
+        """The kinds of step, used in turn; ``null_encoding`` is the text encoder's encoding of no text."""
         ...
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
-        """``fn(trained, frozen, latents, prompts, conditions)`` -> latents: a whole sampling run, to be jitted."""
+        """``fn(averaged, frozen, latents, prompts, conditions)`` -> latents: a whole sampling run, to be jitted."""
         ...

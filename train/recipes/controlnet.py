@@ -19,12 +19,13 @@ from sana_jax.models.sharding_rules import CONTROLNET, Rule
 from sana_jax.pipelines.sampling_function import Control, Encoded, Network, guided_velocity, is_guided
 from train.batch import Batch
 from train.recipes.base import Prompts, SamplingFunction
+from train.recipes.flow import FlowRecipe
 
 _COPIED = ("patch_embed", "time_embed", "caption_projection", "caption_norm", "transformer_blocks")
 
 
 @dataclass(frozen=True)
-class ControlNetTraining:
+class ControlNetTraining(FlowRecipe):
     """``trained`` is the ControlNet's parameters; ``frozen`` is the base transformer's.
 
     Attributes:
@@ -63,7 +64,7 @@ class ControlNetTraining:
             params[name] = jax.tree.map(lambda leaf, first=first: jnp.array(leaf[:first], jnp.float32), base[name])
         return params
 
-    def draw(self, seed, step, rows) -> PyTree:
+    def draw(self, seed, step, drop_caption) -> PyTree:
         """Nothing is random inside the networks."""
         return ()
 

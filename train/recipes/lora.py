@@ -12,26 +12,41 @@ from configs.lora import LoraConfig, lora_warnings
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.lora import init_lora, scaled_lora, target_table, with_dropout
+from sana_jax.models.condition_tokens import ConditionEncoders, apply_tokens, draw_dropped, init_tokens, null_tokens
 from sana_jax.models.sana import SanaTransformer
-from sana_jax.models.sharding_rules import SANA, Rule, lora_rules
+from sana_jax.models.sharding_rules import CONDITION_TOKENS, SANA, Rule, lora_rules
 from sana_jax.nn.linear import LORA
-from sana_jax.pipelines.sampling_function import make_sampling_fn, transformer_variables
+from sana_jax.pipelines.sampling_function import is_guided, make_sampling_fn, transformer_variables
 from train.batch import Batch
 from train.randomness import stream
 from train.recipes.base import SamplingFunction
+from train.recipes.flow import FlowRecipe
+
+TOKENS = "tokens"  # the tree beside the LoRA
 
 
 @dataclass(frozen=True)
-class LoraTransformer:
-    """``trained`` is ``{"lora": ...}``, without its scale; ``frozen`` is the base transformer's parameters."""
+class LoraTransformer(FlowRecipe):
+    """``trained`` is ``{"lora": ..., "tokens": ...}``; ``frozen`` is the base transformer's parameters.
+
+    Attributes:
+        transformer: the base model's.
+        config: of the LoRA, whose tree is without its scale.
+        encoders: of condition tokens, which are trained beside it; None for none.
+    """
 
     transformer: SanaTransformer
     config: LoraConfig
+    encoders: ConditionEncoders | None = None
 
-    rules: ClassVar[tuple[Rule, ...]] = lora_rules(SANA)
+    rules: ClassVar[tuple[Rule, ...]] = (*lora_rules(SANA), *CONDITION_TOKENS)
     keeps_base: ClassVar[bool] = True
     kind: ClassVar[str] = "lora"
-    conditions: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Those that become tokens."""
+        return () if self.encoders is None else tuple(self.encoders.encoders)
 
     def settings(self) -> dict[str, Any]:
         """What the LoRA's scale is made of."""
@@ -43,26 +58,40 @@ class LoraTransformer:
         return [*table.splitlines(), *lora_warnings(learning_rate, self.transformer.config)]
 
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
-        """A LoRA that changes nothing yet; of ``base`` only the shapes are read."""
-        return {LORA: init_lora(base, self.config.targets, self.config.rank, key, self.config.init)}
+        """A LoRA that changes nothing yet, and tokens without effect; of ``base`` only the shapes are read."""
+        lora = init_lora(base, self.config.targets, self.config.rank, key, self.config.init)
+        if self.encoders is None:
+            return {LORA: lora}
+        return {LORA: lora, TOKENS: init_tokens(self.encoders, jax.random.fold_in(key, 1))}
 
-    def draw(self, seed, step, rows) -> PyTree:
-        """A key for each sample's dropout."""
-        return jax.random.split(stream(seed, step, "lora_dropout"), rows) if self.config.dropout else ()
+    def draw(self, seed, step, drop_caption) -> PyTree:
+        """A key for each sample's dropout, and which samples lose which condition."""
+        draws = {}
+        if self.config.dropout:
+            draws[LORA] = jax.random.split(stream(seed, step, "lora_dropout"), drop_caption.shape[0])
+        if self.encoders is not None:
+            keys = {name: stream(seed, step, f"condition_dropout_{name}") for name in self.conditions}
+            draws[TOKENS] = draw_dropped(self.encoders, keys, drop_caption)
+        return draws
 
     def velocity(
         self, trained: PyTree, frozen: PyTree, noisy: Array, timestep: Array, batch: Batch, draws: PyTree
     ) -> Float[Array, "B H W C"]:
-        """The prediction of the base transformer with the LoRA."""
+        """The prediction of the base transformer with the LoRA and the tokens."""
+        draws = draws or {}
         lora = scaled_lora(trained[LORA], self.config.scale)
-        if self.config.dropout and draws is not None:
-            lora = with_dropout(lora, self.config.dropout, draws)
+        if LORA in draws:
+            lora = with_dropout(lora, self.config.dropout, draws[LORA])
+        tokens = None
+        if self.encoders is not None:
+            tokens = apply_tokens(self.encoders, trained[TOKENS], batch.conditions, draws.get(TOKENS))
         return self.transformer.apply(
             transformer_variables(frozen, lora),
             noisy,
             batch.prompt_embeds,
             timestep * self.transformer.config.timestep_scale,
             encoder_attention_mask=batch.prompt_attention_mask,
+            condition_tokens=tokens,
         )
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
@@ -70,6 +99,11 @@ class LoraTransformer:
         sample = make_sampling_fn(self.transformer, sampler, num_inference_steps, guidance_scale)
 
         def function(trained, frozen, latents, prompts, conditions):
-            return sample(frozen, latents, *prompts, lora=scaled_lora(trained[LORA], self.config.scale))
+            more = {}
+            if self.encoders is not None:
+                more["tokens"] = apply_tokens(self.encoders, trained[TOKENS], conditions)
+                if is_guided(guidance_scale):
+                    more["null_tokens"] = null_tokens(self.encoders, trained[TOKENS], 1)
+            return sample(frozen, latents, *prompts, lora=scaled_lora(trained[LORA], self.config.scale), **more)
 
         return function

@@ -15,10 +15,11 @@ from sana_jax.models.sharding_rules import SANA, Rule
 from sana_jax.pipelines.sampling_function import make_sampling_fn
 from train.batch import Batch
 from train.recipes.base import SamplingFunction
+from train.recipes.flow import FlowRecipe
 
 
 @dataclass(frozen=True)
-class WholeTransformer:
+class WholeTransformer(FlowRecipe):
     """``trained`` is the transformer's parameters; the base model, if there is one, is only where they begin."""
 
     transformer: SanaTransformer
@@ -42,7 +43,7 @@ class WholeTransformer:
             return init_params(self.transformer, key)
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), base)
 
-    def draw(self, seed, step, rows) -> PyTree:
+    def draw(self, seed, step, drop_caption) -> PyTree:
         """Nothing is random inside the network."""
         return ()
 

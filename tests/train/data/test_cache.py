@@ -187,6 +187,7 @@ def test_another_identity_is_refused_with_both_values(tmp_path):
     other = CacheIdentity({**IDENTITY.fields, "pictures.sizes": "16x16", "conditions.zoom.kind": "scalar"})
     with pytest.raises(CheckpointError) as error:
         CacheWriter(tmp_path, other)
+    assert write(tmp_path) == [], "the one that was refused still holds the lock"
     message = str(error.value)
     assert 'pictures.sizes is "8x8" there, "16x16" here' in message
     assert 'conditions.zoom.kind is null there, "scalar" here' in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -486,6 +487,37 @@ def test_vectors_from_files(gray, tmp_path):
     prepared(config, gray)
     batch = CachedData(tmp_path / "cache", config.data).batch(np.arange(4))
     np.testing.assert_array_equal(batch.conditions["object"], vectors)
+
+
+def test_vectors_of_pictures_by_siglip(gray, tmp_path):
+    from sana_jax.image_encoders import SiglipImageEncoder
+    from sana_jax.models.siglip import SiglipVision, SiglipVisionConfig, init_params
+    from sana_jax.weights import save_params
+
+    directory = tmp_path / "siglip"
+    directory.mkdir()
+    shape = SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    (directory / "config.json").write_text(json.dumps(shape.to_dict()))
+    (directory / "preprocessor_config.json").write_text(json.dumps({"size": {"height": 16, "width": 16}}))
+    save_params(directory / "params", init_params(SiglipVision(shape), jax.random.key(0)))
+    path = manifest(tmp_path / "pictures", [f'"object": "objects/{i}.png"' for i in range(3)])
+    (tmp_path / "pictures" / "objects").mkdir()
+    objects = [tmp_path / "pictures" / "objects" / f"{i}.png" for i in range(3)]
+    for number, place in enumerate(objects):
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 30 + number, 3), np.uint8)
+        Image.fromarray(pixels).save(place)
+    config = run_config(path, tmp_path / "cache", conditions=(f"object=siglip:{directory}",), flip=True)
+    prepared(config, gray)
+    want = SiglipImageEncoder.from_directory(directory).encode(objects)
+    data = CachedData(tmp_path / "cache", config.data)
+    for variant in (0.0, 0.9):
+        batch = data.batch(np.arange(3), np.full((3, 2), variant))
+        np.testing.assert_allclose(batch.conditions["object"], want, rtol=1e-5, atol=1e-6)
+    assert data.identity.fields["conditions.object.weights"]
+    with pytest.raises(UserError, match="object=siglip names no model"):
+        prepared(run_config(path, tmp_path / "other", conditions=("object=siglip",)), gray)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,168 @@
+"""What a train step takes on each device: counted from shapes, measured by the compiler, estimated by tracing."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.extend.core import Literal
+
+from kernels.typing import PyTree
+from sana_jax.errors import UserError
+from train.state import TrainState
+
+# Of one block's intermediates, kept at once by its backward pass where all of them are kept for all blocks anyway.
+_LAST_BLOCK = 0.75
+_SMALLEST_SAVING = 0.02  # of the whole, below which a change is no advice
+_MOST_ADVICE = 5
+
+
+class Memory(NamedTuple):
+    """Bytes on each device while a step runs."""
+
+    parameters: int
+    """Those that are trained."""
+    frozen: int
+    """The base model's."""
+    optimizer: int
+    average: int
+    batch: int
+    gradients: int
+    activations: int
+    """Temporaries of the step beside the gradients, and results that take no argument's place."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(self)
+
+
+class Activations(NamedTuple):
+    """What one device's share of a loss keeps for its backward pass, in bytes."""
+
+    saved: int
+    """Kept from the forward pass, on the device."""
+    working: int
+    """What the backward pass of one block computes again or holds beside it."""
+
+
+def device_bytes(tree: PyTree) -> int:
+    """Bytes of a tree's arrays, or their shapes, on each device."""
+    return sum(_leaf_bytes(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _leaf_bytes(leaf: Any) -> int:
+    sharding = getattr(leaf, "sharding", None)
+    shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+def fixed_memory(state: TrainState, frozen: PyTree | None, batch: PyTree, gradient_copies: int = 1) -> Memory:
+    """All but the activations, from shapes with shardings."""
+    parameters = device_bytes(state.params)
+    return Memory(
+        parameters=parameters,
+        frozen=device_bytes(frozen),
+        optimizer=device_bytes(state.opt_state) + device_bytes(state.step),
+        average=device_bytes(state.ema),
+        batch=device_bytes(batch),
+        gradients=gradient_copies * parameters,
+        activations=0,
+    )
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What a compiled function needs on each device, by the compiler's own analysis: what ``compile_ahead`` prints."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + outputs + analysis.temp_size_in_bytes
+
+
+def traced_activations(
+    loss: Callable[[PyTree], Any], keeping_all: Callable[[PyTree], Any], trained: PyTree, layers: int, remat: str
+) -> Activations:
+    """Estimates the activations of a loss by tracing; nothing is compiled.
+
+    Args:
+        loss: of the trained parameters, with the policy ``remat`` in its blocks.
+        keeping_all: the same loss with the policy ``none``.
+        trained: its parameters as shapes.
+        layers: blocks.
+        remat: the policy.
+    """
+    saved = _saved_bytes(loss, trained)
+    block = (saved if remat == "none" else _saved_bytes(keeping_all, trained)) // layers
+    again = _LAST_BLOCK * block if remat == "none" else max(block - saved / layers, block / 4)
+    return Activations(saved, int(again))
+
+
+def _saved_bytes(loss: Callable[[PyTree], Any], trained: PyTree) -> int:
+    """Bytes that the forward pass keeps on the device for the backward pass, beside arrays that were there before."""
+
+    def kept(params):
+        return jax.tree.leaves(jax.vjp(loss, params)[1])
+
+    closed = jax.make_jaxpr(kept)(trained)
+    there_before = set(closed.jaxpr.invars) | set(closed.jaxpr.constvars)
+    found = {var for var in closed.jaxpr.outvars if not isinstance(var, Literal)} - there_before
+    return sum(_kept_bytes(var.aval) for var in found)
+
+
+def _kept_bytes(aval: Any) -> int:
+    if not hasattr(aval, "shape") or getattr(aval, "memory_space", None) == jax.memory.Space.Host:
+        return 0
+    # A CPU computes bfloat16 in float32 and keeps most of it so.
+    width = 4 if aval.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else aval.dtype.itemsize
+    return math.prod(aval.shape) * width
+
+
+class Choice(NamedTuple):
+    """A change of a configuration, and what a device would then need."""
+
+    option: str
+    total: int
+    price: str
+    """What it costs, in a few words."""
+
+
+@contextlib.contextmanager
+def advice_when_memory_ends(what: str, needed: int | None, choices: Callable[[], list[Choice]]) -> Iterator[None]:
+    """Turns the devices' running out of memory into one line with what would need less, the best first.
+
+    Args:
+        what: is done inside, for the message.
+        needed: bytes per device of the run as it is, where they are known.
+        choices: made when they are needed.
+
+    Raises:
+        UserError: there was not enough memory.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(out_of_memory_line(what, needed, choices())) from error
+
+
+def out_of_memory_line(what: str, needed: int | None, choices: list[Choice]) -> str:
+    """The message for a device that has run out of memory."""
+    from sana_jax.compilation import readable_bytes
+
+    line = f"a device ran out of memory while {what}"
+    if needed is not None:
+        line += f"; the step needs {readable_bytes(needed)} on each"
+        choices = [choice for choice in choices if choice.total < (1 - _SMALLEST_SAVING) * needed]
+    listed = sorted(choices, key=lambda choice: choice.total)[:_MOST_ADVICE]
+    about = ", ".join(f"{choice.option} (about {readable_bytes(choice.total)})" for choice in listed)
+    line += f". What would need less, estimated: {about}" if about else ". No single change would need much less"
+    return line + (
+        "; or more devices with --mesh.fsdp, a smaller --batch-size or --data.resolution; --plan shows all of them. "
+        "Another process on the device may hold memory too: nvidia-smi names it"
+    )

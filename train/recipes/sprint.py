@@ -1,0 +1,121 @@
+"""Distilling a base model to a student that draws in one to four steps (SANA-Sprint, arXiv 2503.09641)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from configs.schema import RunConfig
+from configs.sprint import SprintConfig
+from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from sana_jax.diffusion.samplers import SCM
+from sana_jax.diffusion.sampling import sample_scan
+from sana_jax.models.sana import SanaTransformer
+from sana_jax.models.sharding_rules import SANA, Rule
+from train.objectives.scm import network_velocity
+from train.objectives.sprint import Sprint, init_trained
+from train.recipes.base import NullEncoding, Prompts, SamplingFunction
+from train.sprint_step import SprintOptimizers, averaged, make_sprint_optimizers, make_sprint_steps
+from train.step import StepFunction
+
+# The heads are small beside the networks: everything of them is on every device.
+_WHOLE: tuple[Rule, ...] = (
+    (r"logvar/kernel", (None, None)),
+    (r"logvar/bias", (None,)),
+    (r"heads/\w+/kernel", (None, None, None, None)),
+    (r"heads/\w+/(bias|scale)", (None, None)),
+    (r"vectors/\w+/left", (None, None)),
+    (r"vectors/\w+/right", (None, None, None)),
+)
+
+
+@dataclass(frozen=True)
+class SprintTraining:
+    """``trained`` is the tree of ``train.objectives.sprint``; ``frozen`` is the teacher's parameters.
+
+    Attributes:
+        transformer: the student, the network that is sampled.
+        teacher: the base model's.
+        config: of the losses.
+    """
+
+    transformer: SanaTransformer
+    teacher: SanaTransformer
+    config: SprintConfig
+
+    rules: ClassVar[tuple[Rule, ...]] = (*((f"transformer/({path})", axes) for path, axes in SANA), *_WHOLE)
+    keeps_base: ClassVar[bool] = True
+    kind: ClassVar[str] = "sprint"
+    conditions: ClassVar[tuple[str, ...]] = ()
+
+    def settings(self) -> dict[str, Any]:
+        """What the sampler has to know."""
+        return {"sigma_data": self.config.sigma_data}
+
+    def notes(self, learning_rate: float | None, base: PyTree | None) -> list[str]:
+        """What is learnt from what."""
+        terms = [f"{self.config.scm_weight:g} x consistency"] if self.config.scm_weight else []
+        if self.config.adversarial:
+            heads = f"{len(self.config.head_blocks)} heads on the teacher's blocks"
+            terms.append(f"{self.config.adversarial_weight:g} x adversarial ({heads}), steps of both in turn")
+        return [f"distilling to few steps: {' + '.join(terms)}"]
+
+    def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
+        """The teacher with an input for the guidance scale, and fresh heads."""
+        return init_trained(self._losses((None, None)), key, base)
+
+    def averaged(self, trained: PyTree) -> PyTree:
+        """The student."""
+        return averaged(trained)
+
+    def optimizer(self, config: RunConfig, trained: PyTree) -> SprintOptimizers:
+        """One for the student and one for the heads."""
+        return make_sprint_optimizers(config, self.config, trained)
+
+    def step_functions(
+        self, config: RunConfig, optimizer: SprintOptimizers, null_encoding: NullEncoding
+    ) -> tuple[StepFunction, ...]:
+        """The student's and the discriminator's."""
+        return make_sprint_steps(self._losses(null_encoding), optimizer, config)
+
+    def sampling_function(self, sampler: SCM, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
+        """Sampling in few steps; the noise between them depends on the starting noise alone."""
+        schedule = sampler.schedule(num_inference_steps)
+
+        def function(
+            trained: PyTree, frozen: PyTree, latents: Array, prompts: Prompts, conditions: Mapping[str, Array]
+        ) -> Float[Array, "B H W C"]:
+            rows = latents.shape[0]
+            guidance = jnp.full(rows, guidance_scale * self.transformer.config.guidance_embeds_scale)
+
+            def velocity(noisy, angle):
+                angles = jnp.broadcast_to(angle, (rows,))
+                captions = (prompts.embeds, prompts.mask)
+                return sampler.sigma_data * network_velocity(
+                    self.transformer,
+                    trained["transformer"],
+                    noisy / sampler.sigma_data,
+                    angles,
+                    captions,
+                    guidance,
+                    1.0,
+                )
+
+            start = latents * sampler.sigma_data
+            state = sample_scan(sampler, schedule, velocity, start, jax.random.key(0))
+            return state.denoised / sampler.sigma_data
+
+        return function
+
+    def _losses(self, null_encoding: NullEncoding | tuple[None, None]) -> Sprint:
+        return Sprint(self.transformer, self.teacher, self.config, *null_encoding)
+
+
+def student_config(teacher: Any) -> Any:
+    """The shape of the student of a teacher's shape."""
+    return dataclasses.replace(teacher, guidance_embeds=True)
