@@ -27,8 +27,9 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. Parameters, optimizer, norms, softmax and attention sums are float32 always."""
-    remat: Literal["none", "dots", "dots_no_batch", "full"] = "none"
-    """What the backward pass computes again instead of keeping it: from fastest (none) to smallest (full)."""
+    remat: Literal["none", "dots", "dots_no_batch", "full", "offload"] = "none"
+    """What the backward pass computes again instead of keeping it: from fastest (none) to smallest (full; offload keeps
+    even the blocks' inputs in host memory)."""
     scan_blocks: bool = True
     """Compile one block and scan it; False unrolls the blocks, for debugging."""
 
@@ -195,6 +196,9 @@ class RunConfig:
     Hub."""
     model_variant: str | None = None
     """Variant of its published weight files: bf16, fp16."""
+    encoders: str | None = None
+    """Where a network of its own is trained from scratch: the model whose text encoder and autoencoder prepare the
+    pictures; a directory, or its name on the Hub."""
     lora: LoraConfig | None = None
     """Trains a LoRA beside the base model instead of the model itself."""
     tokens: TokensConfig | None = None

@@ -41,6 +41,7 @@ from train.data import Loader
 from train.distributed import describe_processes, join_processes
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.optimizers import learning_rate_schedule, warmup_steps
+from train.plan import plan
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.publishing import publish
@@ -80,7 +81,7 @@ def read_command_line(argv: Sequence[str]) -> RunConfig:
     if any(word.partition("=")[0] == "--resume" for word in argv):
         raise UserError(f"--resume comes first: {PROG} --resume RUN_DIR [--field.sub value ...]")
     name = argv.pop(0) if argv and not argv[0].startswith("-") else DEFAULT_PRESET
-    prog = f"{PROG} [{'|'.join(PRESETS)}]"
+    prog = f"{PROG} [{'|'.join(PRESETS)}] [--plan]"
     config = parse(RunConfig, argv, default=load_preset(name), prog=prog)
     if config.preset != name:
         raise UserError(
@@ -91,7 +92,10 @@ def read_command_line(argv: Sequence[str]) -> RunConfig:
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
     """Runs the command; returns its exit status. Without ``stop`` it listens to signals itself, until it returns."""
-    config = read_command_line(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    config = read_command_line([word for word in words if word != "--plan"])
+    if "--plan" in words:
+        return plan(config, words, _print_line)
     if stop is not None:
         return train(config, stop)
     with closing(StopRequest()) as stop:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.extend.core import Literal
 
 from kernels.typing import PyTree
+from sana_jax.compilation import readable_bytes
 from sana_jax.errors import UserError
 from train.state import TrainState
 
@@ -85,32 +86,32 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def traced_activations(
-    loss: Callable[[PyTree], Any], keeping_all: Callable[[PyTree], Any], trained: PyTree, layers: int, remat: str
+    loss: Callable[..., Any], keeping_all: Callable[..., Any], arguments: Sequence[PyTree], layers: int, remat: str
 ) -> Activations:
     """Estimates the activations of a loss by tracing; nothing is compiled.
 
     Args:
-        loss: of the trained parameters, with the policy ``remat`` in its blocks.
+        loss: a function whose first argument are the trained parameters, with the policy ``remat`` in its blocks.
         keeping_all: the same loss with the policy ``none``.
-        trained: its parameters as shapes.
+        arguments: as shapes, without shardings.
         layers: blocks.
         remat: the policy.
     """
-    saved = _saved_bytes(loss, trained)
-    block = (saved if remat == "none" else _saved_bytes(keeping_all, trained)) // layers
+    saved = _saved_bytes(loss, arguments)
+    block = (saved if remat == "none" else _saved_bytes(keeping_all, arguments)) // layers
     again = _LAST_BLOCK * block if remat == "none" else max(block - saved / layers, block / 4)
     return Activations(saved, int(again))
 
 
-def _saved_bytes(loss: Callable[[PyTree], Any], trained: PyTree) -> int:
+def _saved_bytes(loss: Callable[..., Any], arguments: Sequence[PyTree]) -> int:
     """Bytes that the forward pass keeps on the device for the backward pass, beside arrays that were there before."""
 
-    def kept(params):
-        return jax.tree.leaves(jax.vjp(loss, params)[1])
+    def kept(trained, *others):
+        return jax.tree.leaves(jax.vjp(lambda trained: loss(trained, *others), trained)[1])
 
-    closed = jax.make_jaxpr(kept)(trained)
-    there_before = set(closed.jaxpr.invars) | set(closed.jaxpr.constvars)
-    found = {var for var in closed.jaxpr.outvars if not isinstance(var, Literal)} - there_before
+    jaxpr = jax.make_jaxpr(kept)(*arguments).jaxpr
+    there_before = {*jaxpr.invars, *jaxpr.constvars}
+    found = {var for var in jaxpr.outvars if not isinstance(var, Literal)} - there_before
     return sum(_kept_bytes(var.aval) for var in found)
 
 
@@ -153,8 +154,6 @@ def advice_when_memory_ends(what: str, needed: int | None, choices: Callable[[],
 
 def out_of_memory_line(what: str, needed: int | None, choices: list[Choice]) -> str:
     """The message for a device that has run out of memory."""
-    from sana_jax.compilation import readable_bytes
-
     line = f"a device ran out of memory while {what}"
     if needed is not None:
         line += f"; the step needs {readable_bytes(needed)} on each"

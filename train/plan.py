@@ -23,16 +23,20 @@ from sana_jax.files import read_json
 from sana_jax.models.sana import SanaConfig
 from sana_jax.pipelines.model_directory import pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
-from train.base_model import abstract_base, settle
+from train.base_model import abstract_transformer, settle
 from train.batch import Batch
 from train.data.buckets import size_table
 from train.data.digits import DigitsData
+from train.optimizers import stop_frozen
 from train.recipes import Recipe, make_recipe
 from train.sharding import check_batch, replicated
-from train.state import StatePlan, plan_state
+from train.state import parameter_count
+from train.state_plan import StatePlan, plan_state
 
 # Of the published models: pixels per latent, tokens of a prompt, and the dtype that a cache keeps prompts in.
 _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE = 32, 300, "bfloat16"
+# In the environment of a process that has the devices that it was started for.
+_SIMULATED = "SANA_JAX_PLAN_IS_SIMULATED"
 _PRICES = {
     "none": "fastest",
     "dots": "computes what is no matrix product twice",
@@ -42,14 +46,15 @@ _PRICES = {
 }
 
 
-class Shapes(NamedTuple):
-    """What is to be known of a run's model and data."""
+class ModelShapes(NamedTuple):
+    """What is to be known of a model before its weights and data are."""
 
-    height: int
-    width: int
-    """Latents of the largest size that it is trained at."""
+    network: SanaConfig | None
+    """The base model's; None where training starts from nothing."""
+    factor: int
+    """Pixels per latent, along each axis."""
     tokens: int
-    """Of a prompt, padding included."""
+    """Of an encoded prompt, padding included."""
     prompt_dtype: str
 
 
@@ -58,24 +63,24 @@ class PlannedRun(NamedTuple):
 
     config: RunConfig
     """Settled."""
-    shapes: Shapes
+    model: ModelShapes
     recipe: Recipe
     mesh: Mesh | AbstractMesh
-    base: PyTree | None
-    """The base model's parameters."""
+    frozen: PyTree | None
+    """What of the base model stays in memory."""
     state: StatePlan
     batch: Batch
-
-    @property
-    def frozen(self) -> PyTree | None:
-        """What of the base model stays in memory."""
-        return self.base if self.recipe.keeps_base else None
 
     @property
     def null_encoding(self) -> tuple[jax.Array, jax.Array]:
         """Stands for the encoding of no text."""
         _, tokens, channels = self.batch.prompt_embeds.shape
-        return jnp.zeros((1, tokens, channels)), jnp.ones((1, tokens), jnp.int32)
+        return jnp.zeros((1, tokens, channels), self.batch.prompt_embeds.dtype), jnp.ones((1, tokens), jnp.int32)
+
+    @property
+    def rows(self) -> int:
+        """Samples that a device computes at once."""
+        return self.config.batch_size // self.config.accumulation // _batch_parts(self.mesh)
 
     def jitted_steps(self) -> list[Callable]:
         """The kinds of step as the run compiles them; arguments: state, frozen, batch."""
@@ -84,62 +89,63 @@ class PlannedRun(NamedTuple):
         return [jax.jit(function, donate_argnums=0, out_shardings=shardings) for function in functions]
 
 
-def settled_shapes(config: RunConfig) -> tuple[RunConfig, Shapes]:
-    """The configuration with its model's shape, from ``config.json`` files or the table of published models.
+def _batch_parts(mesh: Mesh | AbstractMesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+# -- shapes --------------------------------------------------------------------------------------------------------
+
+
+def settled(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
+    """The configuration with what it leaves to its model, of which ``config.json`` files are read, or nothing at all
+    where it is a published one.
 
     Raises:
         UserError, FileNotFoundError: there is no such model, or none is named where one is needed.
     """
-    if isinstance(config.data, DigitsDataConfig):
-        data = DigitsData(config.data)
-        height, width, _ = data.preview_shape
-        shapes = Shapes(height, width, data.text_encoder.max_length, "float32")
-        return _with_network(config, *_network_of(config)[:1]), shapes
-    network, factor, tokens, dtype = _network_of(config)
-    config = _with_network(config, network)
-    data, network = config.data, config.transformer
-    table = size_table(network.sample_size, factor, data.resolution, aspect_buckets=data.aspect_buckets)
-    largest = max(table, key=lambda size: (size.height * size.width, size.height))
-    return config, Shapes(largest.height // factor, largest.width // factor, tokens, dtype)
+    model = _model_shapes(config)
+    if config.model is None:
+        return settle(config, None), model
+    # Neither sampler nor sampling defaults change the step.
+    parts = types.SimpleNamespace(
+        transformer_config=model.network, sampler=None, defaults=types.SimpleNamespace(guidance_scale=4.5)
+    )
+    return settle(config, types.SimpleNamespace(parts=parts)), model
 
 
-def _network_of(config: RunConfig) -> tuple[SanaConfig | None, int, int, str]:
-    """The base model's network, pixels per latent, tokens of a prompt and their dtype."""
+def _model_shapes(config: RunConfig) -> ModelShapes:
     name = config.model or config.encoders
+    if isinstance(config.data, DigitsDataConfig) and name is None:
+        return ModelShapes(None, 1, DigitsData(config.data).text_encoder.max_length, "float32")
     if name is None:
-        if config.transformer is None or config.lora is not None:
+        if config.transformer is None or (config.lora or config.controlnet or config.sprint) is not None:
             raise UserError(
-                f"the preset {config.preset} starts from a model, whose shape the plan needs; name a directory with "
-                "--model, or a published one, which is not downloaded for this: --model "
+                f"the preset {config.preset} starts from a model, whose shape the plan needs; name its directory with "
+                "--model, or a published one, which is not downloaded for that: --model "
                 "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
             )
-        return None, _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE
+        return _published(None)
     published = PUBLISHED_TRANSFORMERS.get(name.rpartition("/")[2])
     if published is not None and not Path(name).exists():
-        return published.config, _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE
+        return _published(published.config)
     directory = find_model(name, config.model_variant)
     try:
         parts = read_model_directory(directory, pipeline_of(directory))
-    except FileNotFoundError:  # a directory without weights or tokenizer is enough
+    except FileNotFoundError:  # without weights or tokenizer the network's shape is enough
         path = directory / "transformer" / "config.json"
         if not path.is_file():
             raise
-        return SanaConfig.from_dict(read_json(path)), _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE
+        return _published(SanaConfig.from_dict(read_json(path)))
     encoder = parts.text_encoder
     dtype = jnp.dtype(getattr(encoder, "dtype", jnp.float32)).name
-    return parts.transformer_config, parts.autoencoder.spatial_factor, encoder.max_length, dtype
+    return ModelShapes(parts.transformer_config, parts.autoencoder.spatial_factor, encoder.max_length, dtype)
 
 
-def _with_network(config: RunConfig, network: SanaConfig | None) -> RunConfig:
-    """As ``train.base_model.settle``, with a model of which the network alone is known."""
-    if config.model is None:
-        return settle(config, None)
-    unknown = types.SimpleNamespace(guidance_scale=4.5)
-    parts = types.SimpleNamespace(transformer_config=network, sampler=None, defaults=unknown)
-    return settle(config, types.SimpleNamespace(parts=parts))
+def _published(network: SanaConfig | None) -> ModelShapes:
+    return ModelShapes(network, _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE)
 
 
-def planned_run(config: RunConfig, shapes: Shapes, mesh: Mesh | AbstractMesh) -> PlannedRun:
+def planned_run(config: RunConfig, model: ModelShapes, mesh: Mesh | AbstractMesh) -> PlannedRun:
     """Lays out a settled configuration over a mesh.
 
     Raises:
@@ -149,6 +155,243 @@ def planned_run(config: RunConfig, shapes: Shapes, mesh: Mesh | AbstractMesh) ->
     recipe = make_recipe(config)
     base = None
     if config.model is not None:
-        base = abstract_base(config.transformer_of_base, mesh, config.compute.dtype)
+        base = abstract_transformer(model.network, mesh, config.compute.dtype)
     state = plan_state(config, recipe, base, mesh)
-    return PlannedRun(config, shapes, recipe, mesh, base, state, _abstract_batch(config, shapes, recipe, mesh))
+    frozen = base if recipe.keeps_base else None
+    return PlannedRun(config, model, recipe, mesh, frozen, state, _abstract_batch(config, model, recipe, mesh))
+
+
+def _abstract_batch(config: RunConfig, model: ModelShapes, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batch:
+    """A batch of the largest size that the run has."""
+    rows, network, sharding = config.batch_size, config.transformer, batch_sharding(mesh)
+    if isinstance(config.data, DigitsDataConfig):
+        height, width, _ = DigitsData(config.data).preview_shape
+    else:
+        table = size_table(
+            network.sample_size, model.factor, config.data.resolution, aspect_buckets=config.data.aspect_buckets
+        )
+        largest = max(table, key=lambda size: (size.height * size.width, size.height))
+        height, width = largest.height // model.factor, largest.width // model.factor
+
+    def array(shape: tuple[int, ...], dtype: str = "float32") -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=sharding)
+
+    latents = (height, width, network.in_channels)
+    names = [*recipe.conditions, *(["loss_weight"] if config.prior is not None and config.prior.caption else [])]
+    return Batch(
+        array(latents),
+        array((model.tokens, network.caption_channels), model.prompt_dtype),
+        array((model.tokens,), "int32"),
+        {name: array(_condition_shape(name, config, latents)) for name in names},
+    )
+
+
+def _condition_shape(name: str, config: RunConfig, latents: tuple[int, ...]) -> tuple[int, ...]:
+    """Of one sample's further input: a control picture is encoded as the picture is, all else is small."""
+    if config.controlnet is not None and name == config.controlnet.condition:
+        return latents
+    tokens = getattr(config, "tokens", None)
+    encoder = tokens.encoders.get(name) if tokens is not None else None
+    return (encoder.width,) if encoder is not None and encoder.kind == "vector" else ()
+
+
+# -- figures -------------------------------------------------------------------------------------------------------
+
+
+def measured_memory(run: PlannedRun, say: Callable[[str], None]) -> Memory | None:
+    """Compiles the step; of several kinds of step, the one that needs most. None where the backend does not say."""
+    jitted = run.jitted_steps()
+    shape = "x".join(map(str, run.batch.latents.shape))
+    fixed, needed = _fixed(run), []
+    for number, step in enumerate(jitted):
+        which = "the train step" if len(jitted) == 1 else f"train step {number + 1} of {len(jitted)}"
+        compiled = compile_ahead(
+            f"{which} for latents {shape}", step, run.state.abstract, run.frozen, run.batch, say=say
+        )
+        needed.append(compiled_bytes(compiled))
+    return None if None in needed else fixed._replace(activations=max(needed) - fixed.total)
+
+
+def _fixed(run: PlannedRun) -> Memory:
+    copies = 1 if run.config.accumulation == 1 else 2  # the sum, and what is added to it
+    return fixed_memory(run.state.abstract, run.frozen, run.batch, copies)
+
+
+def estimated_memory(run: PlannedRun) -> Memory | None:
+    """The same without compiling; None for a recipe whose loss is not flow matching's."""
+    fixed = _fixed(run)
+    if not hasattr(run.recipe, "velocity"):
+        return None
+    layers = run.config.transformer.num_layers
+    all_kept = dataclasses.replace(run.config, compute=dataclasses.replace(run.config.compute, remat="none"))
+    arguments = _one_devices_share(run)
+    losses = [_loss(run, recipe) for recipe in (run.recipe, make_recipe(all_kept))]
+    found = traced_activations(*losses, arguments, layers, run.config.compute.remat)
+    gathered = 0
+    if run.mesh.shape["fsdp"] > 1:  # a layer's weights, and the one that is fetched meanwhile
+        weights = run.frozen if run.frozen is not None else run.state.abstract.params
+        gathered = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)) // layers
+    return fixed._replace(activations=(found.saved + found.working) // run.mesh.shape["tensor"] + gathered)
+
+
+def _one_devices_share(run: PlannedRun) -> tuple[PyTree, PyTree, Batch, PyTree]:
+    """Whole parameters, and the samples that a device computes at once with what is random about them, as shapes."""
+    trees = run.state.abstract.params, run.frozen
+    params, frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trees)
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((run.rows, *leaf.shape[1:]), leaf.dtype), run.batch)
+    objective = FlowMatching(run.recipe, run.config.flow, *run.null_encoding)
+    draws = jax.eval_shape(lambda batch: objective.draw(run.config.seed, 0, batch), batch)
+    return params, frozen, batch, draws
+
+
+def _loss(run: PlannedRun, recipe: Recipe) -> Callable[..., jax.Array]:
+    """The mean loss, as a function of ``_one_devices_share``."""
+    optimizer = run.config.optimizer
+    objective = FlowMatching(recipe, run.config.flow, *run.null_encoding)
+
+    def loss(params: PyTree, *others: PyTree) -> jax.Array:
+        return objective.losses(stop_frozen(params, optimizer.frozen, optimizer.trained), *others).loss.mean()
+
+    return loss
+
+
+# -- choices -------------------------------------------------------------------------------------------------------
+
+
+def choices(run: PlannedRun, measured: Memory | None) -> list[Choice]:
+    """What other settings would need, set right by what the configured one was measured to need."""
+    as_it_is = estimated_memory(run)
+    correction = 0 if measured is None or as_it_is is None else measured.activations - as_it_is.activations
+    found = []
+    for option, price, config, mesh in _alternatives(run):
+        try:
+            other = planned_run(config, run.model, mesh)
+        except UserError:  # settings that do not go together, such as patterns of paths that a LoRA has not
+            continue
+        memory = estimated_memory(other)
+        if memory is None:
+            if (config.compute, config.accumulation, mesh) != (run.config.compute, run.config.accumulation, run.mesh):
+                continue  # nothing is known of its activations
+            memory = _fixed(other)._replace(activations=0 if measured is None else measured.activations)
+        else:
+            memory = memory._replace(activations=max(0, memory.activations + correction))
+        found.append(Choice(option, memory.total, price))
+    return found
+
+
+def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh | AbstractMesh]]:
+    """(option, what it costs, configuration, mesh) of single changes."""
+    config, mesh, change = run.config, run.mesh, dataclasses.replace
+    for remat in REMAT_POLICIES:
+        if remat != config.compute.remat:
+            compute = change(config.compute, remat=remat)
+            yield f"--compute.remat {remat}", _PRICES[remat], change(config, compute=compute), mesh
+    if config.compute.dtype == "float32":
+        compute = change(config.compute, dtype="bfloat16")
+        yield "--compute.dtype bfloat16", "less exact, much faster on a GPU", change(config, compute=compute), mesh
+    parts = 2 * config.accumulation
+    if config.batch_size % (parts * _batch_parts(mesh)) == 0:
+        price = "the batch in smaller parts, one after the other"
+        yield f"--accumulation {parts}", price, change(config, accumulation=parts), mesh
+    for name in ("adamw_8bit", "came_8bit"):
+        if name != config.optimizer.name:
+            optimizer = _with_optimizer(config.optimizer, name)
+            yield f"--optimizer.name {name}", "another optimizer", change(config, optimizer=optimizer), mesh
+    if config.ema.enabled and config.optimizer.name != "schedule_free_adamw":
+        ema = change(config.ema, enabled=False)
+        yield "--no-ema.enabled", "samples are drawn with the last weights", change(config, ema=ema), mesh
+    if run.recipe.kind == "whole" and config.model is not None:
+        ema = change(config.ema, enabled=False)
+        lora = change(config, lora=LoraConfig(), ema=ema)
+        yield "the preset lora instead", "trains a low-rank change alone", lora, mesh
+    for size in (2, 4, 8, 16):
+        if size > mesh.shape["fsdp"]:
+            axes = tuple(size if axis == "fsdp" else mesh.shape[axis] for axis in AXES)
+            wider = AbstractMesh(axes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+            parts = _batch_parts(wider) * config.accumulation
+            batch = config.batch_size if config.batch_size % parts == 0 else parts
+            option = f"--mesh.fsdp {size}" + ("" if batch == config.batch_size else f" --batch-size {batch}")
+            yield option, f"{math.prod(axes)} devices", change(config, batch_size=batch), wider
+
+
+def _with_optimizer(optimizer: OptimizerConfig, name: str) -> OptimizerConfig:
+    """Another optimizer; settings that it does not read fall back to their defaults."""
+    own = {setting for settings in READS.values() for setting in settings}
+    left = {field.name: field.default for field in dataclasses.fields(optimizer) if field.name in own - {*READS[name]}}
+    return dataclasses.replace(optimizer, name=name, **left)
+
+
+# -- command -------------------------------------------------------------------------------------------------------
+
+
+def plan(config: RunConfig, words: Sequence[str], say: Callable[[str], None]) -> int:
+    """Prints what a run would take on each device, and what would change it; returns the exit status.
+
+    Args:
+        config: the run.
+        words: of its command line, for a process with as many simulated devices as its mesh has.
+        say: prints a line.
+
+    Raises:
+        UserError, FileNotFoundError: one line about what does not fit.
+    """
+    prefer_device(config.device)
+    device = choose_device(config.device)
+    wanted = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
+    if jax.device_count() % wanted and _SIMULATED not in os.environ:
+        say(
+            f"the mesh wants {wanted} devices, here are {jax.device_count()}: planning on {wanted} simulated CPU devices"
+        )
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={wanted}"
+        environment = {**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", _SIMULATED: "1"}
+        command = [sys.executable, "-m", "train.main", *words]
+        return subprocess.run(command, env=environment, check=False).returncode
+    enable_compilation_cache()
+    mesh = make_mesh(config.mesh)
+    config, model = settled(config)
+    with jax.set_mesh(mesh):
+        run = planned_run(config, model, mesh)
+        measured = measured_memory(run, say)
+        for line in report(run, measured, choices(run, measured), device):
+            say(line)
+    return 0
+
+
+def report(run: PlannedRun, measured: Memory | None, changes: list[Choice], device: jax.Device) -> list[str]:
+    """The lines of a plan."""
+    memory, config = measured or estimated_memory(run), run.config
+    lines = [
+        f"{config.preset}: {parameter_count(run.state.abstract.params):,} trained parameters; on each of "
+        f"{run.mesh.size} devices ({device.device_kind}), {run.rows} of {config.batch_size} samples at once:"
+    ]
+    if memory is None:
+        return [*lines, "this backend reports no memory, and there is no estimate for this recipe"]
+    origin = "estimated" if measured is None else "measured by compiling"
+    names = {
+        "parameters": "trained parameters",
+        "frozen": "base model, frozen",
+        "optimizer": f"state of {config.optimizer.name}",
+        "average": "moving average",
+        "batch": "batch",
+        "gradients": "gradients",
+        "activations": f"activations ({config.compute.remat}), {origin}",
+    }
+    rows = [(text, getattr(memory, field), "") for field, text in names.items() if getattr(memory, field)]
+    rows.append(("in all", memory.total, _of_the_device(device)))
+    lines += [f"  {text:<44}{readable_bytes(size):>10}{note}" for text, size, note in rows]
+    lines.append("one change at a time, estimated:")
+    for choice in sorted(changes, key=lambda choice: choice.total):
+        difference = choice.total - memory.total
+        sign = "+" if difference >= 0 else "-"
+        sizes = f"{readable_bytes(choice.total):>10}  {sign}{readable_bytes(abs(difference)):<10}"
+        lines.append(f"  {choice.option:<44}{sizes} {choice.price}")
+    lines.append("not in it: text encoder and autoencoder, which are in memory before training and for previews alone")
+    if device.platform == "cpu" and config.compute.dtype == "bfloat16":
+        lines.append("a CPU computes bfloat16 in float32: on a GPU the activations are about half of these")
+    return lines
+
+
+def _of_the_device(device: jax.Device) -> str:
+    statistics = device.memory_stats() or {}
+    limit = statistics.get("bytes_limit")
+    return "" if limit is None else f"  of {readable_bytes(limit)} that JAX may use on this device"

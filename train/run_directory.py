@@ -135,8 +135,7 @@ def check_writable(config: RunConfig) -> None:
 def run_sampler(config: RunConfig) -> Sampler:
     """The sampler of previews, which is also the run's default for sampling."""
     if config.sprint is not None:
-        two = {"intermediate_timesteps": None} if config.preview.num_inference_steps != 2 else {}
-        return make_sampler(config.preview.sampler, sigma_data=config.sprint.sigma_data, **two)
+        return make_sampler(config.preview.sampler, sigma_data=config.sprint.sigma_data)
     return make_sampler(config.preview.sampler, flow_shift=config.flow.flow_shift)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
@@ -23,7 +24,7 @@ from sana_jax.nn.initializers import scaled_normal, xavier_uniform
 from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.mix_ffn import GLUMBConv
 from sana_jax.nn.norms import RMSNorm
-from sana_jax.nn.remat import remat_block
+from sana_jax.nn.remat import BLOCK_INPUT, remat_block
 
 QK_NORM = "rms_norm_across_heads"
 CAPTION_NORM_EPSILON = 1e-5
@@ -230,6 +231,7 @@ class SanaBlock(nn.Module):
         """Runs the block on the ``grid`` (height, width) of tokens; all blocks are given the same ``time``."""
         cfg, batch, features = self.config, x.shape[0], x.shape[-1]
         qk_norm = cfg.qk_norm is not None
+        x = checkpoint_name(x, BLOCK_INPUT)
         table = self.param("scale_shift_table", scaled_normal(features**-0.5), (6, features), jnp.float32)
         shift_attn, scale_attn, gate_attn, shift_ffn, scale_ffn, gate_ffn = modulation(table, time)
 

@@ -7,12 +7,22 @@ import jax
 
 from sana_jax.errors import UserError
 
+# The name under which a block passes its input through ``jax.ad_checkpoint.checkpoint_name``.
+BLOCK_INPUT = "block_input"
+
 # From fastest and largest to slowest and smallest.
 REMAT_POLICIES = {
     "none": None,  # keep every intermediate
     "dots": jax.checkpoint_policies.dots_saveable,  # keep the results of matrix products
     "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # only those against weights
     "full": jax.checkpoint_policies.nothing_saveable,  # keep a block's input alone
+    # keep it in host memory, which a GPU's copies overlap; on a CPU that is the same memory
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 

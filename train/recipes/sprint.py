@@ -85,6 +85,8 @@ class SprintTraining:
 
     def sampling_function(self, sampler: SCM, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Sampling in few steps; the noise between them depends on the starting noise alone."""
+        if num_inference_steps != 2:  # as SanaSprintPipeline does
+            sampler = dataclasses.replace(sampler, intermediate_timesteps=None)
         schedule = sampler.schedule(num_inference_steps)
 
         def function(
