@@ -228,6 +228,7 @@ class Run:
         self.nonfinite = 0
         self.unchecked: list[tuple[int, StepMetrics]] = []
         self.images_per_second: list[float] = []
+        self.waited = 0.0  # seconds for data, since the last row
 
     def loop(self, state: TrainState, train_step, to_devices) -> int:
         """Steps to the end, or to a request to stop; returns the exit status."""
@@ -242,7 +243,10 @@ class Run:
         window, in_flight, window_started = [], deque(), time.perf_counter()
         try:
             while step < config.steps:
-                batch = to_devices(next(self.loader))
+                asked = time.perf_counter()
+                batch = next(self.loader)
+                self.waited += time.perf_counter() - asked
+                batch = to_devices(batch)
                 self.stop.nothing_to_lose = False
                 state, metrics = train_step(state, batch, step)
                 step += 1
@@ -302,7 +306,8 @@ class Run:
     def row(self, step: int, window: list[StepMetrics], seconds: float, validation: dict[str, float]) -> None:
         """Writes and shows a row, with the validation losses where they were measured."""
         values = summarise(window, len(window) * self.config.batch_size, seconds)
-        values |= validation
+        values |= validation | {"data_wait_share": self.waited / seconds}
+        self.waited = 0.0
         self.writer.write(step, values)
         self.progress.row(step, values)
         if validation:

@@ -6,30 +6,42 @@ it; what other settings would make of it is estimated from shapes and traces, an
 
 from __future__ import annotations
 
+import dataclasses
+import math
+import os
+import subprocess
+import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from configs.lora import LoraConfig
+from configs.optimizer import READS, OptimizerConfig
 from configs.published import PUBLISHED_TRANSFORMERS
 from configs.schema import DigitsDataConfig, RunConfig
 from kernels.typing import PyTree
+from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
+from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
 from sana_jax.models.sana import SanaConfig
+from sana_jax.nn.remat import REMAT_POLICIES
 from sana_jax.pipelines.model_directory import pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
 from train.base_model import abstract_transformer, settle
 from train.batch import Batch
 from train.data.buckets import size_table
 from train.data.digits import DigitsData
+from train.memory import Choice, Memory, compiled_bytes, fixed_memory, traced_activations
+from train.objectives.flow_matching import FlowMatching
 from train.optimizers import stop_frozen
 from train.recipes import Recipe, make_recipe
-from train.sharding import check_batch, replicated
+from train.sharding import AXES, BATCH_AXES, batch_sharding, check_batch, make_mesh, replicated
 from train.state import parameter_count
 from train.state_plan import StatePlan, plan_state
 
@@ -339,9 +351,8 @@ def plan(config: RunConfig, words: Sequence[str], say: Callable[[str], None]) ->
     device = choose_device(config.device)
     wanted = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
     if jax.device_count() % wanted and _SIMULATED not in os.environ:
-        say(
-            f"the mesh wants {wanted} devices, here are {jax.device_count()}: planning on {wanted} simulated CPU devices"
-        )
+        here = jax.device_count()
+        say(f"the mesh wants {wanted} devices, here are {here}: planning on {wanted} simulated CPU devices")
         flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={wanted}"
         environment = {**os.environ, "XLA_FLAGS": flags.strip(), "JAX_PLATFORMS": "cpu", _SIMULATED: "1"}
         command = [sys.executable, "-m", "train.main", *words]
