@@ -11,6 +11,8 @@ from sana_jax.errors import UserError
 # Preset name -> module. The first is what `python -m train.main` runs without a name.
 PRESETS = {
     "digits": "configs.presets.digits",
+    "digits_lora": "configs.presets.digits_lora",
+    "digits_controlnet": "configs.presets.digits_controlnet",
     "lora": "configs.presets.lora",
     "finetune": "configs.presets.finetune",
     "dreambooth": "configs.presets.dreambooth",
@@ -18,6 +20,17 @@ PRESETS = {
     "controlnet": "configs.presets.controlnet",
     "digits_sprint": "configs.presets.digits_sprint",
     "sprint": "configs.presets.sprint",
+    "sana_600m_512": "configs.presets.sana_600m_512",
+    "sana_1600m_512": "configs.presets.sana_1600m_512",
+    "sana_1600m_1024": "configs.presets.sana_1600m_1024",
+    "sana_1600m_2k": "configs.presets.sana_1600m_2k",
+    "sana_1600m_4k": "configs.presets.sana_1600m_4k",
+    "sana15_1600m_1024": "configs.presets.sana15_1600m_1024",
+    "sana15_4800m_1024": "configs.presets.sana15_4800m_1024",
+    "lora_24gb": "configs.presets.lora_24gb",
+    "finetune_8x80gb": "configs.presets.finetune_8x80gb",
+    "finetune_multihost": "configs.presets.finetune_multihost",
+    "sana_1600m_controlnet": "configs.presets.sana_1600m_controlnet",
 }
 DEFAULT_PRESET = "digits"
 

@@ -68,7 +68,10 @@ class OptimizerConfig:
     """schedule_free_adamw: power of the learning rate by which a step counts in the average."""
     weight_decay: float = 0.0
     """Decoupled weight decay."""
-    no_decay: tuple[str, ...] = (r".*/bias", r".*/scale", r".*scale_shift_table")
+    no_decay: tuple[str, ...] = (
+        *(r".*/bias", r".*/scale", r".*scale_shift_table"),
+        *(r"tokens/.*/null", r"tokens/.*/attention_weight"),
+    )
     """Path patterns (regular expressions that match a parameter's whole path) without weight decay."""
     clip_norm: float | None = 1.0
     """Gradients are scaled down to this norm over all trained parameters; None for no clipping."""

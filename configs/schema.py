@@ -236,6 +236,9 @@ class RunConfig:
         _require("steps", self.steps, self.steps >= 1, "1 or more")
         _require("batch-size", self.batch_size, self.batch_size >= 1, "1 or more")
         _require("accumulation", self.accumulation, self.accumulation >= 1, "1 or more")
+        prepares = self.encoders is None or (self.model is None and isinstance(self.data, ImageDataConfig))
+        allowed = "None with --model, whose own are used, and where the data is no pictures"
+        _require("encoders", self.encoders, prepares, allowed)
         _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
         _require("checkpoint.every", self.checkpoint.every, self.checkpoint.every >= 1, "1 or more")
         _require("checkpoint.keep-last", self.checkpoint.keep_last, self.checkpoint.keep_last >= 1, "1 or more")

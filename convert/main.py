@@ -49,7 +49,8 @@ class ExportConfig:
     """Writes a directory that diffusers loads: export SRC DST."""
 
     source: str
-    """Converted or published model, one component of it, a training run (its transformer), or an original file."""
+    """Converted or published model, one component of it, a training run (its transformer or ControlNet), or an original
+    file."""
     destination: str
     """New directory; it appears when everything is in it."""
     max_shard_size: str = "5GB"

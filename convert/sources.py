@@ -13,6 +13,7 @@ from convert.families import Network, class_of, network_of, stem_of
 from sana_jax.contract import Contract, contract_of, license_of, names_of
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import read_json
+from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
 from sana_jax.weights.components import CONVERTED
@@ -330,16 +331,18 @@ def _tree_misfits(saved: Any, abstract: Any) -> Misfits:
 
 
 def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
-    """A training run: its transformer, as a component of its own."""
+    """A training run: its transformer or ControlNet, as a component of its own."""
     _refuse(choices, path, "variant", "image_size", "flow_shift")
     trained_from = BaseModelFile.read(path)
-    if trained_from is not None and trained_from.kind != "whole":
+    controlnet = trained_from is not None and trained_from.kind == "controlnet"
+    if trained_from is not None and trained_from.kind != "whole" and not controlnet:
         advice = "give --lora only or --lora merged to export" if trained_from.kind == "lora" else "name that model"
         raise UserError(
             f"{path} is a run that has trained a {trained_from.kind} beside {trained_from.model}, and holds no whole "
             f"transformer: {advice}"
         )
-    config = read_json(path / "transformer" / CONFIG)
+    folder = "controlnet" if controlnet else "transformer"
+    config = _controlnet_config(path, trained_from) if controlnet else read_json(path / folder / CONFIG)
     checkpoints = path / "checkpoints"
     step = choose_checkpoint(checkpoints, choices.checkpoint_step)
     try:
@@ -354,13 +357,52 @@ def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     if problem := find_damage(checkpoints / str(step), [which], checksums=checksums):
         raise damaged_checkpoint(checkpoints, step, problem, "load")
     saved = checkpoints / str(step) / which
-    component = _open_saved(path / "transformer", "", config, saved, "training run")
+    component = _open_saved(path / folder, "", config, saved, "training run")
     notes = [f"training run: the {which} weights of step {step}"]
+    if controlnet:
+        return _controlnet_model(path, component, notes)
     others = sorted(name for name, entry in read_json(path / INDEX).items() if isinstance(entry, list))
     left = [name for name in others if name != "transformer"]
     if left:
         notes.append(f"left out: {', '.join(left)}; of a training run the transformer alone is converted")
     return Model(path, None, (component,), contract=_lone_contract(path, component), notes=tuple(notes))
+
+
+def _controlnet_config(path: Path, trained_from: BaseModelFile) -> dict[str, Any]:
+    """The ``config.json`` of the ControlNet that a run has trained.
+
+    Raises:
+        UserError: the run's settings are no ControlNet's.
+    """
+    settings = trained_from.settings.get("controlnet")
+    if not isinstance(settings, dict):
+        raise UserError(f"base_model.json of {path} does not say the ControlNet's shape; mend it, or train again")
+    try:
+        return SanaControlNetConfig(**settings).to_dict()
+    except TypeError as error:
+        raise UserError(f"base_model.json of {path} describes no ControlNet ({error}); mend it") from error
+
+
+def _controlnet_model(path: Path, component: Component, notes: list[str]) -> Model:
+    """A run's ControlNet in the folder of a ControlNet, where there is a place for it in diffusers.
+
+    Raises:
+        UserError: its blocks have norms that diffusers' ControlNet does not.
+    """
+    if component.config.get("qk_norm") is not None:
+        raise UserError(
+            f"{path} has trained a ControlNet beside a model with q/k norms (as SANA-1.5), which diffusers' "
+            "SanaControlNetModel has no place for; use it with SanaControlNetPipeline of sana_jax, or train one "
+            "beside a SANA without such norms"
+        )
+    scale = read_json(path / "transformer" / CONFIG).get("timestep_scale", 1.0)
+    if scale != 1.0:
+        notes.append(
+            f"the ControlNet was trained with timesteps times {scale:g}, as its base model is; diffusers' pipeline "
+            "gives a ControlNet timesteps as they are"
+        )
+    notes.append("left out: the base model; give it to diffusers as it was published")
+    return Model(path, None, (dataclasses.replace(component, folder="controlnet"),), notes=tuple(notes))
 
 
 def _small_files(folder: Path, names: Collection[str], notes: list[str] | None) -> list[Path]:

@@ -28,6 +28,7 @@ from sana_jax.weights.messages import describe_array, first_few
 from sana_jax.weights.rules import flatten
 from sana_jax.weights.safetensors_files import SafetensorsSource, TensorInfo, write_safetensors
 
+TOKENS = "tokens"  # the tree of their parameters in a run's checkpoints, and its entry in ``base_model.json``
 WEIGHTS_NAME, CONFIG_NAME = "condition_tokens.safetensors", "condition_tokens.json"
 _CLASS_NAME = "ConditionTokens"
 _NOTE = "condition tokens of sana_jax for a SANA transformer; diffusers has no such tokens and cannot load this file"
@@ -55,7 +56,7 @@ def save_condition_tokens(directory: str | os.PathLike[str], saved: SavedTokens)
     Raises:
         OSError: the directory cannot be written to.
     """
-    directory, config = Path(directory), _to_dict(saved)
+    directory, config = Path(directory), tokens_to_dict(saved.encoders, saved.image_encoders)
     arrays = {".".join(path): np.asarray(leaf) for path, leaf in flatten(saved.params).items()}
     infos = {name: TensorInfo(array.dtype, array.shape) for name, array in arrays.items()}
     metadata = {"format": "sana_jax", "note": _NOTE, "config": json.dumps(config)}
@@ -83,7 +84,7 @@ def load_condition_tokens(directory: str | os.PathLike[str]) -> SavedTokens:
         )
     path = directory / CONFIG_NAME
     values = read_json(path)
-    encoders, image_encoders = _from_dict(values, str(path))
+    encoders, image_encoders = tokens_from_dict(values, str(path))
     source = SafetensorsSource(directory / WEIGHTS_NAME)
     try:
         same = json.loads(source.metadata.get("config", "null")) == values
@@ -114,19 +115,24 @@ def load_condition_tokens(directory: str | os.PathLike[str]) -> SavedTokens:
     return SavedTokens(encoders, params, image_encoders)
 
 
-def _to_dict(saved: SavedTokens) -> dict[str, Any]:
-    encoders = saved.encoders
+def tokens_to_dict(encoders: ConditionEncoders, image_encoders: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What encoders are, without their parameters: JSON-able; arguments as in ``SavedTokens``."""
     config = {
         "_class_name": _CLASS_NAME,
         "caption_channels": encoders.caption_channels,
         "inner_dim": encoders.inner_dim,
         "encoders": {name: dataclasses.asdict(encoder) for name, encoder in encoders.encoders.items()},
-        "image_encoders": {name: dict(values) for name, values in saved.image_encoders.items()},
+        "image_encoders": {name: dict(values) for name, values in image_encoders.items()},
     }
     return json.loads(json.dumps(config))  # as it will be read: tuples are lists there
 
 
-def _from_dict(values: Mapping[str, Any], source: str) -> tuple[ConditionEncoders, dict[str, Mapping[str, Any]]]:
+def tokens_from_dict(values: Mapping[str, Any], source: str) -> tuple[ConditionEncoders, dict[str, Mapping[str, Any]]]:
+    """The inverse of ``tokens_to_dict``; ``source`` names it in errors.
+
+    Raises:
+        UserError: values that are damaged.
+    """
     sizes = [values.get(name) for name in ("caption_channels", "inner_dim")]
     good = (
         set(values) == set(_FIELDS)

@@ -20,8 +20,9 @@ from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.opening import find_model
 from sana_jax.pipelines.text_to_image import SanaPipeline
 from sana_jax.text_encoders import TextEncoder
-from train.base_model import BaseModel, absolute, open_base_model, settle
+from train.base_model import BaseModel, absolute, open_base_model, open_encoders, settle
 from train.data import CachedData, Dataset, DigitsData
+from train.data.conditions import KINDS
 from train.data.prior import WithPrior, draw_prior_pictures
 from train.distributed import on_first_process
 from train.precompute import precompute
@@ -69,6 +70,8 @@ class RunParts(NamedTuple):
     recipe: Recipe
     text_encoder: TextEncoder
     autoencoder: Autoencoder
+    encoders: BaseModel | None = None
+    """The model that these two are of; None where they are the data's."""
 
     @property
     def pipeline(self) -> str:
@@ -80,10 +83,11 @@ class RunParts(NamedTuple):
     @property
     def trained_from(self) -> BaseModelFile | None:
         """What the run's directory says of its base model."""
-        if self.base is None:
+        model = self.base or self.encoders
+        if model is None:
             return None
         settings = self.recipe.settings()
-        return BaseModelFile(self.recipe.kind, self.base.name, absolute(self.base.name), self.base.weights_id, settings)
+        return BaseModelFile(self.recipe.kind, model.name, absolute(model.name), model.weights_id, settings)
 
 
 def open_base(config: RunConfig) -> tuple[RunConfig, BaseModel | None]:
@@ -123,12 +127,8 @@ def assemble(
     if isinstance(config.data, DigitsDataConfig):
         dataset = DigitsData(config.data)
         return RunParts(config, base, dataset, make_recipe(config), dataset.text_encoder, dataset.autoencoder)
-    if base is None:
-        raise UserError(
-            f"the preset {config.preset} prepares its pictures with a model's autoencoder and text encoder; name one "
-            "with --model DIRECTORY"
-        )
-    directory = on_first_process(lambda: precompute(config, base.parts, say=say, stop=stop))
+    encoders = base or open_encoders(config)
+    directory = on_first_process(lambda: precompute(config, encoders.parts, say=say, stop=stop))
     if directory is None:
         return None
     dataset = CachedData(directory, config.data)
@@ -140,7 +140,7 @@ def assemble(
         dataset = WithPrior(dataset, CachedData(directory, with_class.data), config.prior.weight)
     recipe = make_recipe(config)
     _check_conditions(recipe.conditions, dataset)
-    return RunParts(config, base, dataset, recipe, base.parts.text_encoder, base.parts.autoencoder)
+    return RunParts(config, base, dataset, recipe, encoders.parts.text_encoder, encoders.parts.autoencoder, encoders)
 
 
 def _check_conditions(wanted: Sequence[str], dataset: CachedData | WithPrior) -> None:
@@ -149,7 +149,7 @@ def _check_conditions(wanted: Sequence[str], dataset: CachedData | WithPrior) ->
     if missing := sorted(set(wanted) - there):
         raise UserError(
             f"the network reads the condition {missing[0]}, which the data does not have; declare it with "
-            f"--data.conditions {missing[0]}=KIND, where KIND is scalar, vector, picture, canny or siglip:DIRECTORY"
+            f"--data.conditions {missing[0]}=KIND, where KIND is one of {', '.join(KINDS)} (siglip:DIRECTORY)"
         )
     if unused := sorted(there - set(wanted)):
         raise UserError(

@@ -83,6 +83,28 @@ def open_base_model(name: str, variant: str | None = None) -> BaseModel:
     return BaseModel(name, pipeline, parts, model_weights_id(parts), variant)
 
 
+def open_encoders(config: RunConfig) -> BaseModel:
+    """The model whose text encoder and autoencoder prepare the pictures of a settled run: its base model, or the one
+    that ``encoders`` names, as if it had the run's own network.
+
+    Raises:
+        UserError: neither is named.
+        FileNotFoundError, CheckpointError: as ``open_base_model``.
+    """
+    name = config.model or config.encoders
+    if name is None:
+        # what starts from a model has no network of its own
+        option = "--model" if config.transformer is None else "--encoders"
+        raise UserError(
+            f"the preset {config.preset} prepares its pictures with a model's autoencoder and text encoder; name one "
+            f"with {option} DIRECTORY"
+        )
+    found = open_base_model(name, config.model_variant)
+    if config.model is None:
+        found = found._replace(parts=dataclasses.replace(found.parts, transformer_config=config.transformer))
+    return found
+
+
 def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
     """The configuration with what it left open taken from its base model.
 
@@ -103,7 +125,8 @@ def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
     if config.transformer not in (None, network):
         raise UserError(
             f"--model {config.model} has another network than the preset {config.preset}, which trains one of its own; "
-            "leave --model out, or choose a preset that starts from a model: finetune or lora"
+            "leave --model out (--encoders takes its text encoder and autoencoder alone), or choose a preset that "
+            "starts from a model: finetune or lora"
         )
     shift = config.flow.flow_shift
     if shift is None:

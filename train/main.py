@@ -12,7 +12,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 if __name__ == "__main__":  # before the imports that take seconds, so that a signal finds someone listening
@@ -39,12 +39,14 @@ from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
 from train.distributed import describe_processes, join_processes
+from train.memory import advice_when_memory_ends
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.optimizers import learning_rate_schedule, warmup_steps
-from train.plan import plan
+from train.plan import needed_and_choices, print_plan
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.publishing import publish
+from train.recipes import make_recipe
 from train.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
 from train.state import TrainState, parameter_count, sampled_params
 from train.state_plan import StatePlan, plan_state
@@ -95,7 +97,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     words = list(sys.argv[1:] if argv is None else argv)
     config = read_command_line([word for word in words if word != "--plan"])
     if "--plan" in words:
-        return plan(config, words, _print_line)
+        return print_plan(config, words, _print_line)
     if stop is not None:
         return train(config, stop)
     with closing(StopRequest()) as stop:
@@ -104,6 +106,11 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
 
 def train(config: RunConfig, stop: StopRequest) -> int:
     """Trains, or continues, the run of ``config``; returns the exit status."""
+    with ExitStack() as held:
+        return _train(config, stop, held)
+
+
+def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     # ---- devices and mesh --------------------------------------------------------------------------------------------
     prefer_device(config.device)
     join_processes(config.distributed)
@@ -122,7 +129,12 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     rows_sharding = batch_sharding(mesh)
     rows = local_rows(rows_sharding, config.batch_size)
     config, base = open_base(config)
-    continuing = run_directory.claim(config)
+    continuing = run_directory.claim(config, base)
+    if continuing:
+        held.enter_context(run_directory.hold(config))
+    base_weights = None if base is None else base.abstract_weights(mesh, config.compute.dtype)
+    # Layers and patterns that are not there are found before the pictures are prepared, which may take hours.
+    plan = plan_state(config, make_recipe(config), base_weights, mesh)
     parts = assemble(config, base, say, stop)
     if parts is None:
         return exit_status(stop.signal)
@@ -132,10 +144,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     run_directory.check_parts(parts)
 
     # ---- model and state ---------------------------------------------------------------------------------------------
-    compute = config.compute
-    base_weights = None if base is None else base.abstract_weights(mesh, compute.dtype)
     frozen = base_weights if recipe.keeps_base else None
-    plan = plan_state(config, recipe, base_weights, mesh)
     say(_model_line(config, plan, base_weights))
     for line in recipe.notes(config.optimizer.learning_rate, base_weights):
         say(line)
@@ -156,6 +165,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     null_encoding = tuple(map(jnp.asarray, dataset.null_encoding()))
     step_functions = recipe.step_functions(config, plan.optimizer, null_encoding)
     train_steps = {}
+    held.enter_context(advice_when_memory_ends(lambda: needed_and_choices(parts, mesh, train_steps.values())))
     for shape, indices in dataset.buckets.items():
         first_batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
         abstract_batch = jax.tree.map(
@@ -184,6 +194,8 @@ def train(config: RunConfig, stop: StopRequest) -> int:
     if weights is not None and not recipe.keeps_base:
         weights.free()
     with stop.writing:
+        if not continuing:
+            held.enter_context(run_directory.hold(config))
         run_directory.write(parts)
 
     # ---- loop --------------------------------------------------------------------------------------------------------
@@ -205,6 +217,8 @@ def _model_line(config: RunConfig, plan: StatePlan, base: PyTree | None) -> str:
         return f"model: {count:,} parameters in {blocks}, {computed}"
     whole = parameter_count(base)
     share = "" if count == whole else f", of them {count:,} trained ({100 * count / whole:.2f} % of the base model's)"
+    if count > whole:
+        share = f"; {count:,} trained, a copy of them included"
     return f"model: {config.model}, {whole:,} parameters in {blocks}{share}, {computed}"
 
 

@@ -20,6 +20,7 @@ from train.state import TrainState
 _LAST_BLOCK = 0.75
 _SMALLEST_SAVING = 0.02  # of the whole, below which a change is no advice
 _MOST_ADVICE = 5
+_LONGEST_REASON = 160
 
 
 class Memory(NamedTuple):
@@ -133,13 +134,12 @@ class Choice(NamedTuple):
 
 
 @contextlib.contextmanager
-def advice_when_memory_ends(what: str, needed: int | None, choices: Callable[[], list[Choice]]) -> Iterator[None]:
+def advice_when_memory_ends(needed_and_choices: Callable[[], tuple[int | None, list[Choice]]]) -> Iterator[None]:
     """Turns the devices' running out of memory into one line with what would need less, the best first.
 
     Args:
-        what: is done inside, for the message.
-        needed: bytes per device of the run as it is, where they are known.
-        choices: made when they are needed.
+        needed_and_choices: bytes per device of the run as it is, where they are known, and what other settings would
+            need; called when there is an error.
 
     Raises:
         UserError: there was not enough memory.
@@ -149,19 +149,20 @@ def advice_when_memory_ends(what: str, needed: int | None, choices: Callable[[],
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise UserError(out_of_memory_line(what, needed, choices())) from error
+        raise UserError(out_of_memory_line(str(error), *needed_and_choices())) from error
 
 
-def out_of_memory_line(what: str, needed: int | None, choices: list[Choice]) -> str:
+def out_of_memory_line(reason: str, needed: int | None, choices: list[Choice]) -> str:
     """The message for a device that has run out of memory."""
-    line = f"a device ran out of memory while {what}"
+    line = f"a device ran out of memory ({' '.join(reason.split())[:_LONGEST_REASON]})"
     if needed is not None:
-        line += f"; the step needs {readable_bytes(needed)} on each"
+        line += f"; the step needs {readable_bytes(needed)} on each device"
         choices = [choice for choice in choices if choice.total < (1 - _SMALLEST_SAVING) * needed]
     listed = sorted(choices, key=lambda choice: choice.total)[:_MOST_ADVICE]
     about = ", ".join(f"{choice.option} (about {readable_bytes(choice.total)})" for choice in listed)
-    line += f". What would need less, estimated: {about}" if about else ". No single change would need much less"
-    return line + (
-        "; or more devices with --mesh.fsdp, a smaller --batch-size or --data.resolution; --plan shows all of them. "
-        "Another process on the device may hold memory too: nvidia-smi names it"
+    return (
+        line
+        + (f"; it would need less with {about}" if about else "; no single setting would make it much less")
+        + ", or a smaller --batch-size or --data.resolution: --plan shows all of it. Another process may hold the "
+        "device's memory: nvidia-smi names it"
     )

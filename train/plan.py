@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,6 +33,7 @@ from sana_jax.models.sana import SanaConfig
 from sana_jax.nn.remat import REMAT_POLICIES
 from sana_jax.pipelines.model_directory import pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
+from train.assembly import RunParts
 from train.base_model import abstract_transformer, settle
 from train.batch import Batch
 from train.data.buckets import size_table
@@ -182,7 +183,7 @@ def _abstract_batch(config: RunConfig, model: ModelShapes, recipe: Recipe, mesh:
         table = size_table(
             network.sample_size, model.factor, config.data.resolution, aspect_buckets=config.data.aspect_buckets
         )
-        largest = max(table, key=lambda size: (size.height * size.width, size.height))
+        largest = max(table, key=lambda size: (size.height * size.width, -abs(size.height - size.width)))
         height, width = largest.height // model.factor, largest.width // model.factor
 
     def array(shape: tuple[int, ...], dtype: str = "float32") -> jax.ShapeDtypeStruct:
@@ -291,6 +292,20 @@ def choices(run: PlannedRun, measured: Memory | None) -> list[Choice]:
     return found
 
 
+def needed_and_choices(
+    parts: RunParts, mesh: Mesh, compiled: Iterable[jax.stages.Compiled]
+) -> tuple[int | None, list[Choice]]:
+    """What a run's compiled steps need on each device, None where there are none yet, and what would need less."""
+    dtype = jnp.dtype(getattr(parts.text_encoder, "dtype", jnp.float32)).name
+    network = None if parts.base is None else parts.base.parts.transformer_config
+    model = ModelShapes(network, parts.autoencoder.spatial_factor, parts.text_encoder.max_length, dtype)
+    run, needed = planned_run(parts.config, model, mesh), [compiled_bytes(step) for step in compiled]
+    if not needed or None in needed:
+        return None, choices(run, None)
+    fixed = _fixed(run)
+    return max(needed), choices(run, fixed._replace(activations=max(needed) - fixed.total))
+
+
 def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh | AbstractMesh]]:
     """(option, what it costs, configuration, mesh) of single changes."""
     config, mesh, change = run.config, run.mesh, dataclasses.replace
@@ -298,7 +313,8 @@ def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh |
         if remat != config.compute.remat:
             compute = change(config.compute, remat=remat)
             yield f"--compute.remat {remat}", _PRICES[remat], change(config, compute=compute), mesh
-    if config.compute.dtype == "float32":
+    # a CPU computes bfloat16 in float32, with which the estimate would not be right
+    if config.compute.dtype == "float32" and jax.default_backend() != "cpu":
         compute = change(config.compute, dtype="bfloat16")
         yield "--compute.dtype bfloat16", "less exact, much faster on a GPU", change(config, compute=compute), mesh
     parts = 2 * config.accumulation
@@ -336,7 +352,7 @@ def _with_optimizer(optimizer: OptimizerConfig, name: str) -> OptimizerConfig:
 # -- command -------------------------------------------------------------------------------------------------------
 
 
-def plan(config: RunConfig, words: Sequence[str], say: Callable[[str], None]) -> int:
+def print_plan(config: RunConfig, words: Sequence[str], say: Callable[[str], None]) -> int:
     """Prints what a run would take on each device, and what would change it; returns the exit status.
 
     Args:

@@ -86,7 +86,7 @@ class Item(NamedTuple):
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
     """Runs the command; returns its exit status."""
-    from train.base_model import open_base_model
+    from train.base_model import open_encoders
     from train.main import read_command_line
 
     config = read_command_line(sys.argv[1:] if argv is None else argv)
@@ -95,13 +95,13 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
             f"the preset {config.preset} has its data in memory, so there is nothing to prepare; choose one that "
             "trains on pictures, such as finetune"
         )
-    if config.model is None:
+    if config.model is None and config.encoders is None:
         raise UserError("--model is missing: its autoencoder and text encoder make the cache; name a model's directory")
     with nullcontext(stop) if stop is not None else closing(StopRequest()) as stop:
         prefer_device(config.device)
         choose_device(config.device)
         enable_compilation_cache()
-        parts = open_base_model(config.model, config.model_variant).parts
+        parts = open_encoders(config).parts
         directory = precompute(config, parts, say=_print_line, stop=stop, thorough=True)
         stop.nothing_to_lose = True
         if directory is None:

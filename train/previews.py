@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -25,7 +26,7 @@ from train.sharding import replicated
 
 
 class Previewer:
-    """Draws ``samples/step_<step>.png``: one column per caption, one row per noise.
+    """Draws ``samples/step_<step>.png``: one column per caption, one row per noise, below the control pictures if any.
 
     ``writing`` is held while a file is written, so that nothing ends the process in between. ``frozen`` are the base
     model's parameters, where the recipe keeps them; they are set before the first preview is drawn.
@@ -37,6 +38,9 @@ class Previewer:
         self._parts, self._mesh, self._writing = parts, mesh, writing
         self._config = parts.config
         self._sample: Callable | None = None
+        self._control: jax.Array | None = None
+        if self._config.preview.every:
+            parts.dataset.encode(self.captions)  # says before anything is compiled which prompt it does not know
 
     @cached_property
     def captions(self) -> list[str]:
@@ -111,6 +115,8 @@ class Previewer:
         # Picture i has the noise that generate gives its picture i, in PyTorch's order.
         latents = initial_latents(preview.seed, rows, (channels, height, width)).transpose(0, 2, 3, 1)
         inputs = jax.device_put((np.asarray(latents), prompts, self._conditions()), everywhere)
+        if self._parts.recipe.kind == "controlnet":
+            self._control = inputs[2][self._parts.recipe.condition][: len(self.captions)]
         sampling = self._parts.recipe.sampling_function(
             run_sampler(self._config), preview.num_inference_steps, preview.guidance_scale
         )
@@ -124,6 +130,8 @@ class Previewer:
         try:
             started = time.perf_counter()
             latents = self._sample(params)
+            if self._control is not None:  # as what the network is given shows them
+                latents = jnp.concatenate([self._control.astype(latents.dtype), latents])
             images = np.asarray(self._parts.autoencoder.decode(latents))
             if free := getattr(self._parts.autoencoder, "free", None):
                 free()  # until the next preview
@@ -150,6 +158,8 @@ class Previewer:
         factor = automatic_enlargement(*images.shape[1:3]) // 2 or 1
         pictures = [enlarge_image(to_pil(image), factor) for image in images]
         labels = short_labels(captions) * self._config.preview.per_caption
+        if self._control is not None:
+            labels = ["control"] * len(captions) + labels
         return image_grid(pictures, columns=len(captions), labels=labels)
 
 

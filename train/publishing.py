@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from kernels.typing import PyTree
-from sana_jax.condition_tokens_files import SavedTokens, save_condition_tokens
-from sana_jax.image_encoders import SiglipImageEncoder
+from sana_jax.condition_tokens_files import TOKENS, SavedTokens, save_condition_tokens
 from sana_jax.lora import save_lora_weights
 from sana_jax.lora.reading import FILE_NAME
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.nn.linear import LORA
+from sana_jax.pipelines.conditions import describe_encoder
 from sana_jax.pipelines.opening import abstract_params
 from sana_jax.weights.tables.sana import transformer_rules
 from train.assembly import RunParts
 from train.model_card import LoraCard, write_model_card
-from train.recipes.lora import TOKENS
 
 
 def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = None) -> Path | None:
@@ -55,9 +51,18 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         dropout=lora.dropout,
         notes=notes,
     )
+    facts = {
+        "learning rate": config.optimizer.learning_rate,
+        "batch size": config.batch_size,
+        "optimizer": config.optimizer.name,
+        "flow shift": config.flow.flow_shift,
+        "seed": config.seed,
+    }
     if parts.recipe.encoders is not None:
-        saved = SavedTokens(parts.recipe.encoders, tree[TOKENS], _image_encoders(config.data.conditions))
+        saved = SavedTokens(parts.recipe.encoders, tree[TOKENS], parts.recipe.image_encoders)
         save_condition_tokens(run_dir, saved)
+        described = "; ".join(describe_encoder(name, saved) for name in saved.encoders.encoders)
+        facts["condition tokens"] = f"{described}; for sana_jax, from the condition_tokens files beside the LoRA"
     card = LoraCard(
         base_model=config.model,
         lora=lora,
@@ -67,29 +72,10 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         license=parts.base.parts.defaults.license,
         pipeline=parts.pipeline,
         preview=None if preview is None else str(preview.relative_to(run_dir)),
-        facts={
-            "learning rate": config.optimizer.learning_rate,
-            "batch size": config.batch_size,
-            "optimizer": config.optimizer.name,
-            "flow shift": config.flow.flow_shift,
-            "seed": config.seed,
-        },
+        facts=facts,
     )
     write_model_card(run_dir, card)
     return run_dir / FILE_NAME
-
-
-def _image_encoders(conditions: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What made the conditions that are embeddings of pictures."""
-    found = {}
-    for condition in conditions:
-        name, _, kind = condition.partition("=")
-        kind, _, directory = kind.partition(":")
-        if kind == "siglip":
-            encoder = SiglipImageEncoder.from_directory(directory, say=lambda line: None)
-            options = {key: encoder.describe()[key] for key in ("dtype", "features", "normalize")}
-            found[name] = {"directory": os.path.abspath(directory), "id": encoder.id, **options}
-    return found
 
 
 def _on_host(tree: PyTree) -> PyTree:

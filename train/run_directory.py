@@ -13,8 +13,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -24,9 +27,11 @@ from configs.serialization import from_dict, to_dict
 from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_file
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import SamplingDefaults, check_fit, write_model_directory
 from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
 from train.assembly import RunParts
+from train.base_model import BaseModel
 
 CONFIG_NAME = "config.json"
 # What else a run puts into its directory. None of it may be there before a run is.
@@ -77,12 +82,12 @@ def require_checkpoint(run_dir: Path) -> None:
         )
 
 
-def claim(config: RunConfig) -> bool:
+def claim(config: RunConfig, base: BaseModel | None = None) -> bool:
     """Makes sure that the directory may hold this run; returns whether it holds its beginning already. Writes nothing.
 
     Raises:
         UserError: it cannot be written to, or holds a run of another configuration, or a model that is not a run.
-        CheckpointError: its newest checkpoint is damaged.
+        CheckpointError: its newest checkpoint is damaged, or it trains beside a model whose weights have changed.
     """
     check_writable(config)
     run_dir = Path(config.run_dir)
@@ -102,7 +107,49 @@ def claim(config: RunConfig) -> bool:
             f"run as it is with --resume {run_dir}"
         )
     _check_newest_checkpoint(run_dir / "checkpoints")
+    trained_from = BaseModelFile.read(run_dir)
+    if trained_from is not None and trained_from.kind != "whole":  # what is trained whole began there and left it
+        trained_from.check(base.weights_id, run_dir)
     return True
+
+
+@contextlib.contextmanager
+def hold(config: RunConfig) -> Iterator[None]:
+    """Keeps other runs out of the directory, which is made, and removes what a killed one left half-written.
+
+    The system lets go of it where the process ends. Process 0 only.
+
+    Raises:
+        UserError: another process trains there, or it can't be made.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    run_dir = Path(config.run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        directory = os.open(run_dir, os.O_RDONLY)
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"another process is training in {run_dir}; wait until it has ended, or name another --run-dir"
+            ) from error
+        except OSError:
+            pass  # a file system without locks
+        for folder in (run_dir, *(run_dir / name for name in NAMES if name != "checkpoints")):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write to --run-dir {run_dir} ({error.strerror}); name a directory that can be written to")
 
 
 def _check_newest_checkpoint(checkpoints: Path) -> None:
@@ -178,6 +225,4 @@ def write(parts: RunParts) -> None:
             trained_from=parts.trained_from,
         )
     except OSError as error:
-        raise UserError(
-            f"cannot write to --run-dir {run_dir} ({error.strerror}); name a directory that can be written to"
-        ) from error
+        raise _unwritable(run_dir, error) from error

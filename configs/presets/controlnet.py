@@ -3,9 +3,11 @@
     python -m train.main controlnet --model MODEL --data.path photos/ --data.conditions control=canny
     python -m train.main controlnet --model MODEL --data.path pairs.jsonl --data.conditions control=picture
 
-The first takes the pictures' own edges; the second the column ``control`` of a manifest. The published recipe
-(NVlabs/Sana, configs/sana_controlnet_config: seven copied blocks, CAME at 1e-4, warm-up 30, batches of 16) with AdamW,
-which is steadier on small data; ``--optimizer.name came`` is the published optimizer.
+The first takes the pictures' own edges, found on the way into the cache: ``canny`` (thin), ``soft_edges`` (as HED's) or
+``scribble`` (coarse strokes). The second takes any pictures, named in the column ``control`` of a manifest. The
+published recipe (NVlabs/Sana, configs/sana_controlnet_config: seven copied blocks, CAME at 1e-4, warm-up 30, batches of
+16) with AdamW, which is steadier on small data; ``--optimizer.name came`` is the published optimizer. The preset
+``digits_controlnet`` is one for a CPU.
 """
 
 from __future__ import annotations

@@ -28,14 +28,14 @@ CONFIG = RunConfig(
     model="runs/digits",
     data=DigitsDataConfig(),
     sprint=SprintConfig(
-        tangent_warmup_steps=100, guidance_scales=(1.5, 2.0, 2.5), head_blocks=(1, 3), discriminator_learning_rate=3e-4
+        tangent_warmup_steps=100, guidance_scales=(1.25,), head_blocks=(1, 3), discriminator_learning_rate=2e-3
     ),
     batch_size=64,
     flow=FlowConfig(flow_shift=None),
-    optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=20),
-    ema=EmaConfig(decay=0.99),
+    optimizer=OptimizerConfig(learning_rate=5e-4, schedule="cosine", warmup_steps=10),
+    ema=EmaConfig(decay=0.98),
     checkpoint=CheckpointConfig(every=100),
     preview=PreviewConfig(
-        every=100, per_caption=3, captions=10, guidance_scale=2.0, sampler="scm", num_inference_steps=1
+        every=100, per_caption=3, captions=10, guidance_scale=1.25, sampler="scm", num_inference_steps=1
     ),
 )

@@ -329,10 +329,11 @@ def check_condition(name: str, config: TokenEncoderConfig, conditions: Mapping[s
         raise UserError(f"condition {name} is missing; there are {sorted(conditions) or 'none'}: name it in the data")
     shape = tuple(np.shape(conditions[name]))
     wanted = "(B,)" if config.kind == "scalar" else f"(B, {config.width})"
+    fitting = f"--tokens.{name}.width {shape[-1]}" if len(shape) == 2 and config.kind == "vector" else "another kind"
     if len(shape) != (1 if config.kind == "scalar" else 2) or (config.kind == "vector" and shape[1] != config.width):
         raise UserError(
             f"condition {name} has the shape {shape}; its encoder of kind {config.kind} takes {wanted}: give it what "
-            "it was made for"
+            f"it was made for, or train one that fits with {fitting}"
         )
 
 

@@ -50,6 +50,13 @@ class SanaControlNetConfig(SanaConfig):
         return {"_class_name": "SanaControlNetModel", **fields}
 
     @classmethod
+    def beside(cls, transformer: SanaConfig, num_layers: int) -> SanaControlNetConfig:
+        """The shape of a copy of a transformer's first blocks; it is given the timestep as the transformer is."""
+        fields = {field.name: getattr(transformer, field.name) for field in dataclasses.fields(transformer)}
+        kept = {name: value for name, value in fields.items() if name not in _TRANSFORMER_ONLY}
+        return cls(**kept | {"num_layers": num_layers})
+
+    @classmethod
     def controlnet_600m(cls) -> SanaControlNetConfig:
         """The ControlNet of SANA 0.6B."""
         return cls.sana_600m(num_layers=7)

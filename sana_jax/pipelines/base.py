@@ -27,7 +27,7 @@ from sana_jax.files import atomic_directory
 from sana_jax.images import to_pil
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.checks import check_finite, check_multiple, not_finite
-from sana_jax.pipelines.image_inputs import LUMA, place, to_network_range
+from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, place, to_network_range
 from sana_jax.pipelines.lora import LoraPipeline
 from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.pipelines.opening import abstract_params, open_model, save_model
@@ -337,6 +337,11 @@ class ImagePipeline(LoraPipeline):
                 "in the order (B, C, h, w): give latents of that shape"
             )
         return jnp.transpose(jnp.asarray(latents, jnp.float32), (0, 2, 3, 1))
+
+    @property
+    def _shortest_side(self) -> int:
+        """Pixels that the shorter side of a picture must have: fewer where the model itself draws smaller ones."""
+        return min(SHORTEST_SIDE, self.defaults.height, self.defaults.width)
 
     def _encode_pictures(self, pictures: Sequence[Any], count: int, size: Size, name: str) -> Float[Array, "B H W C"]:
         """Latents of one picture for all, or of one for each; ``pictures`` are PIL images.

@@ -11,9 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Float
-from sana_jax.condition_tokens_files import SavedTokens, has_condition_tokens, load_condition_tokens
+from sana_jax.condition_tokens_files import (
+    TOKENS,
+    SavedTokens,
+    has_condition_tokens,
+    load_condition_tokens,
+    tokens_from_dict,
+)
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.models.condition_tokens import ConditionTokens, TokenEncoderConfig, apply_tokens, null_tokens
+from sana_jax.pipelines.base_model_file import NAME as BASE_MODEL_FILE
 
 _IMAGE_ENCODER_OPTIONS = ("dtype", "features", "normalize")
 
@@ -29,11 +36,15 @@ class ConditionsPipeline:
     image_encoder: Any = None  # a directory, or a SiglipImageEncoder
 
     @classmethod
-    def from_pretrained(cls, path: str | os.PathLike[str], **options: Any) -> Any:
-        """As ``ImagePipeline.from_pretrained``; token encoders that are in the directory are loaded too."""
-        pipeline = super().from_pretrained(path, **options)
-        if has_condition_tokens(path):
-            pipeline.load_condition_tokens(path)
+    def _from_model(cls, model: Any, *arguments: Any, **networks: Any) -> Any:
+        """The pipeline of an opened model, with its token encoders: of a run those of the checkpoint's step."""
+        pipeline = super()._from_model(model, *arguments, **networks)
+        described = {} if model.trained_from is None else model.trained_from.settings
+        if TOKENS in described:
+            encoders, image_encoders = tokens_from_dict(described[TOKENS], f"{model.path / BASE_MODEL_FILE}: {TOKENS}")
+            pipeline.load_condition_tokens(SavedTokens(encoders, model.trained[TOKENS], image_encoders))
+        elif has_condition_tokens(model.path):
+            pipeline.load_condition_tokens(model.path)
         return pipeline
 
     def load_condition_tokens(self, path: str | os.PathLike[str] | SavedTokens, *, image_encoder: Any = None) -> None:

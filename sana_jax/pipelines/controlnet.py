@@ -114,7 +114,8 @@ class SanaControlNetPipeline(SanaPipeline):
             request = TextToImageRequest(prompt=prompt, **options)
         except TypeError as error:
             raise TypeError(f"SanaControlNetPipeline: {error}") from None
-        return self._draw(request, read_pictures(control_image, "control_image"), controlnet_conditioning_scale)
+        pictures = read_pictures(control_image, "control_image", self._shortest_side)
+        return self._draw(request, pictures, controlnet_conditioning_scale)
 
     def _network(self) -> Network:
         return Network(self.transformer, self.controlnet)

@@ -15,7 +15,7 @@ from sana_jax.errors import UserError
 if TYPE_CHECKING:
     from PIL import Image
 
-_SHORTEST_SIDE = 16  # px: below this a picture says nothing at the sizes that models draw
+SHORTEST_SIDE = 16  # px: below this a picture says nothing at the sizes that models draw
 # What is white in modes of more than 8 bits: PIL opens 16-bit files in any of the first two.
 _WHITE = {"I": 65535.0, "F": 1.0}
 
@@ -23,12 +23,13 @@ _WHITE = {"I": 65535.0, "F": 1.0}
 LUMA = np.asarray([0.299, 0.587, 0.114], np.float32)
 
 
-def read_picture(picture: Any, name: str = "image") -> Image.Image:
+def read_picture(picture: Any, name: str = "image", shortest: int = SHORTEST_SIDE) -> Image.Image:
     """A picture as an RGB PIL image.
 
     Args:
         picture: a file's name, a PIL image, or an array (H, W, 3) of bytes or of floats in [0, 1].
         name: the argument's, for messages.
+        shortest: pixels that its shorter side must have.
 
     A rotation that the file asks for is done; other colour models, transparency (on white), 16 bits and floats in
     [0, 1] become 8-bit RGB; of a photograph with a preview or a depth map in its file (MPO), the photograph is taken.
@@ -44,15 +45,15 @@ def read_picture(picture: Any, name: str = "image") -> Image.Image:
         picture = _open(pathlib.Path(picture), name)
     elif not isinstance(picture, Image.Image):
         picture = _from_array(picture, name)
-    if min(picture.size) < _SHORTEST_SIDE:
+    if min(picture.size) < shortest:
         raise UserError(
-            f"{name} of {picture.height}x{picture.width} pixels is too small; allowed is {_SHORTEST_SIDE} or more on "
-            "each side: choose a larger picture"
+            f"{name} of {picture.height}x{picture.width} pixels is too small; allowed is {shortest} or more on each "
+            "side: choose a larger picture"
         )
     return _to_rgb(_upright(_still(picture, name), name), name)
 
 
-def read_pictures(pictures: Any, name: str) -> list[Image.Image] | None:
+def read_pictures(pictures: Any, name: str, shortest: int = SHORTEST_SIDE) -> list[Image.Image] | None:
     """One picture or a list of them (or an array (B, H, W, 3)), read; None for None.
 
     Raises:
@@ -64,7 +65,7 @@ def read_pictures(pictures: Any, name: str) -> list[Image.Image] | None:
     pictures = list(pictures) if several else [pictures]
     if not pictures:
         raise UserError(f"{name} is an empty list; allowed is one picture or more: give one")
-    return [read_picture(picture, name) for picture in pictures]
+    return [read_picture(picture, name, shortest) for picture in pictures]
 
 
 def _open(path: pathlib.Path, name: str) -> Image.Image:

@@ -44,6 +44,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 class OpenModel:
     """The components of a model; weights are read when they are needed."""
 
+    path: pathlib.Path
     transformer: SanaTransformer
     transformer_weights: Resident
     sampler: Sampler
@@ -114,6 +115,7 @@ def open_model(
             folder = folder / "controlnet"
         network, network_weights = _open_controlnet(folder, compute_dtype, variant, emulate_fp16_saturation)
     return OpenModel(
+        model.path,
         transformer,
         resident,
         model.sampler,

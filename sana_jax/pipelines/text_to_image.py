@@ -186,7 +186,7 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
             request.pag_adaptive_scale,
         )
         first = self._first_step(steps, request)
-        pictures = read_pictures(request.image, "image")
+        pictures = read_pictures(request.image, "image", self._shortest_side)
         mask = None if request.mask_image is None else read_mask(request.mask_image, pictures[0])
         size = self._size(request.height, request.width, request.binning, request.latents, pictures)
 

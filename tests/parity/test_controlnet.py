@@ -281,10 +281,11 @@ def test_published_sizes(name):
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes)) == FULL_SIZE[name]
     mesh = AbstractMesh((1, 2, 2, 1), AXES, axis_types=(AxisType.Auto,) * 4)
     parameter_shardings(shapes, CONTROLNET, mesh)  # raises where not exactly one rule matches
-    unused = [
-        pattern for pattern, _ in CONTROLNET if not any(re.fullmatch(pattern, p) for p in parameter_paths(shapes))
-    ]
-    assert unused == []
+    normed = SanaControlNet(dataclasses.replace(model.config, qk_norm="rms_norm_across_heads"))
+    with_norms = jax.eval_shape(lambda: init_controlnet_params(normed, jax.random.key(0)))
+    parameter_shardings(with_norms, CONTROLNET, mesh)
+    paths = {*parameter_paths(shapes), *parameter_paths(with_norms)}
+    assert [pattern for pattern, _ in CONTROLNET if not any(re.fullmatch(pattern, path) for path in paths)] == []
 
 
 def test_configurations():

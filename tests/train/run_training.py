@@ -250,6 +250,10 @@ def saved_state(run_dir: Path, step: int) -> dict[str, np.ndarray]:
     arrays = {}
     for item in ("params", "ema", "opt_state"):
         path = (run_dir / "checkpoints" / str(step) / item).absolute()
+        if item == "ema" and not path.exists():
+            continue
+        if item == "ema" and not path.is_dir():
+            continue  # a run without an average
         handler = ocp.PyTreeCheckpointHandler()
         metadata = handler.metadata(path).tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata)
@@ -325,6 +329,22 @@ def previews_take_long() -> None:
         time.sleep(600)
 
     PixelAutoencoder.decode = decode
+
+
+def preparing_takes(seconds: str, pictures: str = "4") -> None:
+    """A batch of so many pictures takes so long to prepare, and each is a shard of its own."""
+    from sana_jax.autoencoders import PixelAutoencoder
+    from train.data import encoding, shard_filler
+
+    shard_filler.SHARD_SECONDS = 0.0
+    encoding._MOST_PICTURES = int(pictures)
+    encode = PixelAutoencoder.encode
+
+    def slowly(*arguments, **options):
+        time.sleep(float(seconds))
+        return encode(*arguments, **options)
+
+    PixelAutoencoder.encode = slowly
 
 
 def start_with_hook() -> None:

@@ -11,6 +11,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -22,6 +23,10 @@ from train.data.source import ImageSource, Record
 
 # The customary thresholds of 100 and 200 (of 255) on Sobel's gradient of the gray picture, after slight smoothing.
 CANNY_SIGMA, CANNY_LOW, CANNY_HIGH = 1.0, 100 / 255, 200 / 255
+# A step of about half the range from black to white is a full edge.
+SOFT_SIGMA, SOFT_GAIN = 1.0, 4.0
+# Pixels around an edge within which others join it, and around a middle line that its stroke takes.
+SCRIBBLE_SIGMA, SCRIBBLE_JOINED, SCRIBBLE_STROKE = 2.0, 3, 1
 
 
 class View(NamedTuple):
@@ -188,14 +193,15 @@ class Picture(_WithoutWeights):
         return self._encoders.encode_pictures(prepared)
 
 
-class Canny(_WithoutWeights):
-    """Latents (h, w, c) of the picture's own edges, white on black."""
+class OwnEdges(_WithoutWeights):
+    """Latents (h, w, c) of what a filter draws of the picture itself."""
 
     of_one_shape = False
 
-    def __init__(self, name: str, encoders: Encoders):
+    def __init__(self, name: str, kind: str, encoders: Encoders):
         self.name, self._encoders = name, encoders
-        self.identity = {"kind": "canny", "sigma": CANNY_SIGMA, "low": CANNY_LOW, "high": CANNY_HIGH}
+        self._filter, settings = FILTERS[kind]
+        self.identity = {"kind": kind, **settings}
 
     def missing(self, record: Record) -> str | None:
         """As ``Condition`` says."""
@@ -203,7 +209,7 @@ class Canny(_WithoutWeights):
 
     def prepare(self, sample: Sample) -> UInt8[np.ndarray, "h w C"]:
         """As ``Condition`` says."""
-        return canny_edges(sample.picture)
+        return self._filter(sample.picture)
 
     def encode(self, prepared: UInt8[np.ndarray, "B H W C"]) -> Float[np.ndarray, "B h w c"]:
         """As ``Condition`` says."""
@@ -253,12 +259,53 @@ class Siglip:
 
 def canny_edges(picture: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W C"]:
     """Edges (Canny 1986) as 255 on 0, the same in every channel."""
+    return _drawn(_canny(picture, CANNY_SIGMA), picture)
+
+
+def soft_edges(picture: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W C"]:
+    """How steep the smoothed gray picture is, as gray on black, the same in every channel: soft as HED's edges are."""
+    from skimage.filters import gaussian, sobel
+
+    return _drawn(SOFT_GAIN * sobel(gaussian(_gray(picture), SOFT_SIGMA)), picture)
+
+
+def scribble(picture: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W C"]:
+    """A few coarse strokes as 255 on 0, the same in every channel: edges of the smoothed picture, joined and thickened.
+
+    Edges that lie close together are thickened into one and thinned to its middle line, and that is drawn as a stroke.
+    """
+    from skimage.morphology import dilation, disk, skeletonize
+
+    joined = dilation(_canny(picture, SCRIBBLE_SIGMA), disk(SCRIBBLE_JOINED))
+    return _drawn(dilation(skeletonize(joined), disk(SCRIBBLE_STROKE)), picture)
+
+
+def _gray(picture: UInt8[np.ndarray, "H W C"]) -> Float[np.ndarray, "H W"]:
+    return picture.astype(np.float32).mean(-1) / 255
+
+
+def _canny(picture: UInt8[np.ndarray, "H W C"], sigma: float) -> np.ndarray:
     from skimage.feature import canny
 
-    gray = picture.astype(np.float32).mean(-1) / 255
-    edges = canny(gray, sigma=CANNY_SIGMA, low_threshold=CANNY_LOW, high_threshold=CANNY_HIGH)
-    return np.repeat(edges[..., None].astype(np.uint8) * 255, picture.shape[-1], axis=-1)
+    return canny(_gray(picture), sigma=sigma, low_threshold=CANNY_LOW, high_threshold=CANNY_HIGH)
 
+
+def _drawn(strength: np.ndarray, like: UInt8[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W C"]:
+    """Values (H, W), cut to [0, 1], as bytes in every channel."""
+    drawn = np.round(np.clip(strength, 0, 1) * 255).astype(np.uint8)
+    return np.repeat(drawn[..., None], like.shape[-1], axis=-1)
+
+
+_CANNY = {"low": CANNY_LOW, "high": CANNY_HIGH}
+# kind -> what draws a control picture of a picture, and the settings that it depends on
+FILTERS: dict[str, tuple[Callable[[UInt8[np.ndarray, "H W C"]], UInt8[np.ndarray, "H W C"]], dict[str, Any]]] = {
+    "canny": (canny_edges, {"sigma": CANNY_SIGMA, **_CANNY}),
+    "soft_edges": (soft_edges, {"sigma": SOFT_SIGMA, "gain": SOFT_GAIN}),
+    "scribble": (
+        scribble,
+        {"sigma": SCRIBBLE_SIGMA, **_CANNY, "joined": SCRIBBLE_JOINED, "stroke": SCRIBBLE_STROKE},
+    ),
+}
 
 Factory = Callable[[str, str, Encoders], Condition]
 
@@ -282,12 +329,16 @@ def _siglip(name: str, directory: str, encoders: Encoders) -> Condition:
     return Siglip(name, directory, encoders)
 
 
+def _own_edges(kind: str, name: str, encoders: Encoders) -> Condition:
+    return OwnEdges(name, kind, encoders)
+
+
 # kind -> (name, what follows the colon, encoders) -> condition
 KINDS: dict[str, Factory] = {
     "scalar": _without_argument("scalar", lambda name, _: Scalar(name)),
     "vector": _without_argument("vector", lambda name, _: Vector(name)),
     "picture": _without_argument("picture", Picture),
-    "canny": _without_argument("canny", Canny),
+    **{kind: _without_argument(kind, partial(_own_edges, kind)) for kind in FILTERS},
     "siglip": _siglip,
 }
 

@@ -32,7 +32,7 @@ def make_recipe(config: RunConfig) -> Recipe:
         return _controlnet(config, transformer)
     if config.lora is not None:
         encoders = None if config.tokens is None else config.tokens.network(config.transformer)
-        return LoraTransformer(transformer, config.lora, encoders)
+        return LoraTransformer(transformer, config.lora, encoders, getattr(config.data, "conditions", ()))
     return WholeTransformer(transformer)
 
 
@@ -48,6 +48,6 @@ def _controlnet(config: RunConfig, transformer: SanaTransformer) -> ControlNetTr
             f"--model {config.model} is distilled to few steps (SANA-Sprint), for which there is no ControlNet; choose "
             "SANA or SANA-1.5"
         )
-    fields = dataclasses.asdict(config.transformer) | {"num_layers": settings.num_layers}
-    controlnet = SanaControlNet(SanaControlNetConfig(**fields), transformer.dtype, remat=transformer.remat)
+    shape = SanaControlNetConfig.beside(config.transformer, settings.num_layers)
+    controlnet = SanaControlNet(shape, transformer.dtype, remat=transformer.remat)
     return ControlNetTraining(transformer, controlnet, settings.condition)

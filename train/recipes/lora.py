@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import jax
 
 from configs.lora import LoraConfig, lora_warnings
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from sana_jax.condition_tokens_files import TOKENS, tokens_to_dict
 from sana_jax.diffusion.samplers import Sampler
+from sana_jax.image_encoders import SiglipImageEncoder
 from sana_jax.lora import init_lora, scaled_lora, target_table, with_dropout
 from sana_jax.models.condition_tokens import ConditionEncoders, apply_tokens, draw_dropped, init_tokens, null_tokens
 from sana_jax.models.sana import SanaTransformer
@@ -22,8 +26,6 @@ from train.randomness import stream
 from train.recipes.base import SamplingFunction
 from train.recipes.flow import FlowRecipe
 
-TOKENS = "tokens"  # the tree beside the LoRA
-
 
 @dataclass(frozen=True)
 class LoraTransformer(FlowRecipe):
@@ -33,11 +35,13 @@ class LoraTransformer(FlowRecipe):
         transformer: the base model's.
         config: of the LoRA, whose tree is without its scale.
         encoders: of condition tokens, which are trained beside it; None for none.
+        sources: where the data has the conditions from, as its configuration declares them.
     """
 
     transformer: SanaTransformer
     config: LoraConfig
     encoders: ConditionEncoders | None = None
+    sources: tuple[str, ...] = ()
 
     rules: ClassVar[tuple[Rule, ...]] = (*lora_rules(SANA), *CONDITION_TOKENS)
     keeps_base: ClassVar[bool] = True
@@ -48,9 +52,25 @@ class LoraTransformer(FlowRecipe):
         """Those that become tokens."""
         return () if self.encoders is None else tuple(self.encoders.encoders)
 
+    @cached_property
+    def image_encoders(self) -> dict[str, dict[str, Any]]:
+        """What made the conditions that are vectors of pictures; asked for once, before the run's first step."""
+        found = {}
+        for condition in self.sources:
+            name, _, kind = condition.partition("=")
+            kind, _, directory = kind.partition(":")
+            if kind == "siglip":
+                encoder = SiglipImageEncoder.from_directory(directory, say=lambda line: None)
+                options = {key: encoder.describe()[key] for key in ("dtype", "features", "normalize")}
+                found[name] = {"directory": os.path.abspath(directory), "id": encoder.id, **options}
+        return found
+
     def settings(self) -> dict[str, Any]:
-        """What the LoRA's scale is made of."""
-        return {"lora": dataclasses.asdict(self.config)}
+        """What the LoRA's scale is made of, and what the tokens are."""
+        settings = {"lora": dataclasses.asdict(self.config)}
+        if self.encoders is not None:
+            settings[TOKENS] = tokens_to_dict(self.encoders, self.image_encoders)
+        return settings
 
     def notes(self, learning_rate: float | None, base: PyTree | None) -> list[str]:
         """Which layers change, and what is unusual."""

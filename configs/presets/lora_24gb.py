@@ -1,0 +1,39 @@
+"""A LoRA of a 1.6B model at 1024 px on one GPU of 24 GB.
+
+    python -m train.main lora_24gb --model MODEL --data.path photos/
+
+The preset ``lora`` in batches of four that are computed one picture after the other, so that a step takes no more
+memory than one of a single picture: the frozen model in bfloat16 (3.2 GB), one block's activations, and a LoRA with
+its 8-bit state. Text encoder and autoencoder are in memory only while the pictures are prepared, and for previews.
+"""
+
+from __future__ import annotations
+
+from configs.data import ImageDataConfig
+from configs.lora import LoraConfig
+from configs.schema import (
+    CheckpointConfig,
+    ComputeConfig,
+    EmaConfig,
+    FlowConfig,
+    OptimizerConfig,
+    PreviewConfig,
+    RunConfig,
+)
+
+CONFIG = RunConfig(
+    preset="lora_24gb",
+    run_dir="runs/lora_24gb",
+    steps=1000,
+    transformer=None,
+    data=ImageDataConfig(),
+    lora=LoraConfig(rank=16),
+    batch_size=4,
+    accumulation=4,
+    compute=ComputeConfig(dtype="bfloat16", remat="full"),
+    flow=FlowConfig(flow_shift=None),
+    optimizer=OptimizerConfig(name="adamw_8bit", learning_rate=1e-4, warmup_steps=20, epsilon=1e-8, weight_decay=1e-4),
+    ema=EmaConfig(enabled=False),
+    checkpoint=CheckpointConfig(every=250),
+    preview=PreviewConfig(every=250, guidance_scale=None, captions=4),
+)

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import inspect
+import sys
+
+import jax
+import pytest
+
+from configs import PRESETS, load_preset
+from configs.published import PUBLISHED_TRANSFORMERS
+from sana_jax import UserError
+from tests.train.presets import abstract_mesh, needs_model, preset_run
+from train import main as trainer
+from train.state import parameter_count
+
+FROM_SCRATCH = {
+    "sana_600m_512": "Sana_600M_512px_diffusers",
+    "sana_1600m_512": "Sana_1600M_512px_diffusers",
+    "sana_1600m_1024": "Sana_1600M_1024px_diffusers",
+    "sana_1600m_2k": "Sana_1600M_2Kpx_BF16_diffusers",
+    "sana_1600m_4k": "Sana_1600M_4Kpx_BF16_diffusers",
+    "sana15_1600m_1024": "SANA1.5_1.6B_1024px_diffusers",
+    "sana15_4800m_1024": "SANA1.5_4.8B_1024px_diffusers",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_step_of_every_preset_has_shapes(name):
+    run = preset_run(name, abstract_mesh())
+    arguments = run.state.abstract, run.frozen, run.batch
+    for step in run.jitted_steps():
+        state, metrics = jax.eval_shape(step, *arguments)
+        same = jax.tree.map(lambda new, old: (new.shape, new.dtype) == (old.shape, old.dtype), state, arguments[0])
+        assert jax.tree.all(same)
+        assert metrics.loss.shape == ()
+
+
+@pytest.mark.parametrize(("name", "published"), FROM_SCRATCH.items())
+def test_networks_from_scratch_are_the_published_ones(name, published):
+    config, published = load_preset(name), PUBLISHED_TRANSFORMERS[published]
+    assert config.transformer == published.config
+    assert config.flow.flow_shift == published.flow_shift
+    assert not needs_model(config)
+    run = preset_run(name, abstract_mesh(fsdp=8))
+    assert parameter_count(run.state.abstract.params) == published.parameters
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_presets_file_says_how_it_is_started(name):
+    load_preset(name)
+    text = inspect.getdoc(sys.modules[PRESETS[name]])
+    assert f"train.main {name}" in text or name == "digits"
+    assert len(text.splitlines()) >= 4
+
+
+def test_a_24_gb_gpu_is_enough_for_a_lora():
+    from train.plan import estimated_memory
+
+    assert estimated_memory(preset_run("lora_24gb", abstract_mesh())).total < 12e9
+
+
+def test_training_from_scratch_asks_for_encoders(tmp_path):
+    words = ["sana_600m_512", "--mesh.data=1", "--batch-size=1", f"--run-dir={tmp_path / 'run'}", "--device=cpu"]
+    with pytest.raises(UserError, match=r"prepares its pictures with a model's .* with --encoders DIRECTORY"):
+        trainer.main([*words, f"--data.path={tmp_path}"])
+
+
+@pytest.mark.parametrize("words", [["finetune", "--model", "a", "--encoders", "b"], ["digits", "--encoders", "b"]])
+def test_encoders_that_would_not_be_used_are_refused(words):
+    with pytest.raises(UserError, match="--encoders b is not allowed"):
+        trainer.read_command_line(words)

@@ -1,0 +1,60 @@
+"""Compiles the train step of a preset for simulated devices and writes down what they would exchange.
+
+    python -m tests.train.full_size_worker OUTPUT.json PRESET fsdp=8 [width=8] [remat=full]
+
+``width`` divides heads and caption channels: a stand-in with all of the blocks that compiles in seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+
+WORDS = dict(word.split("=") for word in sys.argv[3:])
+AXES = {name: int(size) for name, size in WORDS.items() if name in ("data", "fsdp", "tensor")}
+# The partitioner decides the same without them, and compilation takes half as long.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={math.prod(AXES.values())}"
+
+import jax  # noqa: E402
+
+from tests.train.compiled_text import exchanges  # noqa: E402
+from tests.train.presets import preset_run  # noqa: E402
+from tests.train.tiny_run import mesh_config  # noqa: E402
+from train.memory import compiled_bytes  # noqa: E402
+from train.plan import estimated_memory  # noqa: E402
+from train.sharding import make_mesh, parameter_paths  # noqa: E402
+
+
+def main() -> None:
+    mesh = make_mesh(mesh_config(**AXES))
+    jax.set_mesh(mesh)
+    run = preset_run(sys.argv[2], mesh, int(WORDS.get("width", 1)), WORDS.get("remat"))
+    (step,) = run.jitted_steps()
+    started = time.perf_counter()
+    compiled = step.lower(run.state.abstract, run.frozen, run.batch).compile()
+    report = {
+        "seconds": time.perf_counter() - started,
+        "exchanges": exchanges(compiled.as_text()),
+        "parameters": {
+            path: [leaf.shape, leaf.sharding.shard_shape(leaf.shape)]
+            for path, leaf in parameter_paths(run.frozen or run.state.abstract.params).items()
+        },
+        "trained": {
+            path: [leaf.shape, leaf.sharding.shard_shape(leaf.shape)]
+            for path, leaf in parameter_paths(run.state.abstract._replace(step=None)).items()
+        },
+        "layers": run.config.transformer.num_layers,
+        "bytes": compiled_bytes(compiled),
+        "estimated": estimated_memory(run).total,
+    }
+    with open(sys.argv[1], "w") as file:
+        json.dump(report, file)
+
+
+if __name__ == "__main__":
+    main()

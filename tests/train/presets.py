@@ -1,0 +1,79 @@
+"""Runs of presets as shapes over any mesh, concrete or abstract."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from configs import load_preset
+from configs.schema import DigitsDataConfig, RunConfig
+from sana_jax.models.sana import SanaConfig
+from train.plan import ModelShapes, PlannedRun, planned_run, settled
+from train.sharding import AXES
+
+MODEL = "Sana_1600M_1024px_BF16_diffusers"
+
+
+def abstract_mesh(**axes: int) -> AbstractMesh:
+    """Devices that need not be there."""
+    return AbstractMesh(tuple(axes.get(axis, 1) for axis in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def needs_model(config: RunConfig) -> bool:
+    """Whether a preset starts from a model that it does not name."""
+    beside = (config.lora, config.controlnet, config.sprint)
+    return config.transformer is None or any(group is not None for group in beside)
+
+
+def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: str | None = None) -> PlannedRun:
+    """The step of a preset, with the published 1.6B model where it starts from one.
+
+    Args:
+        name: of the preset.
+        mesh: the devices; the batch is made to divide by them.
+        narrower: what heads and caption channels are divided by; the number of blocks stays.
+        remat: another policy than the preset's.
+    """
+    config = load_preset(name)
+    if needs_model(config):
+        config = dataclasses.replace(config, model=MODEL)
+    parts = config.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
+    config = dataclasses.replace(config, batch_size=max(parts, config.batch_size // parts * parts))
+    if config.sprint is not None:
+        config, model = _with_teacher(config)
+    else:
+        config, model = settled(config)
+    if remat is not None:
+        config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, remat=remat))
+    if narrower > 1:
+        config = dataclasses.replace(config, transformer=narrow(config.transformer, narrower), batch_size=parts)
+        network = model.network and narrow(model.network, narrower)
+        model = model._replace(network=network, tokens=16)
+        if not isinstance(config.data, DigitsDataConfig):
+            config = dataclasses.replace(
+                config, data=dataclasses.replace(config.data, resolution=256, aspect_buckets=False)
+            )
+    return planned_run(config, model, mesh)
+
+
+def _with_teacher(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
+    """Sprint's teacher is told times in [0, 1], which no published model in diffusers' format is."""
+    teacher = dataclasses.replace(SanaConfig.sana15_1600m(), timestep_scale=0.001)
+    flow = dataclasses.replace(config.flow, flow_shift=3.0)
+    student = dataclasses.replace(teacher, guidance_embeds=True)
+    return dataclasses.replace(config, transformer=student, flow=flow), ModelShapes(teacher, 32, 300, "bfloat16")
+
+
+def narrow(network: SanaConfig, times: int) -> SanaConfig:
+    """The same network with fewer heads."""
+    heads, cross = network.num_attention_heads // times, network.num_cross_attention_heads // times
+    width = heads * network.attention_head_dim
+    return dataclasses.replace(
+        network,
+        num_attention_heads=heads,
+        num_cross_attention_heads=cross,
+        cross_attention_head_dim=width // cross,
+        cross_attention_dim=width,
+        caption_channels=network.caption_channels // times,
+    )

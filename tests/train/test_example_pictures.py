@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sana_jax.errors import UserError
+from train.data.digits import load_images
+from train.example_pictures import STYLES, ExampleConfig, main, write_example
+
+
+def pictures(folder) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path), np.int64) for path in sorted(folder.glob("*.png"))])
+
+
+def test_threes_dark_on_light_with_captions(tmp_path, capsys):
+    assert main([str(tmp_path / "pictures")]) == 0
+    assert "8 pictures" in capsys.readouterr().out
+    found = pictures(tmp_path / "pictures")
+    images, labels = load_images(tuple(range(10)))
+    expected = np.round((1 - (images[labels == 3][:8, ..., 0] / 2 + 0.5)) * 255)
+    np.testing.assert_array_equal(found, expected)
+    texts = [path.read_text() for path in (tmp_path / "pictures").glob("*.txt")]
+    assert texts == ["a handwritten three\n"] * 8
+
+
+def test_all_digits_moved(tmp_path):
+    config = ExampleConfig(str(tmp_path / "a"), digits=(1, 7), count=0, style="moved", caption="one {digit}")
+    _, labels = load_images((1, 7))
+    assert write_example(config) == len(labels)
+    assert len(pictures(tmp_path / "a")) == len(labels)
+    assert {path.read_text() for path in (tmp_path / "a").glob("*.txt")} == {"one one\n", "one seven\n"}
+
+
+def test_styles():
+    image = np.zeros((8, 8, 1), np.float32)
+    image[:, 3:5] = 1
+    assert {name: style(image, 0).shape for name, style in STYLES.items()} == dict.fromkeys(STYLES, (8, 8, 1))
+    starts = {int(np.flatnonzero(STYLES["moved"](image, number)[0])[0]) for number in range(40)}
+    assert starts == {1, 2, 3, 4, 5}
+    np.testing.assert_array_equal(STYLES["moved"](image, 3), STYLES["moved"](image, 3))
+
+
+def test_mistakes(tmp_path):
+    (tmp_path / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="has something in it already"):
+        main([str(tmp_path)])
+    for words, message in (
+        (["--digits", "10"], "--digits 10 is not allowed; choose one or more of 0 to 9"),
+        (["--count", "-1"], "--count -1"),
+        (["--style", "loud"], "loud"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([str(tmp_path / "new"), *words])
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,82 @@
+"""Published recipes at full size: their steps over 8 and 64 devices, as far as they go without the devices."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import jax
+import pytest
+
+from configs import PRESETS
+from tests.train.compiled_presets import check_fetched_layer_by_layer, compiled_report
+from tests.train.presets import abstract_mesh, preset_run
+from train.sharding import parameter_paths
+
+# What every device holds: vectors, tables, depthwise kernels (nine values per channel), a LoRA's factors beside uncut
+# axes, the optimizers' sums along cut axes, and the heads of Sprint's discriminator.
+WHOLE = (
+    r"(^|/)(bias|scale|\w*table|null|attention_weight)(/|$)|conv_depth/|lora/.*/(up|down)|"
+    r"(block_scales|block_minimums|residual_per_\w+|second_per_\w+)$"
+)
+HEADS = r"(^|/)(heads|vectors|logvar)/"
+# Of everything that a device holds.
+LARGEST_WHOLE_SHARE = 0.02
+# One of each kind; `make prove` lowers all of them.
+LOWERED = [("sana_600m_512", 8), ("sana15_4800m_1024", 64), ("lora_24gb", 8), ("sana_1600m_controlnet", 64)]
+ON_PICTURES = [name for name in PRESETS if not name.startswith("digits")]
+
+
+@pytest.mark.parametrize("name", ON_PICTURES)
+def test_the_state_of_every_preset_is_cut_over_eight_devices(name):
+    run = preset_run(name, abstract_mesh(fsdp=8))
+    state = parameter_paths(run.state.abstract._replace(step=None))
+    everything = {**state, **{f"frozen/{path}": leaf for path, leaf in parameter_paths(run.frozen or {}).items()}}
+    whole = 0
+    for path, leaf in everything.items():
+        part = leaf.sharding.shard_shape(leaf.shape)
+        if part == leaf.shape:
+            if re.search(HEADS, path):
+                continue
+            whole += leaf.size
+            assert leaf.ndim <= 1 or re.search(WHOLE, path), f"{path} of {leaf.shape} is whole"
+        else:
+            assert math.prod(part) * 8 == leaf.size, path
+    assert whole < LARGEST_WHOLE_SHARE * sum(leaf.size for leaf in everything.values())
+    assert run.state.whole == []
+
+
+def all_lowered():
+    """`make test` lowers one preset of each kind, `make prove` all of them for 8 and for 64 devices."""
+    for name in ON_PICTURES:
+        for devices in (8, 64):
+            marks = () if (name, devices) in LOWERED else pytest.mark.prove
+            yield pytest.param(name, devices, marks=marks)
+
+
+@pytest.mark.parametrize(("name", "devices"), list(all_lowered()))
+def test_the_full_size_step_lowers_for_gpus(name, devices):
+    mesh = abstract_mesh(data=devices // 8, fsdp=8)
+    with jax.sharding.use_abstract_mesh(mesh):
+        run = preset_run(name, mesh)
+        arguments = run.state.abstract, run.frozen, run.batch
+        for step in run.jitted_steps():
+            text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+            assert f"mhlo.num_partitions = {devices}" in text
+            # every argument that is cut says so
+            cut = sum("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(arguments[:2]))
+            assert text.count('{"fsdp"}') >= cut > 40
+
+
+@pytest.fixture(scope="module")
+def narrow_run(tmp_path_factory) -> dict:
+    """The 0.6B model's step with all 28 blocks and a sixth of its width, compiled for eight devices."""
+    return compiled_report(tmp_path_factory.mktemp("narrow") / "report.json", "sana_600m_512", "fsdp=8", "width=6")
+
+
+def test_weights_are_fetched_layer_by_layer(narrow_run):
+    check_fetched_layer_by_layer(narrow_run)
+
+
+def test_the_estimate_without_compiling_is_near(narrow_run):
+    assert narrow_run["estimated"] == pytest.approx(narrow_run["bytes"], rel=0.15)

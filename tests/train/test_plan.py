@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+
+import jax
+import pytest
+
+from configs.lora import LoraConfig
+from configs.schema import ComputeConfig, EmaConfig, OptimizerConfig
+from sana_jax import UserError
+from tests.train.tiny_run import QUICKLY, mesh_config, tiny_config
+from train import main as trainer
+from train.memory import Choice, advice_when_memory_ends, compiled_bytes, out_of_memory_line
+from train.plan import ModelShapes, choices, estimated_memory, planned_run, settled
+from train.sharding import make_mesh
+
+NEAR = 0.15
+SMALL_OPTIONS = (
+    "--transformer.num-layers=2 --transformer.num-attention-heads=2 --transformer.num-cross-attention-heads=2 "
+    "--transformer.cross-attention-head-dim=16 --transformer.cross-attention-dim=32 --batch-size=16 --steps=1 "
+    "--preview.every=0"
+).split()
+
+
+def configuration(**changes):
+    """A tiny run; with ``lora`` beside a model of its own shape."""
+    return tiny_config(mesh=mesh_config(), **({"model": "beside"} if "lora" in changes else {}), **changes)
+
+
+def medium(**changes):
+    """Eight blocks of width 256 on 64 tokens."""
+    config = configuration(**changes)
+    transformer = dataclasses.replace(
+        config.transformer,
+        num_attention_heads=16,
+        num_cross_attention_heads=4,
+        cross_attention_head_dim=64,
+        cross_attention_dim=256,
+        num_layers=8,
+        patch_size=1,
+    )
+    return dataclasses.replace(config, transformer=transformer)
+
+
+@functools.cache
+def run_of(config):
+    mesh = make_mesh(config.mesh)
+    return planned_run(config, ModelShapes(config.transformer, 1, 8, "float32"), mesh)
+
+
+@functools.cache
+def needed(config) -> int:
+    """What the compiler reports for the step."""
+    run = run_of(config)
+    (step,) = run.jitted_steps()
+    with jax.set_mesh(run.mesh):
+        return compiled_bytes(step.lower(run.state.abstract, run.frozen, run.batch).compile(QUICKLY))
+
+
+def estimates(config) -> dict[str, int]:
+    """The choices' figures, set right by the compiled step."""
+    run = run_of(config)
+    fixed = estimated_memory(run)._replace(activations=0)
+    measured = fixed._replace(activations=needed(config) - fixed.total)
+    return {choice.option: choice.total for choice in choices(run, measured)}
+
+
+FULL = ComputeConfig(remat="full")
+CASES = [
+    ("--compute.remat full", tiny_config, {}, {"compute": FULL}),
+    ("--accumulation 2", tiny_config, {}, {"accumulation": 2}),
+    ("--no-ema.enabled", tiny_config, {}, {"ema": EmaConfig(enabled=False)}),
+    ("--accumulation 2", tiny_config, {"lora": LoraConfig(), "compute": FULL}, {"accumulation": 2}),
+    ("--compute.remat none", medium, {"compute": FULL}, {"compute": ComputeConfig()}),
+]
+
+
+@pytest.mark.parametrize(
+    ("option", "make", "changes", "change"), CASES, ids=[f"{c[1].__name__} {c[0]} {'-'.join(c[2])}" for c in CASES]
+)
+def test_what_a_change_would_need_is_what_the_compiler_then_reports(option, make, changes, change):
+    make = medium if make is medium else configuration
+    config = make(**changes)
+    assert estimates(config)[option] == pytest.approx(needed(dataclasses.replace(config, **change)), rel=NEAR)
+
+
+@pytest.mark.parametrize("make", [configuration, medium])
+@pytest.mark.parametrize("changes", [{}, {"lora": LoraConfig()}], ids=["whole", "lora"])
+@pytest.mark.prove
+def test_estimates_without_compiling(make, changes):
+    config = make(**changes)
+    assert estimated_memory(run_of(config)).total == pytest.approx(needed(config), rel=NEAR)
+
+
+def test_the_figures_of_a_plan_add_up():
+    run = run_of(configuration(lora=LoraConfig(rank=2), optimizer=OptimizerConfig(name="adamw"), batch_size=8))
+    memory = estimated_memory(run)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(run.state.abstract.params))
+    frozen = sum(leaf.size for leaf in jax.tree.leaves(run.frozen))
+    assert (memory.parameters, memory.average, memory.gradients) == (4 * trained,) * 3
+    assert memory.frozen == 4 * frozen
+    assert memory.optimizer == pytest.approx(8 * trained, abs=64)
+    assert memory.batch == 8 * (64 * 4 + 8 * 32 * 4 + 8 * 4)
+    assert memory.total == sum(memory)
+
+
+def test_every_choice_is_listed_and_its_state_is_exact():
+    config = configuration(batch_size=8)
+    run = run_of(config)
+    found = {choice.option: choice.total for choice in choices(run, None)}
+    policies = {f"--compute.remat {name}" for name in ("dots", "dots_no_batch", "full", "offload")}
+    optimizers = {"--optimizer.name adamw_8bit", "--optimizer.name came_8bit", "--no-ema.enabled"}
+    meshes = {"--mesh.fsdp 2", "--mesh.fsdp 4", "--mesh.fsdp 8", "--mesh.fsdp 16 --batch-size 16"}
+    assert found.keys() == {*policies, *optimizers, *meshes, "--accumulation 2"}
+    memory = estimated_memory(run)
+    assert memory.total - found["--no-ema.enabled"] == memory.average
+    assert found["--compute.remat full"] < found["--compute.remat dots"] < memory.total
+
+
+def test_a_plan_prints_what_the_run_then_needs_and_writes_nothing(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert trainer.main(["--plan", *SMALL_OPTIONS]) == 0
+    plan = capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+    assert re.search(r"1 devices|each of 1", plan)
+    planned = re.search(r"in all +([\d.]+ \wB)", plan)[1]
+    assert trainer.main(SMALL_OPTIONS) == 0
+    trained = capsys.readouterr().out
+    (reported,) = re.findall(r"compiled the train step .*?memory per device: ([\d.]+ \wB)", trained)
+    assert planned == reported
+    for option in ("--compute.remat full", "--accumulation 2", "--optimizer.name came_8bit", "--mesh.fsdp 8"):
+        assert option in plan
+
+
+def test_shapes_come_from_a_configuration_file_alone(tmp_path):
+    network = {**tiny_config().transformer.to_dict(), "num_layers": 3}
+    path = tmp_path / "model" / "transformer" / "config.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(network))
+    (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
+    config, model = settled(dataclasses.replace(trainer.read_command_line(["lora"]), model=str(tmp_path / "model")))
+    assert config.transformer.num_layers == model.network.num_layers == 3
+
+
+def test_published_models_are_not_looked_for():
+    name = "Efficient-Large-Model/SANA1.5_4.8B_1024px_diffusers"
+    config, _ = settled(trainer.read_command_line(["lora_24gb", "--model", name]))
+    assert config.transformer.num_layers == 60
+
+
+def test_a_plan_of_a_preset_without_its_model():
+    with pytest.raises(UserError, match="the preset lora starts from a model, whose shape the plan needs"):
+        settled(trainer.read_command_line(["lora"]))
+
+
+def exhausted():
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 47 bytes.")
+
+
+def test_a_device_without_memory_gives_advice():
+    listed = [Choice("--much", 50, ""), Choice("--none", 100, ""), Choice("--some", 80, "")]
+    with pytest.raises(UserError) as caught, advice_when_memory_ends(lambda: (100, listed)):
+        exhausted()
+    message = str(caught.value)
+    assert "needs 100 B on each device; it would need less with --much (about 50 B), --some (about 80 B)," in message
+    assert "47 bytes" in message
+    assert "--none" not in message
+    assert "\n" not in message
+    assert "no single setting" in out_of_memory_line("", 100, listed[1:2])
+
+
+def test_other_errors_of_a_device_pass_through():
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), advice_when_memory_ends(lambda: (None, [])):
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+
+def test_a_run_that_finds_no_memory_says_what_would_need_less(monkeypatch, tmp_path):
+    monkeypatch.setattr(trainer, "compile_ahead", lambda *_, **__: exhausted())
+    with pytest.raises(UserError, match=r"ran out of memory .*it would need less with --.*about"):
+        trainer.main([*SMALL_OPTIONS, "--run-dir", str(tmp_path / "run")])
