@@ -23,6 +23,7 @@ if __name__ == "__main__":  # before the imports that take seconds, so that a si
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 import sana_jax
 from configs import DEFAULT_PRESET, PRESETS, load_preset
@@ -161,21 +162,9 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
         return 0
 
     # ---- compilation -------------------------------------------------------------------------------------------------
-    shardings = (jax.tree.map(lambda leaf: leaf.sharding, plan.abstract), replicated(mesh))
-    null_encoding = tuple(map(jnp.asarray, dataset.null_encoding()))
-    step_functions = recipe.step_functions(config, plan.optimizer, null_encoding)
     train_steps = {}
     held.enter_context(advice_when_memory_ends(lambda: needed_and_choices(parts, mesh, train_steps.values())))
-    for shape, indices in dataset.buckets.items():
-        first_batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
-        abstract_batch = jax.tree.map(
-            lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=rows_sharding), first_batch
-        )
-        for kind, step_function in enumerate(step_functions):
-            which = "the train step" if len(step_functions) == 1 else f"train step {kind + 1} of {len(step_functions)}"
-            name = f"{which} for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
-            jitted = jax.jit(step_function, donate_argnums=0, out_shardings=shardings)
-            train_steps[shape, kind] = compile_ahead(name, jitted, plan.abstract, frozen, abstract_batch, say=say)
+    kinds = _compile_steps(train_steps, parts, plan, frozen, mesh, say)
     if config.preview.every:
         previewer.compile(sampled_params(plan.abstract), frozen, say)
     if config.validation.every:
@@ -200,13 +189,32 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
 
     # ---- loop --------------------------------------------------------------------------------------------------------
     def train_step(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, StepMetrics]:
-        return train_steps[batch.latents.shape[1:], step % len(step_functions)](state, frozen, batch)
+        return train_steps[batch.latents.shape[1:], step % kinds](state, frozen, batch)
 
     previewer.frozen = run.frozen = frozen
     with store:
         status = run.loop(state, train_step, lambda batch: to_global(batch, rows_sharding, config.batch_size, rows[0]))
     stop.nothing_to_lose = True
     return status
+
+
+def _compile_steps(
+    compiled: dict, parts: RunParts, plan: StatePlan, frozen: PyTree | None, mesh: Mesh, say: Callable[[str], None]
+) -> int:
+    """Fills ``compiled`` with a step by (shape of latents, kind), and returns how many kinds there are."""
+    config, dataset, sharding = parts.config, parts.dataset, batch_sharding(mesh)
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, plan.abstract), replicated(mesh))
+    null_encoding = tuple(map(jnp.asarray, dataset.null_encoding()))
+    functions = parts.recipe.step_functions(config, plan.optimizer, null_encoding)
+    for shape, indices in dataset.buckets.items():
+        batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
+        batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), batch)
+        for kind, function in enumerate(functions):
+            which = "the train step" if len(functions) == 1 else f"train step {kind + 1} of {len(functions)}"
+            name = f"{which} for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
+            jitted = jax.jit(function, donate_argnums=0, out_shardings=shardings)
+            compiled[shape, kind] = compile_ahead(name, jitted, plan.abstract, frozen, batch, say=say)
+    return len(functions)
 
 
 def _model_line(config: RunConfig, plan: StatePlan, base: PyTree | None) -> str:
@@ -407,6 +415,8 @@ class Run:
             )
         model, prompt = shlex.quote(config.run_dir), shlex.quote(self.previewer.example_prompt)
         control = " --control-image PICTURE" if self.parts.recipe.kind == "controlnet" else ""
+        if self.parts.recipe.kind == "lora":
+            control = "".join(f" --condition {name}=VALUE" for name in self.parts.recipe.conditions)
         self.say(
             f"everything is in {config.run_dir} (pictures in {config.run_dir}/samples); draw one with:\n"
             f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt}{control} --out picture.png"

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -271,22 +271,32 @@ def _loss(run: PlannedRun, recipe: Recipe) -> Callable[..., jax.Array]:
 # -- choices -------------------------------------------------------------------------------------------------------
 
 
-def choices(run: PlannedRun, measured: Memory | None) -> list[Choice]:
-    """What other settings would need, set right by what the configured one was measured to need."""
+def choices(run: PlannedRun, measured: Memory | None, only: Container[str] | None = None) -> list[Choice]:
+    """What other settings would need, set right by what the configured one was measured to need.
+
+    Args:
+        run: as it is configured.
+        measured: what that needs.
+        only: the options to look at; None for all.
+    """
     as_it_is = estimated_memory(run)
     correction = 0 if measured is None or as_it_is is None else measured.activations - as_it_is.activations
     found = []
     for option, price, config, mesh in _alternatives(run):
+        if only is not None and option not in only:
+            continue
         try:
             other = planned_run(config, run.model, mesh)
         except UserError:  # settings that do not go together, such as patterns of paths that a LoRA has not
             continue
-        memory = estimated_memory(other)
-        if memory is None:
-            if (config.compute, config.accumulation, mesh) != (run.config.compute, run.config.accumulation, run.mesh):
-                continue  # nothing is known of its activations
-            memory = _fixed(other)._replace(activations=0 if measured is None else measured.activations)
+        same = [getattr(config, field) == getattr(run.config, field) for field in ("compute", "accumulation", "lora")]
+        if all(same) and mesh == run.mesh:  # what is kept for the backward pass does not change
+            known = measured or as_it_is
+            memory = _fixed(other)._replace(activations=0 if known is None else known.activations)
+        elif as_it_is is None:
+            continue  # nothing is known of its activations
         else:
+            memory = estimated_memory(other)
             memory = memory._replace(activations=max(0, memory.activations + correction))
         found.append(Choice(option, memory.total, price))
     return found

@@ -4,7 +4,9 @@
     python -m train.main digits_sprint
     python -m sana_jax.generate --model runs/digits_sprint --prompt "a handwritten seven" --out seven.png
 
-The losses are those of the preset ``sprint``; sizes and rates fit a network of 1.4 million parameters.
+The losses are those of the preset ``sprint``; rates fit a network of 0.7 million parameters. There is one guidance
+scale, since a run this short does not teach the student to tell several apart. The first preview is what the
+undistilled model draws in one step: nearly the same blurred digit for every noise.
 """
 
 from __future__ import annotations

@@ -27,6 +27,10 @@ TOKENS = condition_tokens(
     zoom=TokenEncoderConfig(kind="scalar", frequencies=6),
 )
 
+# The encoders start from nothing, unlike the layers that the LoRA changes. How much their tokens count starts at 0, and
+# its gradient is mostly noise until they hold something, so that at the LoRA's rate it would stay there for long.
+TOKEN_RATES = (r"tokens/\w+/(linear_\d+/.*|null)=1e-3", r"tokens/\w+/attention_weight=4e-3")
+
 CONFIG = RunConfig(
     preset="siglip_zoom_lora",
     run_dir="runs/siglip_zoom_lora",
@@ -38,8 +42,8 @@ CONFIG = RunConfig(
     batch_size=8,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=None),
-    optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=100),
+    optimizer=OptimizerConfig(learning_rate=2e-4, learning_rates=TOKEN_RATES, warmup_steps=100),
     ema=EmaConfig(enabled=False),
     checkpoint=CheckpointConfig(every=500),
-    preview=PreviewConfig(every=500, at=(100,)),
+    preview=PreviewConfig(every=500, at=(100,), guidance_scale=None),
 )

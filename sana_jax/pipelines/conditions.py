@@ -125,15 +125,14 @@ class ConditionsPipeline:
         array = read_numbers(name, value, config)
         if array is None:
             array = self._embed(name, config, value)
+        given = array.shape
         if array.ndim == (0 if config.kind == "scalar" else 1):
             array = array[None]
         shape = "a number" if config.kind == "scalar" else f"a vector of {config.width} numbers"
         if array.ndim != (1 if config.kind == "scalar" else 2) or array.shape[1:] != (
             () if config.kind == "scalar" else (config.width,)
         ):
-            raise UserError(
-                f"condition {name} has the shape {array.shape}; allowed is {shape}, for all prompts or each"
-            )
+            raise UserError(f"condition {name} has the shape {given}; allowed is {shape}, for all prompts or each")
         if len(array) not in (1, prompts):
             raise UserError(f"{len(array)} values of condition {name} for {prompts} prompts; give one for all or each")
         if not np.isfinite(array).all():

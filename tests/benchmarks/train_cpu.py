@@ -14,6 +14,7 @@ import functools
 import json
 import pathlib
 import resource
+import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,8 +107,6 @@ def run_config(case: Case) -> RunConfig:
 
 def step_function(case: Case) -> tuple[Callable[[], Any], dict[str, float]]:
     """Trains some steps; and what compiling took."""
-    import time
-
     config = run_config(case)
     recipe, batch = make_recipe(config), jax.device_put(random_batch(case))
     params = random_like(jax.eval_shape(lambda: recipe.initialize(jax.random.key(0), None)))

@@ -89,3 +89,24 @@ def table(teacher, student):
 def test_the_distilled_digits_are_read_as_those_asked_for(table, steps):
     assert table[DISTILLED, steps]["recognised"] >= LEAST_RECOGNISED[steps]
     assert table[DISTILLED, steps]["copies"] == 0
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_the_distilled_digits_differ_as_real_ones_do(table, steps):
+    assert table[DISTILLED, steps]["spread"] >= 0.8
+    assert table[DISTILLED, steps]["least_spread"] >= 0.6
+
+
+@pytest.mark.parametrize(("steps", "share"), [(1, 0.4), (2, 0.6)])
+def test_the_undistilled_ones_are_far_worse(table, steps, share):
+    """With guidance and without it."""
+    for name in (WITHOUT, WITH):
+        assert table[name, steps]["spread"] <= 0.7 * table[DISTILLED, steps]["spread"]
+        assert table[DISTILLED, steps]["fid"] <= share * table[name, steps]["fid"]
+
+
+def test_in_four_steps_an_undistilled_model_of_this_size_needs_no_distilling(table):
+    """Without guidance it has come near the real digits by itself: the distilled one is as good, no more."""
+    assert table[DISTILLED, 4]["spread"] >= table[WITHOUT, 4]["spread"]
+    assert table[DISTILLED, 4]["fid"] <= 1.25 * table[WITHOUT, 4]["fid"]
+    assert table[DISTILLED, 4]["fid"] <= 0.75 * table[WITH, 4]["fid"]

@@ -59,10 +59,14 @@ def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: s
 
 def _with_teacher(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
     """Sprint's teacher is told times in [0, 1], which no published model in diffusers' format is."""
-    teacher = dataclasses.replace(SanaConfig.sana15_1600m(), timestep_scale=0.001)
+    digits = isinstance(config.data, DigitsDataConfig)
+    teacher = load_preset("digits").transformer if digits else SanaConfig.sana15_1600m()
+    teacher = dataclasses.replace(teacher, timestep_scale=0.001)
     flow = dataclasses.replace(config.flow, flow_shift=3.0)
     student = dataclasses.replace(teacher, guidance_embeds=True)
-    return dataclasses.replace(config, transformer=student, flow=flow), ModelShapes(teacher, 32, 300, "bfloat16")
+    return dataclasses.replace(config, transformer=student, flow=flow), ModelShapes(
+        teacher, *((1, 8, "float32") if digits else (32, 300, "bfloat16"))
+    )
 
 
 def narrow(network: SanaConfig, times: int) -> SanaConfig:
