@@ -110,7 +110,9 @@ def assert_same_to_rounding(got: Path, want: Path, step: int) -> None:
     assert have.keys() == expected.keys()
     for name, array in expected.items():
         difference = np.abs(have[name].astype(float) - array).max()
-        assert difference <= 10 * TOLERANCE * np.abs(array).max(), f"{name}: {difference}"
+        # Sprint's heads have biases before a normalisation: their gradients are 0 but for rounding, and so are moments.
+        floor = 1e-6 if name.startswith("opt_state/discriminator") and name.endswith("/bias") else 0.0
+        assert difference <= 10 * TOLERANCE * np.abs(array).max() + floor, f"{name}: {difference}"
     for drawn in range(0, step + 1, EVERY):
         difference = np.abs(pixels(got, drawn).astype(int) - pixels(want, drawn))
         assert difference.max() <= 1, f"the preview of step {drawn}"
