@@ -133,8 +133,7 @@ def make_run(directory, base, pipeline: str = "SanaPipeline", extra: dict | None
     step = directory / "checkpoints" / "5"
     save_params(step / "params", {"lora": tree, **(extra or {})})
     write_manifest(step, ["params"])
-    (directory / "lora").mkdir()
-    (directory / "lora" / "README.md").write_text("card")
+    (directory / "README.md").write_text("card")
     return tree, transformer_rules(config), shapes
 
 
