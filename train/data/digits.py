@@ -26,15 +26,20 @@ def load_images(digits: tuple[int, ...]) -> tuple[Float[np.ndarray, "S 8 8 1"], 
     """
     from sklearn.datasets import load_digits
 
+    check_digits(digits)
+    source = load_digits()
+    chosen = np.isin(source.target, digits)
+    images = (source.images[chosen].astype(np.float32) / 8.0 - 1.0)[..., None]
+    return images, source.target[chosen].astype(np.int32)
+
+
+def check_digits(digits: tuple[int, ...]) -> None:
+    """Raises ``UserError`` for no digits, or something that is not a digit."""
     if not digits or not set(digits) <= set(range(10)):
         raise UserError(
             f"--data.digits {' '.join(map(str, digits)) or '(none)'}: the data would be empty or unknown; "
             "name one or more of 0 to 9"
         )
-    source = load_digits()
-    chosen = np.isin(source.target, digits)
-    images = (source.images[chosen].astype(np.float32) / 8.0 - 1.0)[..., None]
-    return images, source.target[chosen].astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class DigitsData:
     config: DigitsDataConfig
 
     def __post_init__(self):
+        check_digits(self.config.digits)
         caption, most = self.config.caption, self.config.max_words
         try:
             shown = caption.format(digit=NAMES[0])
