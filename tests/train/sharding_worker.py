@@ -44,7 +44,7 @@ def main() -> None:
     rows = []
     for _ in range(STEPS):
         state, metrics = step(state, run.next_batch())
-        rows.append({name: np.asarray(value) for name, value in metrics._asdict().items()})
+        rows.append({name: np.asarray(value) for name, value in metrics._asdict().items() if name != "figures"})
     for name in rows[0]:
         results[f"metrics/{name}"] = np.stack([row[name] for row in rows])
     shards = {}

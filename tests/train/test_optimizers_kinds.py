@@ -127,13 +127,12 @@ def test_weight_decay_takes_its_share_of_what_decays(name):
     assert not difference["transformer_blocks"]["scale_shift_table"].any()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+# prodigy, as optax has it, divides by the sum of all gradients that there ever were
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name != "prodigy"])
 def test_state_and_updates_are_finite_without_gradients(name):
     params = initial_params()
     optimizer = make_optimizer(CONFIGS[name], 10, params)
     updates, state = quickly(lambda: optimizer.update(zeros(params), optimizer.init(params), params))
-    if name == "prodigy":
-        pytest.skip("optax divides by the sum of all gradients that there ever were")
     # schedule-free takes the average out of the parameters and puts it back
     assert all(jnp.abs(leaf).max() < 1e-6 for leaf in jax.tree.leaves(updates))
     assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state))

@@ -46,7 +46,7 @@ def test_the_loss_is_the_mean_squared_error_of_the_velocity(run, step, state, ba
     draws = jax.tree.map(np.asarray, run.objective.draw(run.config.seed, state.step, batch))
     shift = run.config.flow.flow_shift
     sigma = training_sigmas(shift).astype(np.float32)[draws.index]
-    timestep = training_timesteps(shift)[draws.index].astype(np.float32)
+    timestep = training_timesteps(shift)[draws.index].astype(np.float32) * run.config.transformer.timestep_scale
     x0, noise = np.asarray(batch.latents), draws.noise
     level = sigma[:, None, None, None]
     noisy = (1 - level) * x0 + level * noise
