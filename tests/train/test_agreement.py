@@ -143,6 +143,7 @@ def test_lora_on_8_devices_then_in_2_processes_then_on_one(cache, base, pictures
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.prove  # two minutes; the walk over devices and processes above runs the same code with every commit
 @pytest.mark.parametrize("kind", [lora, sprint])
 def test_two_processes_from_the_beginning(kind, cache, base, pictures, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
