@@ -109,7 +109,7 @@ def test_twenty_kills(kind, tmp_path, tmp_path_factory, photos):
         print(f"{len(left_behind(tmp_path))}; last line: {last}", flush=True)
     run(cache, *options("killed"))
     assert steps == sorted(steps)
-    assert len(set(steps)) > 5, "the kills came too early or too late to show anything"
+    assert len(set(steps)) > 3, "the kills came too early or too late to show anything"
     assert_same_run(tmp_path / "killed", tmp_path / "straight", STEPS)
     assert left_behind(tmp_path) == []
     assert saved_steps(tmp_path / "killed") == saved_steps(tmp_path / "straight")
