@@ -16,11 +16,11 @@ from sana_jax.autoencoders.dc_ae_config import CLASS_NAME, DCAEConfig
 from sana_jax.autoencoders.tiling import Tiles, tiled_decode, tiled_encode
 from sana_jax.compilation import compile_ahead
 from sana_jax.component_config import load_from_config
-from sana_jax.errors import UserError
+from sana_jax.dtypes import parse_dtype
 from sana_jax.weights.components import Resident, open_component
 from sana_jax.weights.tables.dc_ae import NOT_PARAMETERS, dc_ae_rules
 
-DTYPES = ("float32", "bfloat16")
+_FLOAT16 = {"float16": "DC-AE's activations pass its largest number, 65504, and give NaN"}
 # Pixels of the pictures that go through the networks at once; larger ones are cut into tiles. By the compiler's own
 # analysis of f32c32 in float32, activations of 2048x2048 pixels take 8.6 GB when decoded and 5.3 GB when encoded, and
 # four times that at 4096x4096, which few devices have.
@@ -59,7 +59,7 @@ class DCAutoencoder:
     ) -> None:
         self.config = config
         self.weights = weights
-        self.dtype = check_dtype(dtype)
+        self.dtype = jnp.dtype(parse_dtype(dtype, "autoencoder dtype", _FLOAT16))
         self.tiling = tiling
         self.tiles = Tiles.for_factor(config.spatial_factor) if tiles is None else tiles
         self.programs: dict[tuple[str, tuple[int, ...]], jax.stages.Compiled] = {}
@@ -90,7 +90,7 @@ class DCAutoencoder:
 
         def load(values: dict[str, Any]) -> DCAutoencoder:
             config = DCAEConfig.from_dict(values)
-            wanted = check_dtype(jnp.float32 if dtype is None else dtype)
+            wanted = jnp.dtype(parse_dtype(jnp.float32 if dtype is None else dtype, "autoencoder dtype", _FLOAT16))
             abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wanted), abstract)
             rules = dc_ae_rules(config)
@@ -199,20 +199,3 @@ class DCAutoencoder:
             return decoder.apply({"params": params}, latents / scale).astype(jnp.float32)
 
         return {"encode": jax.jit(encode), "decode": jax.jit(decode)}
-
-
-def check_dtype(dtype: Any) -> jnp.dtype:
-    """The compute dtype, if it is one that DC-AE can be run in.
-
-    Raises:
-        UserError: it is not.
-    """
-    try:
-        found = jnp.dtype(dtype)
-    except TypeError:
-        found = None
-    if found is None or found.name not in DTYPES:
-        given = repr(dtype) if found is None else found.name
-        reason = " (DC-AE's activations pass its largest number, 65504, and give NaN)" if given == "float16" else ""
-        raise UserError(f"autoencoder dtype {given} is not allowed{reason}; choose one of {', '.join(DTYPES)}")
-    return found

@@ -17,6 +17,7 @@ import numpy as np
 from kernels.typing import Array, Float
 from sana_jax.compilation import compile_ahead
 from sana_jax.component_config import load_from_config
+from sana_jax.dtypes import parse_dtype
 from sana_jax.errors import UserError
 from sana_jax.image_encoders.preprocessing import Preprocessing
 from sana_jax.models.siglip import VISION_MODEL, WHOLE_MODEL, SiglipVision, SiglipVisionConfig, init_params
@@ -27,7 +28,6 @@ from sana_jax.weights.tables.siglip import IGNORED, PREFIX, name_prefix, siglip_
 from sana_jax.weights.trees import abstract_tree
 
 Features = Literal["pooled", "patches"]
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _SMALLEST_NORM = 1e-12  # a vector of nothing but zeros stays one
 
 
@@ -66,7 +66,7 @@ class SiglipImageEncoder:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", _parse_dtype(self.dtype))
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype, "image encoder dtype"))
         if self.features not in ("pooled", "patches"):
             raise UserError(f"image features {self.features!r} are not allowed; choose pooled or patches")
         if self.features == "pooled" and not self.config.vision_use_head:
@@ -103,7 +103,7 @@ class SiglipImageEncoder:
         directory = Path(os.path.abspath(directory))
         kinds = dict.fromkeys((WHOLE_MODEL, VISION_MODEL, "siglip2"), SiglipVisionConfig.from_dict)
         config = load_from_config(directory, kinds)
-        dtype = _parse_dtype(dtype)
+        dtype = parse_dtype(dtype, "image encoder dtype")
         prefix = PREFIX
         if not (directory / CONVERTED).is_dir():
             prefix = name_prefix(SafetensorsSource(find_weights_file(directory, TRANSFORMERS_STEM)).tensors)
@@ -193,13 +193,3 @@ class SiglipImageEncoder:
 def normalized(vectors: Float[Array, "... D"]) -> Float[Array, "... D"]:
     """Vectors divided by their lengths."""
     return vectors / jnp.maximum(jnp.linalg.norm(vectors, axis=-1, keepdims=True), _SMALLEST_NORM)
-
-
-def _parse_dtype(dtype: Any) -> Any:
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in _DTYPES:
-        raise UserError(f"image encoder dtype {name!r} is not allowed; choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]

@@ -18,6 +18,7 @@ from kernels.typing import PyTree
 from sana_jax.autoencoders import Autoencoder
 from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler
+from sana_jax.dtypes import parse_dtype
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import write_json
 from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig, init_controlnet_params
@@ -36,7 +37,6 @@ from sana_jax.weights.components import CONVERTED, Resident, open_component
 from sana_jax.weights.identity import weights_id
 from sana_jax.weights.tables.sana import controlnet_rules, transformer_rules
 
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -153,7 +153,7 @@ def _compute_dtype(dtype: Any, contract: Contract | None, emulate_fp16_saturatio
     """The transformer's dtype, once the contract allows it."""
     if dtype is None and contract is not None:
         dtype = contract.compute_dtype
-    parsed = parse_dtype(dtype)
+    parsed = jnp.float32 if dtype is None else parse_dtype(dtype)
     if contract is not None and (notice := contract.check(jnp.dtype(parsed).name, emulate_fp16_saturation)):
         print(notice)
     return parsed
@@ -290,16 +290,3 @@ def abstract_params(transformer: SanaTransformer, dtype: Any = jnp.float32) -> P
     """Shapes of a transformer's parameters, as ``ShapeDtypeStruct``s of ``dtype``; nothing is computed."""
     shapes = jax.eval_shape(lambda: init_params(transformer, jax.random.key(0)))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
-
-
-def parse_dtype(dtype: Any) -> Any:
-    """float32 or bfloat16 by name or as a dtype; None is float32. Raises ``UserError`` for others."""
-    if dtype is None:
-        return jnp.float32
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name not in _DTYPES:
-        raise UserError(f"dtype {name!r} is not allowed; choose float32 or bfloat16")
-    return _DTYPES[name]

@@ -15,6 +15,7 @@ import numpy as np
 from kernels.typing import Float, Int
 from sana_jax.compilation import compile_ahead
 from sana_jax.component_config import load_from_config
+from sana_jax.dtypes import parse_dtype
 from sana_jax.errors import UserError
 from sana_jax.models.gemma import (
     Gemma,
@@ -37,7 +38,7 @@ CLASS_NAME = "Gemma2Model"
 # The network runs on as many positions as the longest prompt has tokens, rounded up to this, so that prompts of all
 # lengths share a few compiled programs.
 LENGTH_MULTIPLE = 64
-_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+_FLOAT16 = {"float16": "Gemma-2's activations overflow in it and pictures turn out wrong; bfloat16 is recommended"}
 _LONGEST_LOSS = 500  # characters of a lost text that are printed
 
 
@@ -72,7 +73,7 @@ class GemmaTextEncoder:
     )
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dtype", parse_dtype(self.dtype))
+        object.__setattr__(self, "dtype", parse_dtype(self.dtype, "text encoder dtype", _FLOAT16))
         if type(self.max_length) is not int or self.max_length < 2:
             raise UserError(
                 f"max_sequence_length {self.max_length!r} is not allowed; allowed is a whole number from 2 (the begin "
@@ -127,7 +128,7 @@ class GemmaTextEncoder:
         network = GemmaConfig.from_dict(dict(config))
         tokenizer = PromptTokenizer.from_directory(directory.parent / "tokenizer")
         if dtype is not None:
-            dtype = parse_dtype(dtype)
+            dtype = parse_dtype(dtype, "text encoder dtype", _FLOAT16)
         prefix = ""
         if not (directory / CONVERTED).is_dir():
             source = SafetensorsSource(find_weights_file(directory, TRANSFORMERS_STEM, variant))
@@ -289,27 +290,7 @@ def _is_on_one_cpu(params: Any) -> bool:
 def abstract_params(config: GemmaConfig, dtype: Any) -> Any:
     """The network's parameters as shapes of one dtype."""
     shapes = jax.eval_shape(lambda key: init_params(Gemma(config), key), jax.random.key(0))
-    return abstract_tree(shapes, parse_dtype(dtype))
-
-
-def parse_dtype(dtype: Any) -> Any:
-    """``float32`` or ``bfloat16``, by name or as a dtype.
-
-    Raises:
-        UserError: any other.
-    """
-    try:
-        name = jnp.dtype(dtype).name
-    except TypeError:
-        name = str(dtype)
-    if name == "float16":
-        raise UserError(
-            "text encoder dtype float16: Gemma-2's activations overflow in it and pictures turn out wrong; allowed are "
-            "bfloat16, the recommended one, and float32: choose one of them"
-        )
-    if name not in _DTYPES:
-        raise UserError(f"text encoder dtype {name!r} is not allowed; choose one of {', '.join(_DTYPES)}")
-    return _DTYPES[name]
+    return abstract_tree(shapes, parse_dtype(dtype, "text encoder dtype", _FLOAT16))
 
 
 def _converted_dtypes(directory: Path) -> set[str]:

@@ -271,7 +271,7 @@ def changed_config(source, target, **changes):
 
 @pytest.mark.parametrize("dtype", ["float16", np.float16, "int8", "bf16"])
 def test_other_dtypes_are_refused(tiny_directory, dtype):
-    with pytest.raises(UserError, match="choose one of float32, bfloat16"):
+    with pytest.raises(UserError, match="choose float32 or bfloat16"):
         load_autoencoder(tiny_directory, dtype=dtype)
 
 
