@@ -70,6 +70,42 @@ def test_forward_mode(implementation):
 
 
 @pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+def test_the_gradient_of_a_derivative(implementation):
+    """As in Sprint's training, whose loss has a derivative of the network in it."""
+    inputs, tangents = draw(SHAPES[0]), draw(SHAPES[0], seed=5)
+
+    def gradients(function):
+        def loss(inputs, tangents):
+            out, derivative = jax.jvp(function, inputs, tangents)
+            return (out**2 * derivative).sum()
+
+        return jax.grad(loss, (0, 1))
+
+    function = functools.partial(depthwise_conv2d, implementation=implementation)
+    found = jax.jit(gradients(function), compiler_options=QUICK_COMPILE)(inputs, tangents)
+    for mine, wanted in zip(
+        jax.tree.leaves(found), jax.tree.leaves(gradients(reference.depthwise_conv2d)(inputs, tangents))
+    ):
+        assert relative_error(mine, wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (2, 1)], ids=str)
+def test_mapped_over(axes):
+    """Value and gradient under ``vmap``."""
+    x, kernel = draw(SHAPES[0])
+    wide = [jnp.stack([array, 2 * array - 1, array**2], axis or 0) for array, axis in zip((x, kernel), axes)]
+    operands = [many if axis is not None else one for one, many, axis in zip((x, kernel), wide, axes)]
+
+    def run(function):
+        single = jax.value_and_grad(lambda x, kernel: (function(x, kernel) ** 2).sum(), (0, 1))
+        return jax.jit(jax.vmap(single, axes))(*operands)
+
+    found = run(functools.partial(depthwise_conv2d, implementation="xla_shifted"))
+    for mine, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(run(reference.depthwise_conv2d))):
+        assert relative_error(mine, wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_inputs(implementation, dtype):
     x, kernel = draw(SHAPES[0], dtype)
