@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from convert.families import parameter_count
-from convert.sources import CONFIG, INDEX, KEPT, Choices, Component, Model, open_model, tensor_bytes
+from convert.sources import CONFIG, INDEX, Choices, Component, Model, open_model, tensor_bytes
 from sana_jax.compilation import readable_bytes
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_directory, write_json
-from sana_jax.weights.components import CONVERTED
+from sana_jax.weights.components import CONVERTED, KEPT
 from sana_jax.weights.converted import save_params
 from sana_jax.weights.rules import lazy_params
 from sana_jax.weights.safetensors_files import TensorInfo, TensorSource, write_safetensors

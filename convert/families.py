@@ -99,6 +99,15 @@ def _transformer(values: dict[str, Any], names: Collection[str]) -> Network:
     return Network("SanaTransformer2DModel", family_name(config), config, abstract, transformer_rules(config))
 
 
+def _video_transformer(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer, init_params
+    from sana_jax.weights.tables.sana_video import transformer_rules
+
+    config = SanaVideoConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(SanaVideoTransformer(config), jax.random.key(0)))
+    return Network("SanaVideoTransformer3DModel", family_name(config), config, abstract, transformer_rules(config))
+
+
 def _controlnet(values: dict[str, Any], names: Collection[str]) -> Network:
     from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig, init_controlnet_params
     from sana_jax.weights.tables.sana import controlnet_rules
@@ -117,6 +126,17 @@ def _autoencoder(values: dict[str, Any], names: Collection[str]) -> Network:
     abstract = _shapes(lambda: init_params(config, jax.random.key(0)))
     family = f"DC-AE f{config.spatial_factor}c{config.latent_channels}"
     return Network("AutoencoderDC", family, config, abstract, dc_ae_rules(config), kept=NOT_PARAMETERS)
+
+
+def _video_autoencoder(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.autoencoders.wan import init_params
+    from sana_jax.autoencoders.wan_config import CLASS_NAME, WanConfig
+    from sana_jax.weights.tables.wan import wan_rules
+
+    config = WanConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(config, jax.random.key(0)))
+    family = f"Wan autoencoder f{config.spatial_factor}t{config.temporal_factor}c{config.z_dim}"
+    return Network(CLASS_NAME, family, config, abstract, wan_rules(config))
 
 
 def _text_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
@@ -154,8 +174,10 @@ def _image_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
 
 _NETWORKS: dict[str | None, Callable[[dict[str, Any], Collection[str]], Network]] = {
     "SanaTransformer2DModel": _transformer,
+    "SanaVideoTransformer3DModel": _video_transformer,
     "SanaControlNetModel": _controlnet,
     "AutoencoderDC": _autoencoder,
+    "AutoencoderKLWan": _video_autoencoder,
     "Gemma2Model": _text_encoder,
     "SiglipVisionModel": _image_encoder,
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from convert.families import network_of
 from convert.renames import RenamedSource
-from convert.tables import controlnet_original, sana_original
+from convert.tables import controlnet_original, sana_original, sana_video_original
 from convert.torch_files import TorchSource
 from sana_jax.contract import contract_of, license_of, names_of
 from sana_jax.diffusion.samplers import make_sampler, to_scheduler_config
@@ -20,7 +20,8 @@ from sana_jax.weights.rules import misfits, places
 from sana_jax.weights.safetensors_files import SafetensorsSource, TensorSource
 
 if TYPE_CHECKING:
-    from convert.sources import Choices, Model
+    from convert.sources import Choices, Component, Model
+    from sana_jax.diffusion.samplers import Sampler
 
 _TORCH_ENDS = (".pth", ".pt", ".bin", ".ckpt")
 _HEAD_SIZE = 32  # of linear attention, in every published network
@@ -30,6 +31,11 @@ _IMAGE_SIZES = (512, 1024, 2048, 4096)
 # pixels -> divisor of the position table's coordinates; the other sizes have no table
 _INTERPOLATION = {2048: 1.0, 4096: 2.0}
 _PIXELS = 32  # of a latent's pixel
+# width -> size of the heads of self-attention and of cross-attention
+_VIDEO_HEAD_SIZES = {2240: (112, 112)}
+# patch -> latent side: 480p on Wan's latents, 720p on those of LTX-2 and DC-AE-V
+_VIDEO_SAMPLE_SIZES = {(1, 2, 2): 30, (1, 1, 1): 22}
+_VIDEO_FLOW_SHIFT = 8.0
 
 
 def open_original(path: Path, choices: Choices) -> Model:
@@ -59,9 +65,15 @@ def open_original(path: Path, choices: Choices) -> Model:
             f"{path} has the names of a published component, whose shape is in the config.json beside it: name the "
             "directory instead"
         )
-    if "x_embedder.proj.weight" not in names or len(names["x_embedder.proj.weight"].shape) != 4:
+    axes = len(names["x_embedder.proj.weight"].shape) if "x_embedder.proj.weight" in names else 0
+    if axes == 5 and any(name.endswith(".mlp.t_conv.weight") for name in names):
+        _refuse(choices, path, "image_size")
+        return _open_video(path, choices, source, notes)
+    if axes != 4:
         seen = looks_like(names) or "holds no network that is known here"
-        raise CheckpointError(f"{path} {seen}; allowed are SANA, SANA-1.5, SANA-Sprint and their ControlNets")
+        raise CheckpointError(
+            f"{path} {seen}; allowed are SANA, SANA-1.5, SANA-Sprint and their ControlNets, SANA-Video and LongSANA"
+        )
     is_controlnet = any(name.startswith("controlnet.") for name in names)
     guidance = "cfg_embedder.mlp.0.weight" in names
     if is_controlnet:
@@ -74,9 +86,8 @@ def open_original(path: Path, choices: Choices) -> Model:
     problems = misfits(renamed, places(network.rules, network.abstract))
     if renamed.dropped:
         notes.append(_describe_dropped(renamed.dropped))
-    files = source.files if isinstance(source, SafetensorsSource) else ((path, path.stat().st_size),)
     folder = "" if is_controlnet else "transformer"
-    component = Component(folder, network, config, renamed, problems, files, "original")
+    component = Component(folder, network, config, renamed, problems, _files(path, source), "original")
     if is_controlnet:
         return Model(path, None, (component,), notes=tuple(notes))
     if guidance:
@@ -88,15 +99,48 @@ def open_original(path: Path, choices: Choices) -> Model:
             shift = 6.0 if _PIXELS * config["sample_size"] >= 4096 else 3.0
             notes.append(f"flow shift {shift:g}, as published for this size; --flow-shift changes it")
         sampler, index_class = make_sampler("dpm_solver", flow_shift=shift), "SanaPipeline"
-    scheduler = to_scheduler_config(sampler)
+    return _transformer_model(path, component, sampler, index_class, notes)
+
+
+def _open_video(path: Path, choices: Choices, source: TensorSource, notes: list[str]) -> Model:
+    """The transformer of SANA-Video or LongSANA, whose files look alike."""
+    from convert.sources import Component
+
+    renamed = RenamedSource(source, sana_video_original.video_transformer_table(), sana_video_original.DROPPED)
+    config = infer_video_config(renamed)
+    network = network_of(config, f"the configuration inferred from {path.name}", renamed.tensors)
+    problems = misfits(renamed, places(network.rules, network.abstract))
+    if renamed.dropped:
+        notes.append(_describe_dropped(renamed.dropped))
+    shift = choices.flow_shift
+    if shift is None:
+        shift = _VIDEO_FLOW_SHIFT
+        notes.append(
+            f"flow shift {shift:g}, as published for SANA-Video; --flow-shift changes it (LongSANA's own sampler has "
+            "its shift in the pipeline)"
+        )
+    component = Component("transformer", network, config, renamed, problems, _files(path, source), "original")
+    sampler = make_sampler("dpm_solver", flow_shift=shift)
+    return _transformer_model(path, component, sampler, "SanaVideoPipeline", notes)
+
+
+def _files(path: Path, source: TensorSource) -> tuple[tuple[Path, int], ...]:
+    return source.files if isinstance(source, SafetensorsSource) else ((path, path.stat().st_size),)
+
+
+def _transformer_model(path: Path, component: Component, sampler: Sampler, index_class: str, notes: list[str]) -> Model:
+    """A transformer with the files that a model directory has beside it."""
+    from convert.sources import Model
+
+    network, scheduler = component.network, to_scheduler_config(sampler)
     contract = contract_of(
         network.config,
         names=names_of(path),
-        stored={"transformer": {info.dtype.name for info in renamed.tensors.values()}},
+        stored={"transformer": {info.dtype.name for info in component.source.tensors.values()}},
         scheduler=scheduler,
         license=license_of(path.parent),
     )
-    notes.append("an original file holds the transformer alone; --components-from DIR takes the others from there")
+    notes = [*notes, "an original file holds the transformer alone; --components-from DIR takes the others from there"]
     index = {
         "_class_name": index_class,
         "scheduler": ["diffusers", scheduler["_class_name"]],
@@ -162,6 +206,52 @@ def infer_config(source: RenamedSource, image_size: int | None, *, controlnet: b
         )
         config["timestep_scale"] = 1.0
     return config
+
+
+def infer_video_config(source: RenamedSource) -> dict[str, Any]:
+    """The ``config.json`` that a published SANA-Video of these names and shapes has.
+
+    Raises:
+        CheckpointError: a tensor that says something about the shape is missing or has an impossible shape.
+    """
+    width, channels, *patch = _shape(source, "patch_embedding.weight", 5)
+    if width not in _VIDEO_HEAD_SIZES:
+        raise CheckpointError(
+            f"{source.location}: width {width} is not a published one ({', '.join(map(str, _VIDEO_HEAD_SIZES))}), and "
+            "the number of heads cannot be seen in the weights: convert it to a diffusers directory with a config.json "
+            "first"
+        )
+    head_size, cross_head_size = _VIDEO_HEAD_SIZES[width]
+    (inverted, *_), (_, caption) = (
+        _shape(source, "transformer_blocks.0.ff.conv_inverted.weight", 4),
+        _shape(source, "caption_projection.linear_1.weight", 2),
+    )
+    layers = {name.split(".")[1] for name in source.tensors if name.startswith("transformer_blocks.")}
+    normalised = "transformer_blocks.0.attn1.norm_q.weight" in source.tensors
+    return {
+        "_class_name": "SanaVideoTransformer3DModel",
+        "in_channels": channels,
+        "out_channels": _shape(source, "proj_out.weight", 2)[0] // math.prod(patch),
+        "num_attention_heads": width // head_size,
+        "attention_head_dim": head_size,
+        "num_layers": len(layers),
+        "num_cross_attention_heads": width // cross_head_size,
+        "cross_attention_head_dim": cross_head_size,
+        "cross_attention_dim": width,
+        "caption_channels": caption,
+        "mlp_ratio": inverted / 2 / width,
+        "dropout": 0.0,
+        "attention_bias": "transformer_blocks.0.attn1.to_q.bias" in source.tensors,
+        "sample_size": _VIDEO_SAMPLE_SIZES.get(tuple(patch), 30),
+        "patch_size": patch,
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,
+        "interpolation_scale": None,
+        "guidance_embeds": False,
+        "guidance_embeds_scale": 0.1,
+        "qk_norm": "rms_norm_across_heads" if normalised else None,
+        "rope_max_seq_len": 1024,
+    }
 
 
 def _shape(source: RenamedSource, name: str, axes: int) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from sana_jax.files import read_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
-from sana_jax.weights.components import CONVERTED
+from sana_jax.weights.components import CONVERTED, KEPT
 from sana_jax.weights.converted import lazy_saved_tree
 from sana_jax.weights.manifest import find_damage, saved_items
 from sana_jax.weights.messages import describe_array
@@ -27,8 +27,6 @@ from sana_jax.weights.safetensors_files import SafetensorsSource, TensorInfo, Te
 INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
-# Published tensors that our tree has no place for and an export needs, beside ``params``.
-KEPT = "kept_tensors.safetensors"
 WeightsChoice = Literal["auto", "params", "ema"]
 
 # Files of a tokenizer; whatever else lies there is not copied.
@@ -44,7 +42,7 @@ _TOKENIZER_FILES = (
 )
 _SMALL_FILES = {"tokenizer": _TOKENIZER_FILES, "scheduler": (SCHEDULER_CONFIG,)}
 # files that a network of this class needs beside its own, where it stands alone
-_BESIDE = {"SiglipVisionModel": ("preprocessor_config.json",)}
+_BESIDE = {"SiglipVisionModel": ("preprocessor_config.json", "spiece.model", *_TOKENIZER_FILES)}
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 

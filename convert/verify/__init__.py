@@ -5,6 +5,7 @@ PyTorch (with diffusers and transformers) is imported here and nowhere else, and
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,13 @@ DTYPES = ("float32", "bfloat16")
 PROMPTS = ("A red panda reading a book", "two small birds on a wire, in the rain")
 _BY_CLASS = {
     "SanaTransformer2DModel": "transformer",
+    "SanaVideoTransformer3DModel": "transformer",
     "SanaControlNetModel": "controlnet",
     "Gemma2Model": "text_encoder",
     "AutoencoderDC": "vae",
+    "AutoencoderKLWan": "vae",
 }
+_VIDEO_MULTIPLE = 32  # pixels; PyTorch's video pipelines refuse other sizes
 _SIDES = (3, 5)  # latent pixels: few, odd and not square, so that a published model takes minutes on a CPU
 
 
@@ -167,8 +171,11 @@ def _inputs(parts: dict[str, Component], height: int | None, width: int | None, 
     from convert.verify.networks import Inputs
 
     factor = parts["vae"].network.config.spatial_factor if "vae" in parts else 32
-    patches = [parts[name].network.config.patch_size for name in ("transformer", "controlnet") if name in parts]
+    sizes = [parts[name].network.config.patch_size for name in ("transformer", "controlnet") if name in parts]
+    patches = [max(size) if isinstance(size, tuple) else size for size in sizes]
     multiple = factor * max(patches, default=1)
+    if any(isinstance(size, tuple) for size in sizes) and "vae" in parts:
+        multiple = math.lcm(multiple, _VIDEO_MULTIPLE)
     sides = []
     for name, given, count in (("height", height, _SIDES[0]), ("width", width, _SIDES[1])):
         side = count * multiple if given is None else given

@@ -29,8 +29,10 @@ from sana_jax.weights.rules import read_params
 PACKAGES = ("torch", "diffusers", "transformers")
 _CLASSES = {
     "SanaTransformer2DModel": "diffusers",
+    "SanaVideoTransformer3DModel": "diffusers",
     "SanaControlNetModel": "diffusers",
     "AutoencoderDC": "diffusers",
+    "AutoencoderKLWan": "diffusers",
     "Gemma2Model": "transformers",
 }
 _LARGEST_FLOAT16 = 65504.0

@@ -102,13 +102,15 @@ def _before_blocks() -> Iterator[Tap]:
     yield Tap("caption_norm", "caption_norm", ("caption_norm",))
 
 
-def _blocks(layers: int, positions: bool) -> Iterator[Tap]:
+def _blocks(
+    layers: int, positions: bool, *, patches: str = "patch_embed", channels_first: bool = True
+) -> Iterator[Tap]:
     for layer in range(layers):
         name = f"transformer_blocks.{layer}"
         at = functools.partial(Tap, call=layer)
         if layer == 0:
             told = "with positions" if positions else "tokens"
-            yield at(f"patch_embed: {told}", name, ("transformer_blocks",), of_input=True)
+            yield at(f"{patches}: {told}", name, ("transformer_blocks",), of_input=True)
         attn1, ff = ("transformer_blocks", "attn1"), ("transformer_blocks", "ff")
         yield at(f"{name}: norm and modulation before attn1", f"{name}.attn1", attn1, of_input=True)
         yield at(f"{name}.attn1", f"{name}.attn1", attn1)
@@ -117,8 +119,9 @@ def _blocks(layers: int, positions: bool) -> Iterator[Tap]:
             path = ("transformer_blocks", attention, "to_out")
             told = f"{name}.{attention}: attention itself"
             yield at(told, f"{name}.{attention}.to_out.0", path, of_input=True, detail=True)
-        yield at(f"{name}: norm and modulation before ff", f"{name}.ff", ff, of_input=True, channels_first=True)
-        yield at(f"{name}.ff", f"{name}.ff", ff, channels_first=True)
+        told = f"{name}: norm and modulation before ff"
+        yield at(told, f"{name}.ff", ff, of_input=True, channels_first=channels_first)
+        yield at(f"{name}.ff", f"{name}.ff", ff, channels_first=channels_first)
         yield at(name, name, ("transformer_blocks",))
 
 
@@ -173,6 +176,49 @@ def transformer_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
     taps = (
         *_before_blocks(),
         *_blocks(config.num_layers, config.interpolation_scale is not None),
+        Tap("norm_out", "proj_out", ("proj_out",), of_input=True),
+        Tap("proj_out", "proj_out", ("proj_out",)),
+    )
+    return [Pass(taps, theirs, ours)], []
+
+
+def video_transformer_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -> tuple[list[Pass], list[Whole]]:
+    """SANA-Video: two videos of three latent frames, a time for each frame, two captions of which one has padding."""
+    from sana_jax.models.sana_video import SanaVideoTransformer
+
+    config, frames = network.config, 3
+    size = _latent_size(config, inputs)
+    latents = _normal(inputs.seed, "latents", 2, frames, *size, config.in_channels)
+    caption, mask = _caption(config, inputs.seed)
+    # the first frame of the second video is clean, as in image-to-video
+    time = np.array([[999.0] * frames, [0.0] + [412.5] * (frames - 1)], np.float32)
+    tokens = (size[0] // config.patch_size[1]) * (size[1] // config.patch_size[2])
+
+    def theirs(model: Any, dtype: Any) -> dict[str, np.ndarray]:
+        out = model(
+            hidden_states=to_torch(np.moveaxis(latents, -1, 1), dtype),
+            encoder_hidden_states=to_torch(caption, dtype),
+            encoder_attention_mask=to_torch(mask),
+            timestep=to_torch(np.repeat(time, tokens, axis=1)),
+            return_dict=False,
+        )[0]
+        return {"output": np.moveaxis(from_torch(out), 1, -1)}
+
+    def ours(params: Any, dtype: Any) -> dict[str, Any]:
+        out = SanaVideoTransformer(config, dtype=dtype).apply(
+            {"params": params},
+            jnp.asarray(latents, dtype),
+            jnp.asarray(caption, dtype),
+            jnp.asarray(time),
+            jnp.asarray(mask),
+        )
+        return {"output": out}
+
+    # PyTorch embeds a frame's time once for each of its tokens, so the embedder's results are not compared one by one;
+    # the modulation is, where it is used.
+    taps = (
+        *(tap for tap in _before_blocks() if tap.module != "time_embed"),
+        *_blocks(config.num_layers, False, patches="patch_embedding", channels_first=False),
         Tap("norm_out", "proj_out", ("proj_out",), of_input=True),
         Tap("proj_out", "proj_out", ("proj_out",)),
     )
@@ -268,6 +314,40 @@ def autoencoder_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
     return passes, [Whole(kinds, whole, our_whole)]
 
 
+def video_autoencoder_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -> tuple[list[Pass], list[Whole]]:
+    """Wan: encoding and decoding as the pipelines do them; PyTorch's side takes one latent frame after another.
+
+    Its modules are called once for each of them and ours once for all, so modules are not compared one by one.
+    """
+    from sana_jax.autoencoders.wan_autoencoder import WanAutoencoder
+
+    config = network.config
+    picture = smooth_picture(inputs, config.in_channels)
+    # a picture that moves to the right
+    frames = 1 + 2 * config.temporal_factor
+    video = np.stack([np.roll(picture, 2 * frame, 1) for frame in range(frames)])[None]
+    size = (inputs.height // config.spatial_factor, inputs.width // config.spatial_factor)
+    latents = _normal(inputs.seed, "latents", 1, 3, *size, config.z_dim)
+
+    def theirs(model: Any, dtype: Any) -> dict[str, np.ndarray]:
+        import torch
+
+        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        mode = model.encode(to_torch(np.moveaxis(video, -1, 1), dtype)).latent_dist.mode()
+        encoded = (mode.to(torch.float32) - mean) * (1.0 / std)
+        scaled = to_torch(np.moveaxis(latents, -1, 1)) / (1.0 / std) + mean
+        decoded = model.decode(scaled.to(dtype), return_dict=False)[0]
+        encoded, decoded = (np.moveaxis(from_torch(tensor), 1, -1) for tensor in (encoded, decoded))
+        return {"encode a video": encoded, "decode latents": _pixels(decoded)}
+
+    def ours(params: Any, dtype: Any, say: Callable[[str], None]) -> dict[str, np.ndarray]:
+        autoencoder = WanAutoencoder.from_params(config, params, dtype, say=say)
+        decoded = np.asarray(autoencoder.decode(latents))
+        return {"encode a video": np.asarray(autoencoder.encode(video)), "decode latents": _pixels(decoded)}
+
+    return [], [Whole({"encode a video": WHOLE, "decode latents": PIXELS_KIND}, theirs, ours)]
+
+
 def _pixels(decoded: np.ndarray) -> np.ndarray:
     return np.clip(decoded / 2 + 0.5, 0, 1)
 
@@ -349,8 +429,10 @@ def _gemma_taps(layers: int) -> Iterator[Tap]:
 
 PASSES: dict[str, Callable[[Network, Inputs, bool], tuple[list[Pass], list[Whole]]]] = {
     "SanaTransformer2DModel": transformer_passes,
+    "SanaVideoTransformer3DModel": video_transformer_passes,
     "SanaControlNetModel": controlnet_passes,
     "AutoencoderDC": autoencoder_passes,
+    "AutoencoderKLWan": video_autoencoder_passes,
     "Gemma2Model": text_encoder_passes,
 }
 
@@ -363,6 +445,8 @@ def with_layers(run: Pass, network: Network, model: Any, prefix: str = "") -> tu
     inside = (halves[0],) if halves else ()
     # A ControlNet's last layers are mapped, not called one by one; what they give is the network's result.
     own = [tap for tap in layer_taps(tensors, model, inside) if tap.path != ("controlnet_blocks",)]
+    if network.class_name == "SanaVideoTransformer3DModel":
+        own = [tap for tap in own if tap.path[0] != "time_embed"]  # once for each frame, and for each token there
     layers = [tap for tap in own if tap.module not in names]
     return (*run.taps, *layers)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import time
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from convert.verify import loading
 from convert.verify.comparison import BFLOAT16, whole_rows
 from convert.verify.networks import EXACT, PIXELS_KIND, WHOLE, Inputs, Whole, from_torch, smooth_picture
 from convert.verify.report import Limits, Report, Section, median_ratio_row
+from sana_jax.autoencoders.base import pixel_frames
 
 _GUIDANCE, _CONTROL_SCALE, _PAG_SCALE, _STRENGTH, _SPRINT_STEPS = 4.5, 0.7, 2.0, 0.6, 2
 _OURS = {
@@ -24,7 +26,10 @@ _OURS = {
     "SanaSprintPipeline": "SanaSprintPipeline",
     "SanaSprintImg2ImgPipeline": "SanaSprintPipeline",
     "SanaControlNetPipeline": "SanaControlNetPipeline",
+    "SanaVideoPipeline": "SanaVideoPipeline",
+    "SanaImageToVideoPipeline": "SanaImageToVideoPipeline",
 }
+_LATENT_FRAMES = 3  # of a video
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -78,17 +83,21 @@ def _one_prompt(name: str, ids: np.ndarray, embeds: np.ndarray, mask: np.ndarray
     return {f"{name}: token ids": ids, f"{name}: mask": mask, f"{name}: encoding": kept}
 
 
-def _instruction() -> list[str]:
-    """The reference's own."""
-    from diffusers import SanaPipeline
+def _instruction(kind: str) -> list[str]:
+    """The reference's own for a pipeline."""
+    import diffusers
 
-    return inspect.signature(SanaPipeline.__call__).parameters["complex_human_instruction"].default
+    pipeline = getattr(diffusers, kind if "Video" in kind else "SanaPipeline")
+    return inspect.signature(pipeline.__call__).parameters["complex_human_instruction"].default
 
 
 def _their_encodings(
-    model: Any, tokenizer: Path, prompts: tuple[str, ...]
+    model: Any, tokenizer: Path, prompts: tuple[str, ...], kind: str = "SanaPipeline"
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Token ids without padding, embeddings and mask of each prompt and of the empty negative one."""
+    """Token ids without padding, embeddings and mask of each prompt and of the empty negative one.
+
+    ``kind`` is the pipeline whose instruction stands before the prompts.
+    """
     from diffusers import SanaPipeline
     from transformers import AutoTokenizer
 
@@ -104,7 +113,7 @@ def _their_encodings(
     try:
         for prompt in prompts:
             both = pipeline.encode_prompt(
-                prompt, True, negative_prompt="", complex_human_instruction=_instruction(), max_sequence_length=300
+                prompt, True, negative_prompt="", complex_human_instruction=_instruction(kind), max_sequence_length=300
             )
             found.append(both[:2])
     finally:
@@ -168,7 +177,9 @@ class _Case:
         self.kind, self.inputs, self.prompts, self.steps = kind, inputs, prompts, steps
         self.sprint, self.from_picture = "Sprint" in kind, "Img2Img" in kind
         self.seed = inputs.seed
-        shape = (len(prompts), config.in_channels, inputs.height // inputs.factor, inputs.width // inputs.factor)
+        self.video = "Video" in kind
+        shape = (inputs.height // inputs.factor, inputs.width // inputs.factor)
+        shape = (len(prompts), config.in_channels, *((_LATENT_FRAMES,) if self.video else ()), *shape)
         self.latents = np.random.default_rng([inputs.seed, 11]).standard_normal(shape).astype(np.float32)
         self.step_noise = None
         self.pag_layer = config.num_layers // 2
@@ -188,10 +199,14 @@ class _Case:
 
         return Image.fromarray(np.round((smooth_picture(self.inputs) + 1) * 127.5).astype(np.uint8))
 
-    def shared(self) -> dict[str, Any]:
-        """Arguments that both pipelines take."""
+    def shared(self, temporal_factor: int | None) -> dict[str, Any]:
+        """Arguments that both pipelines take; ``temporal_factor`` is a video autoencoder's."""
         more: dict[str, Any] = {"num_inference_steps": self.steps, "guidance_scale": _GUIDANCE}
         more |= {"height": self.inputs.height, "width": self.inputs.width}
+        if self.video:
+            more |= {"frames": pixel_frames(_LATENT_FRAMES, temporal_factor)}
+        if self.kind == "SanaImageToVideoPipeline":
+            more |= {"image": self.picture}
         if self.from_picture:
             more |= {"image": self.picture, "strength": _STRENGTH}
         if self.kind == "SanaControlNetPipeline":
@@ -210,7 +225,7 @@ def _run_theirs(
     wanted = getattr(torch, dtype)
     with torch.no_grad():
         encoder = loading.load_theirs(places["text_encoder"]).to(wanted)
-        *positive, negative = _their_encodings(encoder, model.path / "tokenizer", case.prompts)
+        *positive, negative = _their_encodings(encoder, model.path / "tokenizer", case.prompts, case.kind)
         del encoder
         loading.collect()
         parts = {
@@ -223,7 +238,8 @@ def _run_theirs(
         more = {"pag_applied_layers": f"transformer_blocks.{case.pag_layer}"} if case.kind == "SanaPAGPipeline" else {}
         made = getattr(diffusers, case.kind)(tokenizer=None, text_encoder=None, scheduler=scheduler, **parts, **more)
         made.set_progress_bar_config(disable=True)
-        arguments = case.shared()
+        temporal_factor = places["vae"].component.network.config.temporal_factor if case.video else None
+        arguments = case.shared(temporal_factor)
 
         def stack(which: int) -> Any:
             return torch.from_numpy(np.stack([prompt[which] for prompt in positive]))
@@ -246,8 +262,8 @@ def _run_theirs(
             found[f"latents after step {index + 1}"] = from_torch(values["latents"])
             return values
 
-        images = made(**arguments, output_type="np", use_resolution_binning=False, callback_on_step_end=keep).images
-    return _in_order(found, np.asarray(images, np.float32))
+        result = made(**arguments, output_type="np", use_resolution_binning=False, callback_on_step_end=keep)
+    return _in_order(found, np.asarray(result.frames if case.video else result.images, np.float32))
 
 
 def _in_order(latents: dict[str, np.ndarray], pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -259,7 +275,7 @@ def _run_ours(
     case: _Case, model: Model, dtype: str, variant: str | None, fp16_saturation: bool
 ) -> dict[str, np.ndarray]:
     import sana_jax
-    from sana_jax.autoencoders.dc_autoencoder import DCAutoencoder
+    from sana_jax.autoencoders import load_autoencoder
     from sana_jax.text_encoders.gemma import GemmaTextEncoder
 
     pipeline = getattr(sana_jax, _OURS[case.kind]).from_pretrained(
@@ -270,20 +286,23 @@ def _run_ours(
         emulate_fp16_saturation=fp16_saturation,
     )
     # The model's contract may want others; both sides compute everything in one dtype here.
-    pipeline.text_encoder = GemmaTextEncoder.from_directory(model.path, dtype=dtype, variant=variant)
-    pipeline.autoencoder = DCAutoencoder.from_directory(model.path / "vae", dtype=jnp.dtype(dtype), variant=variant)
+    encoder = GemmaTextEncoder.from_directory(model.path, dtype=dtype, variant=variant)
+    instruction = pipeline.text_encoder.complex_human_instruction
+    pipeline.text_encoder = dataclasses.replace(encoder, complex_human_instruction=instruction)
+    pipeline.autoencoder = load_autoencoder(model.path / "vae", dtype=jnp.dtype(dtype), variant=variant)
     found: dict[str, np.ndarray] = {}
 
     def keep(pipeline: Any, index: int, timestep: float, values: dict[str, Any]) -> None:
         found[f"latents after step {index + 1}"] = np.asarray(values["latents"], np.float32)
 
-    arguments: dict[str, Any] = {**case.shared(), "prompt": list(case.prompts), "latents": case.latents}
+    temporal_factor = getattr(pipeline.autoencoder, "temporal_factor", None)
+    arguments: dict[str, Any] = {**case.shared(temporal_factor), "prompt": list(case.prompts), "latents": case.latents}
     if case.sprint:
         arguments["step_noise"] = case.step_noise
     if case.kind == "SanaPAGPipeline":
         arguments["pag_applied_layers"] = (case.pag_layer,)
-    pixels = pipeline(**arguments, binning="off", output_type="np", callback_on_step_end=keep).images
-    return _in_order(found, np.asarray(pixels, np.float32))
+    result = pipeline(**arguments, binning="off", output_type="np", callback_on_step_end=keep)
+    return _in_order(found, np.asarray(result.frames if case.video else result.images, np.float32))
 
 
 def runnable(model: Model, folders: set[str]) -> str | None:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 PARTS, LAYERS = "parts", "layers"
-_CHANNELS_FIRST = ("Conv2d", "BatchNorm2d")
+_CHANNELS_FIRST = ("Conv2d", "Conv3d", "BatchNorm2d")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Tap:
         their_call: which call of PyTorch's.
         of_input: whether the module's first input is meant, not its result.
         detail: whether it is a layer within a module that has a tap of its own.
-        channels_first: whether PyTorch's pictures have (B, C, H, W) here.
+        channels_first: whether PyTorch's pictures have (B, C, H, W) here, or its videos (B, C, T, H, W).
         select: the parts of PyTorch's result that ours are, in our order; None where both are one array.
         names: of these parts.
     """
@@ -56,8 +56,8 @@ class Tap:
         """PyTorch's arrays in our layout."""
         out = []
         for value, shape in zip(values, shapes, strict=True):
-            if self.channels_first and value.ndim == 4:
-                value = value.transpose(0, 2, 3, 1)
+            if self.channels_first and value.ndim in (4, 5):
+                value = np.moveaxis(value, 1, -1)
             # tokens of a picture are its pixels row by row
             out.append(value.reshape(shape) if value.size == np.prod(shape, dtype=np.int64) else value)
         return out
@@ -183,6 +183,9 @@ def run_ours(
         by_path.setdefault((tap.path, tap.call), []).append(tap)
 
     def exchange(tap: Tap, value: Any) -> Any:
+        if isinstance(value, tuple) and tap.select is None:
+            # what a streaming module passes on beside its result has no counterpart
+            return (exchange(tap, value[0]), *value[1:])
         parts = list(value) if isinstance(value, tuple) else [value]
         found.values[tap.name] = [np.asarray(part, np.float32) for part in parts]
         if given is None or not tap.active(depth):

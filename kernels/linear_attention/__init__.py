@@ -1,5 +1,5 @@
-"""ReLU linear attention: ``relu_linear_attention`` is what networks call."""
+"""ReLU linear attention, plain and with rotary positions: what networks call."""
 
-from kernels.linear_attention.api import relu_linear_attention
+from kernels.linear_attention.api import relu_linear_attention, rope_linear_attention
 
-__all__ = ["relu_linear_attention"]
+__all__ = ["relu_linear_attention", "rope_linear_attention"]

@@ -1,15 +1,18 @@
-"""The one function networks call for ReLU linear attention, whichever implementation runs it.
+"""The functions networks call for ReLU linear attention, whichever implementation runs it.
 
-Source: SANA (arXiv 2410.10629) §2.2, after EfficientViT; the small epsilon is that of the published diffusers weights'
-runtime and only matters where a query sees no key at all, which then gives 0.
+Source: SANA (arXiv 2410.10629) §2.2, after EfficientViT; with rotary positions SANA-Video (arXiv 2509.24695) §3. The
+small epsilon is that of the published diffusers weights' runtime and only matters where a query sees next to no key.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Mapping
 
 from kernels.linear_attention import xla
 from kernels.typing import Array, Float
 
 IMPLEMENTATIONS = {"xla": xla.relu_linear_attention}
+ROPE_IMPLEMENTATIONS = {"xla": xla.rope_linear_attention}
 
 
 def relu_linear_attention(
@@ -35,7 +38,55 @@ def relu_linear_attention(
     Raises:
         ValueError: if ``implementation`` is not one of ``IMPLEMENTATIONS``.
     """
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r}: choose one of {sorted(IMPLEMENTATIONS)}, or None to pick one")
-    return IMPLEMENTATIONS[name](query, key, value, epsilon)
+    return _pick(IMPLEMENTATIONS, implementation)(query, key, value, epsilon)
+
+
+def rope_linear_attention(
+    query: Float[Array, "B N h d"],
+    key: Float[Array, "B N h d"],
+    value: Float[Array, "B N h e"],
+    cos: Float[Array, "N p"],
+    sin: Float[Array, "N p"],
+    *,
+    epsilon: float = 1e-15,
+    implementation: str | None = None,
+) -> Float[Array, "B N h e"]:
+    """Attention with the kernel ``R_n relu(q_n) · R_m relu(k_m)`` over the un-rotated kernel's sum.
+
+    The ReLU comes first, then the rotation R of adjacent channel pairs. The normaliser ``Σ_m relu(q_n)·relu(k_m)`` is
+    not rotated, so it stays positive; weights may be negative and need not add up to 1.
+
+    Args:
+        query: queries before ReLU and rotation, h heads of size d.
+        key: keys before ReLU and rotation.
+        value: values, of head size e.
+        cos: cosine of every token's angle for each of its p = d/2 channel pairs, float32.
+        sin: the sines.
+        epsilon: added to the normaliser.
+        implementation: None picks by measurement (so far ``xla`` everywhere); a name runs just that.
+
+    Returns:
+        The attended values in ``value``'s dtype. Rotation, products, sums and the division are float32 whatever comes
+        in.
+
+    Raises:
+        ValueError: if ``implementation`` is not one of ``ROPE_IMPLEMENTATIONS``, or tables that do not fit.
+    """
+    check_rotation(query.shape, cos.shape, sin.shape)
+    return _pick(ROPE_IMPLEMENTATIONS, implementation)(query, key, value, cos, sin, epsilon)
+
+
+def check_rotation(query: tuple[int, ...], cos: tuple[int, ...], sin: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` unless the tables have a row per token and a column per channel pair."""
+    wanted = (query[1], query[3] // 2)
+    if query[3] % 2 or cos != wanted or sin != wanted:
+        raise ValueError(
+            f"cos {cos} and sin {sin}: queries of {query[1]} tokens and an even head size {query[3]} need {wanted}"
+        )
+
+
+def _pick(implementations: Mapping[str, Callable], name: str | None) -> Callable:
+    name = "xla" if name is None else name
+    if name not in implementations:
+        raise ValueError(f"implementation={name!r}: choose one of {sorted(implementations)}, or None to pick one")
+    return implementations[name]

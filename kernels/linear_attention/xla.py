@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from kernels.linear_attention.rotation import rotate_pairs
 from kernels.typing import Array, Float
 
 
@@ -18,3 +19,40 @@ def relu_linear_attention(
     numerator = jnp.einsum("bnhd,bhde->bnhe", query, summary, precision="highest")
     denominator = jnp.einsum("bnhd,bhd->bnh", query, key.sum(1), precision="highest")
     return (numerator / (denominator[..., None] + epsilon)).astype(value.dtype)
+
+
+def rope_linear_attention(
+    query: Float[Array, "B N h d"],
+    key: Float[Array, "B N h d"],
+    value: Float[Array, "B N h e"],
+    cos: Float[Array, "N p"],
+    sin: Float[Array, "N p"],
+    epsilon: float = 1e-15,
+) -> Float[Array, "B N h e"]:
+    """Same value as the reference; differentiable in forward and reverse mode; the result keeps ``value``'s dtype."""
+    query, key = (jnp.maximum(x, 0).astype(jnp.float32) for x in (query, key))
+    key_value, key_sum = summarise(key, value, cos, sin)
+    return read_summary(query, key_value, key_sum, cos, sin, epsilon).astype(value.dtype)
+
+
+def summarise(
+    key: Float[Array, "B N h d"], value: Float[Array, "B N h e"], cos: Float[Array, "N p"], sin: Float[Array, "N p"]
+) -> tuple[Float[Array, "B h d e"], Float[Array, "B h d"]]:
+    """``Σ (R k) vᵀ`` and ``Σ k`` over tokens, float32; keys are float32 and after their ReLU."""
+    rotated = rotate_pairs(key, cos, sin)
+    key_value = jnp.einsum("bmhd,bmhe->bhde", rotated, value.astype(jnp.float32), precision="highest")
+    return key_value, key.sum(1)
+
+
+def read_summary(
+    query: Float[Array, "B N h d"],
+    key_value: Float[Array, "B h d e"],
+    key_sum: Float[Array, "B h d"],
+    cos: Float[Array, "N p"],
+    sin: Float[Array, "N p"],
+    epsilon: float,
+) -> Float[Array, "B N h e"]:
+    """What every query gets from the two sums of ``summarise``; queries are float32 and after their ReLU."""
+    numerator = jnp.einsum("bnhd,bhde->bnhe", rotate_pairs(query, cos, sin), key_value, precision="highest")
+    denominator = jnp.einsum("bnhd,bhd->bnh", query, key_sum, precision="highest")
+    return numerator / (denominator[..., None] + epsilon)

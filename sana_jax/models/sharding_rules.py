@@ -35,6 +35,12 @@ SANA: tuple[Rule, ...] = (
     (r"scale_shift_table", (None, None)),
 )
 
+# SANA-Video's blocks and embeddings are SANA's; its Mix-FFN has a product over three frames behind it.
+SANA_VIDEO: tuple[Rule, ...] = (
+    *((pattern.replace("patch_embed/proj", "patch_embedding"), axes) for pattern, axes in SANA),
+    (r"transformer_blocks/ff/conv_temp/kernel", (None, "tensor", "fsdp")),
+)
+
 
 def lora_rules(rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
     """Where a LoRA's ``lora/<layer>/down`` and ``up`` lie: cut as the layer's kernel is, with the rank whole."""

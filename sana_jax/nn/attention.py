@@ -1,16 +1,20 @@
-"""The two attentions of a SANA block."""
+"""The attentions of a SANA block."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels.linear_attention import relu_linear_attention
+from kernels.block_linear_attention import BlockSums, block_linear_attention
+from kernels.linear_attention import relu_linear_attention, rope_linear_attention
 from kernels.typing import Array, Bool, Float, Int
 from sana_jax.nn.initializers import xavier_uniform
 from sana_jax.nn.linear import Linear
 from sana_jax.nn.norms import RMSNorm
+from sana_jax.nn.rope import Rotation
 
 # Attention's query and key norms have their own epsilon; the layer norms of the blocks have 1e-6.
 QK_NORM_EPSILON = 1e-5
@@ -45,15 +49,7 @@ class LinearSelfAttention(nn.Module):
         """Attends from every token to every token; where ``identity`` is set, from every token to itself alone."""
         batch, tokens, features = x.shape
         inner = self.num_heads * self.head_dim
-
-        def project(name: str) -> Float[Array, "B N D"]:
-            init = xavier_uniform(fused=3)
-            return Linear(inner, self.use_bias, dtype=self.dtype, kernel_init=init, name=name)(x)
-
-        query, key, value = project("to_q"), project("to_k"), project("to_v")
-        if self.qk_norm:
-            query = RMSNorm(QK_NORM_EPSILON, name="norm_q")(query)
-            key = RMSNorm(QK_NORM_EPSILON, name="norm_k")(key)
+        query, key, value = _self_projections(x, inner, self.qk_norm, self.use_bias, self.dtype)
         heads = (batch, tokens, self.num_heads, self.head_dim)
         attended = relu_linear_attention(query.reshape(heads), key.reshape(heads), value.reshape(heads))
         attended = attended.reshape(batch, tokens, inner)
@@ -61,6 +57,65 @@ class LinearSelfAttention(nn.Module):
             attended = jnp.where(identity[:, None, None], value, attended)
         out = Linear(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")(attended)
         return jnp.clip(out, -LARGEST_FLOAT16, LARGEST_FLOAT16) if self.fp16_saturation else out
+
+
+def _self_projections(
+    x: Float[Array, "B N D"], inner: int, qk_norm: bool, use_bias: bool, dtype: Any
+) -> tuple[Float[Array, "B N E"], Float[Array, "B N E"], Float[Array, "B N E"]]:
+    """Query, key and value of self-attention, made in the module that calls this."""
+
+    def project(name: str) -> Float[Array, "B N E"]:
+        return Linear(inner, use_bias, dtype=dtype, kernel_init=xavier_uniform(fused=3), name=name)(x)
+
+    query, key, value = project("to_q"), project("to_k"), project("to_v")
+    if qk_norm:
+        query = RMSNorm(QK_NORM_EPSILON, name="norm_q")(query)
+        key = RMSNorm(QK_NORM_EPSILON, name="norm_k")(key)
+    return query, key, value
+
+
+class RotaryLinearSelfAttention(nn.Module):
+    """ReLU linear attention with rotary positions: over all tokens, or, where a state is given, in causal blocks.
+
+    ``epsilon`` is added to the normaliser.
+    """
+
+    num_heads: int
+    head_dim: int
+    qk_norm: bool = False
+    use_bias: bool = False
+    dtype: jnp.dtype = jnp.float32
+    epsilon: float = 1e-15
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B N D"],
+        rotation: Rotation,
+        block_starts: tuple[int, ...] = (0,),
+        state: BlockSums | None = None,
+    ) -> tuple[Float[Array, "B N D"], BlockSums | None]:
+        """Attends; returns the state after the last block too, None where none was given.
+
+        Args:
+            x: tokens.
+            rotation: their angles.
+            block_starts: the first token of every block; without a state there is but one block.
+            state: sums of earlier blocks, zero before the first.
+        """
+        batch, tokens, features = x.shape
+        inner = self.num_heads * self.head_dim
+        heads = (batch, tokens, self.num_heads, self.head_dim)
+        projections = _self_projections(x, inner, self.qk_norm, self.use_bias, self.dtype)
+        query, key, value = (projection.reshape(heads) for projection in projections)
+        if state is None:
+            attended = rope_linear_attention(query, key, value, *rotation, epsilon=self.epsilon)
+        else:
+            attended, state = block_linear_attention(
+                query, key, value, *rotation, block_starts=block_starts, state=state, epsilon=self.epsilon
+            )
+        out = Linear(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")
+        return out(attended.reshape(batch, tokens, inner)), state
 
 
 class CrossAttention(nn.Module):

@@ -46,8 +46,15 @@ class Linear(nn.Module):
         return y
 
 
-def sample_dropout(x: Float[Array, "B ..."], keys: PRNGKeyArray, rate: Float[Array, ""]) -> Float[Array, "B ..."]:
-    """Sets a share ``rate`` of the values to 0 and divides the others by what is left, with one key (B,) per sample."""
+def sample_dropout(x: Float[Array, "R ..."], keys: PRNGKeyArray, rate: Float[Array, ""]) -> Float[Array, "R ..."]:
+    """Sets a share ``rate`` of the values to 0 and divides the others by what is left, with one key (B,) per sample.
+
+    The first axis is that of the samples, or has several rows of each, as the times of a video's frames have.
+    """
+    samples = keys.shape[0]
+    if x.shape[0] != samples:
+        folded = x.reshape(samples, x.shape[0] // samples, *x.shape[1:])
+        return sample_dropout(folded, keys, rate).reshape(x.shape)
 
     def one(x, key):
         kept = jax.random.bernoulli(key, 1 - rate, x.shape)

@@ -1,9 +1,16 @@
-"""The feed-forward network of a SANA block ("Mix-FFN", a gated inverted bottleneck; arXiv 2410.10629 §2.2)."""
+"""The feed-forward network of a SANA block ("Mix-FFN", a gated inverted bottleneck; arXiv 2410.10629 §2.2).
+
+SANA-Video (arXiv 2509.24695) adds a convolution over frames behind it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.depthwise_conv import depthwise_conv2d
 from kernels.typing import Array, Float
@@ -24,20 +31,75 @@ class GLUMBConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "B H W D"]) -> Float[Array, "B H W D"]:
         """Mixes channels, and each token with its eight neighbours."""
-        features, wide = x.shape[-1], 2 * self.hidden
-        x = Linear(
-            wide,
-            dtype=self.dtype,
-            kernel_init=torch_uniform(features),
-            bias_init=torch_uniform(features),
-            name="conv_inverted",
-        )(x)
-        x = DepthwiseConv(dtype=self.dtype, name="conv_depth")(silu(x))
-        value, gate = jnp.split(x, 2, axis=-1)
-        point = Linear(
-            features, use_bias=False, dtype=self.dtype, kernel_init=torch_uniform(self.hidden), name="conv_point"
+        return _gated_bottleneck(x, self.hidden, self.dtype)
+
+
+def _gated_bottleneck(x: Float[Array, "B H W D"], hidden: int, dtype: Any) -> Float[Array, "B H W D"]:
+    """The layers of ``GLUMBConv``, made in the module that calls this."""
+    features, wide = x.shape[-1], 2 * hidden
+    x = Linear(
+        wide,
+        dtype=dtype,
+        kernel_init=torch_uniform(features),
+        bias_init=torch_uniform(features),
+        name="conv_inverted",
+    )(x)
+    x = DepthwiseConv(dtype=dtype, name="conv_depth")(silu(x))
+    value, gate = jnp.split(x, 2, axis=-1)
+    point = Linear(features, use_bias=False, dtype=dtype, kernel_init=torch_uniform(hidden), name="conv_point")
+    return point(value * silu(gate))
+
+
+class TemporalGLUMBConv(nn.Module):
+    """``GLUMBConv`` on every frame, and ``u + conv(u)`` with a dense kernel over three frames of its output ``u``.
+
+    In blocks (``block_starts``), a frame sees the one before it across blocks, and the one after it in its own block
+    alone, so that no block depends on a later one. The frame before the first is zero or given. Training from scratch
+    starts with a kernel of zeros.
+    """
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B T H W D"],
+        block_starts: Sequence[int] = (0,),
+        previous: Float[Array, "B H W D"] | None = None,
+    ) -> tuple[Float[Array, "B T H W D"], Float[Array, "B H W D"]]:
+        """Mixes channels, neighbouring tokens and neighbouring frames.
+
+        Args:
+            x: frames of tokens.
+            block_starts: the first frame of every block, ascending from 0.
+            previous: what this function gave as its second result for the frames before; None where there are none.
+
+        Returns:
+            The frames, and the last frame as it was before the convolution over frames.
+        """
+        batch, frames, *size, features = x.shape
+        u = _gated_bottleneck(x.reshape(batch * frames, *size, features), self.hidden, self.dtype)
+        u = u.reshape(batch, frames, *size, features)
+        # One product over three frames' channels adds up in one accumulator.
+        over_frames = Linear(
+            features, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="conv_temp"
         )
-        return point(value * silu(gate))
+        return u + over_frames(_three_frames(u, block_starts, previous)), u[:, -1]
+
+
+def _three_frames(
+    u: Float[Array, "B T H W D"], block_starts: Sequence[int], previous: Float[Array, "B H W D"] | None
+) -> Float[Array, "B T H W E"]:
+    """The channels of the frame before, the frame and the frame after, side by side; arguments as above."""
+    nothing = jnp.zeros_like(u[:, :1])
+    first = nothing if previous is None else previous[:, None].astype(u.dtype)
+    before = jnp.concatenate([first, u[:, :-1]], axis=1)
+    after = jnp.concatenate([u[:, 1:], nothing], axis=1)
+    ends = np.isin(np.arange(1, u.shape[1] + 1), block_starts)  # the next frame is another block's
+    if ends.any():
+        after = jnp.where(ends[:, None, None, None], 0, after)
+    return jnp.concatenate([before, u, after], axis=-1)
 
 
 class DepthwiseConv(nn.Module):

@@ -16,12 +16,14 @@ from sana_jax.errors import CheckpointError
 from sana_jax.weights.converted import load_params
 from sana_jax.weights.recognition import looks_like
 from sana_jax.weights.rules import Rule, misfits, places, read_params
-from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
+from sana_jax.weights.safetensors_files import SafetensorsSource, TensorSource, find_weights_file
 from sana_jax.weights.trees import abstract_tree, tree_bytes
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
 CONVERTED = "params"
+# Published tensors that our tree has no place for and an export needs, beside a converted component's ``params``.
+KEPT = "kept_tensors.safetensors"
 
 
 class Resident:
@@ -100,7 +102,17 @@ def open_component(
         if variant is not None:
             raise CheckpointError(f"{directory} is converted and has no variants; leave variant={variant!r} out")
         return Resident(name, tree_bytes(abstract), lambda: load_params(converted, abstract))
-    source = SafetensorsSource(find_weights_file(directory, stem, variant))
+    return open_tensors(name, SafetensorsSource(find_weights_file(directory, stem, variant)), rules, abstract, ignored)
+
+
+def open_tensors(
+    name: str, source: TensorSource, rules: Sequence[Rule], abstract: PyTree, ignored: Sequence[str] = ()
+) -> Resident:
+    """``open_component`` for tensors that are open; ``name`` is the network's, for messages.
+
+    Raises:
+        CheckpointError: weights that do not fit.
+    """
     wanted = places(rules, abstract)
     if problems := misfits(source, wanted, ignored):
         family = None if wanted.keys() & source.tensors.keys() else looks_like(source.tensors)

@@ -25,6 +25,8 @@ class Layout:
         return self.to_theirs(np.broadcast_to(np.bool_(False), shape)).shape
 
 
+FRAME_TAPS = 3  # of the video networks' convolutions over frames
+
 SAME = Layout("same", lambda theirs: theirs, lambda ours: ours)
 # Linear: (out, in) <-> (in, out)
 LINEAR = Layout("linear", lambda theirs: theirs.T, lambda ours: ours.T)
@@ -35,6 +37,13 @@ DEPTHWISE = Layout("depthwise", lambda t: t[:, 0].transpose(1, 2, 0), lambda o: 
 # (out, in, kh, kw) <-> (kh, kw, in, out)
 CONV = Layout("conv", lambda theirs: theirs.transpose(2, 3, 1, 0), lambda ours: ours.transpose(3, 2, 0, 1))
 
+# a convolution over frames alone as a product over (frame, channel): (out, in, kt, 1) <-> (kt·in, out)
+OVER_FRAMES = Layout(
+    "over frames",
+    lambda theirs: theirs[:, :, :, 0].transpose(2, 1, 0).reshape(-1, theirs.shape[0]),
+    lambda ours: ours.reshape(FRAME_TAPS, -1, ours.shape[-1]).transpose(2, 1, 0)[..., None],
+)
+
 
 def patch(patch_size: int) -> Layout:
     """A p x p convolution of stride p as a product over (row, column, channel): (out, C, p, p) <-> (p·p·C, out)."""
@@ -43,6 +52,18 @@ def patch(patch_size: int) -> Layout:
         return ours.reshape(patch_size, patch_size, -1, ours.shape[-1]).transpose(3, 2, 0, 1)
 
     return Layout("patch", lambda theirs: theirs.transpose(2, 3, 1, 0).reshape(-1, theirs.shape[0]), to_theirs)
+
+
+def video_patch(patch_size: tuple[int, int, int]) -> Layout:
+    """``patch`` in frames, rows and columns: (out, C, pt, ph, pw) <-> (pt·ph·pw·C, out)."""
+
+    def to_theirs(ours: np.ndarray) -> np.ndarray:
+        return ours.reshape(*patch_size, -1, ours.shape[-1]).transpose(4, 3, 0, 1, 2)
+
+    def to_ours(theirs: np.ndarray) -> np.ndarray:
+        return theirs.transpose(2, 3, 4, 1, 0).reshape(-1, theirs.shape[0])
+
+    return Layout("video patch", to_ours, to_theirs)
 
 
 def grouped_pointwise(groups: int) -> Layout:

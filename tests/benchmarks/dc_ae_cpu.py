@@ -52,6 +52,11 @@ def products(name: str, pixels: int) -> dict[tuple, tuple[jax_core.JaxprEqn, int
     traced = jax.make_jaxpr(lambda params, x: network(CONFIG).apply({"params": params}, x))(
         abstract, network_input(name, pixels)
     )
+    return products_of(traced)
+
+
+def products_of(traced: jax_core.ClosedJaxpr) -> dict[tuple, tuple[jax_core.JaxprEqn, int]]:
+    """The matrix products and dense convolutions of a traced function."""
     counts: collections.Counter = collections.Counter()
     examples = {}
     pending = [traced.jaxpr]
@@ -70,8 +75,13 @@ def products(name: str, pixels: int) -> dict[tuple, tuple[jax_core.JaxprEqn, int
 
 def products_function(name: str, pixels: int) -> Callable[[], jax.Array]:
     """Runs the products of a network alone, one after another."""
+    return run_products(products(name, pixels))
+
+
+def run_products(found: dict[tuple, tuple[jax_core.JaxprEqn, int]]) -> Callable[[], jax.Array]:
+    """A function that runs each as often as it was found."""
     runs = []
-    for equation, count in products(name, pixels).values():
+    for equation, count in found.values():
         operands = random_like([array(*v.aval.shape) for v in equation.invars], 1.0)
         run = jax.jit(functools.partial(equation.primitive.bind, **equation.params))
         runs.append((functools.partial(run, *operands), count))

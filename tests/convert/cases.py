@@ -39,6 +39,7 @@ def as_original(state: dict[str, torch.Tensor], image_size: int = 1024) -> dict[
     original: dict[str, torch.Tensor] = {}
     plain = {
         "patch_embed.proj": "x_embedder.proj",
+        "patch_embedding": "x_embedder.proj",
         "caption_projection.linear_1": "y_embedder.y_proj.fc1",
         "caption_projection.linear_2": "y_embedder.y_proj.fc2",
         "caption_norm": "attention_y_norm",
@@ -62,6 +63,7 @@ def as_original(state: dict[str, torch.Tensor], image_size: int = 1024) -> dict[
         "ff.conv_inverted": "mlp.inverted_conv.conv",
         "ff.conv_depth": "mlp.depth_conv.conv",
         "ff.conv_point": "mlp.point_conv.conv",
+        "ff.conv_temp": "mlp.t_conv",
     }
     for name, tensor in state.items():
         layer, _, kind = name.rpartition(".")
@@ -89,8 +91,9 @@ def as_original(state: dict[str, torch.Tensor], image_size: int = 1024) -> dict[
             raise AssertionError(name)
     width = state["caption_norm.weight"].shape[0]
     original["y_embedder.y_embedding"] = torch.randn(300, state["caption_projection.linear_1.weight"].shape[1])
-    patch = state["patch_embed.proj.weight"].shape[-1]
-    original["pos_embed"] = torch.zeros(1, (image_size // 32 // patch) ** 2, width)
+    if "patch_embed.proj.weight" in state:  # videos have rotary positions
+        patch = state["patch_embed.proj.weight"].shape[-1]
+        original["pos_embed"] = torch.zeros(1, (image_size // 32 // patch) ** 2, width)
     if any("guidance_embedder" in name for name in state):
         original["logvar_linear.weight"], original["logvar_linear.bias"] = torch.randn(1, width), torch.randn(1)
     return original

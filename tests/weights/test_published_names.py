@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel
+from diffusers import AutoencoderDC, SanaControlNetModel, SanaTransformer2DModel, SanaVideoTransformer3DModel
 
 from configs.published import PUBLISHED_TRANSFORMERS
-from convert.families import network_of
+from convert.families import network_of, parameter_count
 from sana_jax.models.controlnet import SanaControlNetConfig
+from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.weights.rules import misfits, places
 from sana_jax.weights.safetensors_files import TensorInfo
 
@@ -53,6 +54,21 @@ def test_transformers(name):
 @pytest.mark.parametrize("config", [SanaControlNetConfig.controlnet_600m(), SanaControlNetConfig.controlnet_1600m()])
 def test_controlnets(config):
     check(SanaControlNetModel, config.to_dict())
+
+
+@pytest.mark.parametrize(
+    ("config", "tensors", "parameters"),
+    [
+        (SanaVideoConfig.sana_video_2b_480p(), 496, 2_056_862_144),
+        (SanaVideoConfig.sana_video_2b_720p(), 496, 2_057_148_928),
+    ],
+    ids=["480p", "720p"],
+)
+def test_video_transformers(config, tensors, parameters):
+    check(SanaVideoTransformer3DModel, config.to_dict(), tensors)
+    network = network_of(config.to_dict(), "config")
+    assert parameter_count(network.abstract) == parameters
+    assert network.family == "SANA-Video 2B"
 
 
 @pytest.mark.parametrize("name", ["f32c32_sana", "f32c32_in", "f32c32_mix", "f64c128_in", "f128c512_mix"])

@@ -29,11 +29,16 @@ BLOCK = (
 
 
 def _before_the_blocks(config: SanaConfig) -> tuple[Rule, ...]:
+    patches = linear("patch_embed/proj", "patch_embed.proj", patch(config.patch_size))
+    return (*patches, *embedder_rules(guidance=config.guidance_embeds))
+
+
+def embedder_rules(*, guidance: bool) -> tuple[Rule, ...]:
+    """The embedders of time and caption, which SANA-Video has too."""
     # Without a guidance embedder the published time embedder has one level more.
-    time = "time_embed" if config.guidance_embeds else "time_embed.emb"
+    time = "time_embed" if guidance else "time_embed.emb"
     embedders = ("timestep_embedder", "guidance_embedder")
     return (
-        *linear("patch_embed/proj", "patch_embed.proj", patch(config.patch_size)),
         *(
             rule
             for embedder in embedders

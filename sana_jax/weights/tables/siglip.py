@@ -1,4 +1,4 @@
-"""``SiglipVisionModel`` and the vision tower of ``SiglipModel``, of transformers: ``model.safetensors``."""
+"""``SiglipVisionModel``, and both towers of ``SiglipModel``, of transformers: ``model.safetensors``."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ PREFIX = "vision_model."
 OTHER_TOWER = (r"text_model\..*", r"logit_scale", r"logit_bias")
 NOT_PARAMETERS = (r"(vision_model\.)?embeddings\.position_ids",)
 IGNORED = (*OTHER_TOWER, *NOT_PARAMETERS)
+# the same from the text tower's side
+TEXT_PREFIX = "text_model."
+TEXT_IGNORED = (r"vision_model\..*", r"text_model\.embeddings\.position_ids")
 
 _OF_A_LAYER = (*(f"self_attn/{name}_proj" for name in ("q", "k", "v", "out")), "mlp/fc1", "mlp/fc2")
 
@@ -36,6 +39,24 @@ def siglip_rules(config: SiglipVisionConfig, prefix: str = PREFIX) -> tuple[Rule
         *(Rule(rule.ours, prefix + rule.theirs, rule.layout) for rule in rules),
         *(rule for name in _OF_A_LAYER for rule in linear(f"layers/{name}", f"{layers}.{name.replace('/', '.')}")),
         *(rule for name in ("layer_norm1", "layer_norm2") for rule in norm(f"layers/{name}", f"{layers}.{name}")),
+    )
+
+
+def siglip_text_rules() -> tuple[Rule, ...]:
+    """The rules of a whole SigLIP's text tower, under ``text``, and of the two numbers of its loss."""
+    layers = f"{TEXT_PREFIX}encoder.layers.{{layer}}"
+    rules = (
+        Rule("embeddings/token_embedding", f"{TEXT_PREFIX}embeddings.token_embedding.weight"),
+        Rule("embeddings/position_embedding", f"{TEXT_PREFIX}embeddings.position_embedding.weight"),
+        *norm("final_layer_norm", f"{TEXT_PREFIX}final_layer_norm"),
+        *linear("head", f"{TEXT_PREFIX}head"),
+        *(rule for name in _OF_A_LAYER for rule in linear(f"layers/{name}", f"{layers}.{name.replace('/', '.')}")),
+        *(rule for name in ("layer_norm1", "layer_norm2") for rule in norm(f"layers/{name}", f"{layers}.{name}")),
+    )
+    return (
+        *(Rule(f"text/{rule.ours}", rule.theirs, rule.layout) for rule in rules),
+        Rule("logit_scale", "logit_scale"),
+        Rule("logit_bias", "logit_bias"),
     )
 
 
