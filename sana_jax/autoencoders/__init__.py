@@ -1,22 +1,35 @@
-"""Autoencoders: pictures to latents and back."""
+"""Autoencoders: pictures and videos to latents and back."""
 
 from __future__ import annotations
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from sana_jax.autoencoders.base import Autoencoder
+from sana_jax.autoencoders.base import Autoencoder, VideoAutoencoder
 from sana_jax.autoencoders.dc_ae_config import CLASS_NAME as DC_AE
 from sana_jax.autoencoders.dc_autoencoder import DCAutoencoder
-from sana_jax.autoencoders.pixel import PixelAutoencoder
+from sana_jax.autoencoders.pixel import PixelAutoencoder, PixelVideoAutoencoder
+from sana_jax.autoencoders.wan_autoencoder import WanAutoencoder
+from sana_jax.autoencoders.wan_config import CLASS_NAME as WAN
 from sana_jax.component_config import load_from_config
 from sana_jax.errors import UserError
 
-__all__ = ["Autoencoder", "DCAutoencoder", "PixelAutoencoder", "load_autoencoder"]
+__all__ = [
+    "Autoencoder",
+    "DCAutoencoder",
+    "PixelAutoencoder",
+    "PixelVideoAutoencoder",
+    "VideoAutoencoder",
+    "WanAutoencoder",
+    "load_autoencoder",
+]
 
 
-def load_autoencoder(directory: str | pathlib.Path, dtype: Any = None, variant: str | None = None) -> Autoencoder:
+def load_autoencoder(
+    directory: str | pathlib.Path, dtype: Any = None, variant: str | None = None
+) -> Autoencoder | VideoAutoencoder:
     """The autoencoder of ``directory`` (a model directory's ``vae``), chosen by its ``_class_name``.
 
     Args:
@@ -30,14 +43,16 @@ def load_autoencoder(directory: str | pathlib.Path, dtype: Any = None, variant: 
         CheckpointError: weights that do not fit or are damaged.
     """
 
-    def pixels(config: Mapping[str, Any]) -> PixelAutoencoder:
+    def pixels(kind: type[PixelAutoencoder], config: Mapping[str, Any]) -> PixelAutoencoder:
         if dtype is not None or variant is not None:
             raise UserError(
-                f"PixelAutoencoder has no weights: dtype={dtype!r} and variant={variant!r} mean nothing, leave both out"
+                f"{kind.__name__} has no weights: dtype={dtype!r} and variant={variant!r} mean nothing, leave both out"
             )
-        return PixelAutoencoder.from_config(config)
+        return kind.from_config(config)
 
-    def deep_compression(_: Mapping[str, Any]) -> DCAutoencoder:
-        return DCAutoencoder.from_directory(directory, dtype=dtype, variant=variant)
+    def network(kind: type[DCAutoencoder] | type[WanAutoencoder], _: Mapping[str, Any]) -> Any:
+        return kind.from_directory(directory, dtype=dtype, variant=variant)
 
-    return load_from_config(directory, {"PixelAutoencoder": pixels, DC_AE: deep_compression})
+    loaders = {kind.__name__: functools.partial(pixels, kind) for kind in (PixelAutoencoder, PixelVideoAutoencoder)}
+    loaders |= {DC_AE: functools.partial(network, DCAutoencoder), WAN: functools.partial(network, WanAutoencoder)}
+    return load_from_config(directory, loaders)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from kernels.typing import Array, Float
+from kernels.typing import Array, Float, PyTree
+from sana_jax.errors import UserError
 
 
 class Autoencoder(Protocol):
@@ -30,3 +31,55 @@ class Autoencoder(Protocol):
     def to_config(self) -> dict[str, Any]:
         """What ``vae/config.json`` holds, ``_class_name`` included."""
         ...
+
+
+class VideoAutoencoder(Protocol):
+    """Videos to the latents that a transformer sees, and back; both channels-last.
+
+    ``temporal_factor`` is how many frames one latent frame stands for. The first stands for one frame alone, so videos
+    have ``1 + k·temporal_factor`` frames. The other attributes are as in ``Autoencoder``.
+    """
+
+    spatial_factor: int
+    temporal_factor: int
+    latent_channels: int
+    image_channels: int
+
+    def encode(self, videos: Float[Array, "B F H W P"]) -> Float[Array, "B T h w C"]:
+        """Videos in [-1, 1] to latents."""
+        ...
+
+    def decode(self, latents: Float[Array, "B T h w C"]) -> Float[Array, "B F H W P"]:
+        """Latents to videos, clamped to [-1, 1]."""
+        ...
+
+    def decode_frames(
+        self, latents: Float[Array, "B T h w C"], state: PyTree | None = None
+    ) -> tuple[Float[Array, "B F H W P"], PyTree]:
+        """The next latent frames of a video to their frames; ``state`` is what the ones before gave, None to begin."""
+        ...
+
+    def to_config(self) -> dict[str, Any]:
+        """What ``vae/config.json`` holds, ``_class_name`` included."""
+        ...
+
+
+def latent_frames(frames: int, temporal_factor: int) -> int:
+    """The latent frames of a video of so many frames: ``1 + (frames - 1) / temporal_factor``.
+
+    Raises:
+        UserError: that is not a whole number of 1 or more; the nearest numbers of frames that are allowed are named.
+    """
+    if frames < 1 or (frames - 1) % temporal_factor:
+        below = 1 + (frames - 1) // temporal_factor * temporal_factor
+        near = f"{below} or {below + temporal_factor}" if below > 0 else "1"
+        raise UserError(
+            f"{frames} frames; a video has 1 + {temporal_factor}·k of them (k = 0, 1, ...), the nearest are {near}: "
+            "choose one of these"
+        )
+    return 1 + (frames - 1) // temporal_factor
+
+
+def pixel_frames(latent_frames: int, temporal_factor: int) -> int:
+    """The frames of a video of so many latent frames, the inverse of ``latent_frames``."""
+    return 1 + (latent_frames - 1) * temporal_factor

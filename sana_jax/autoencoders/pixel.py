@@ -1,10 +1,10 @@
-"""The autoencoder that does nothing: latents are the pixels. For pictures small enough to model directly."""
+"""Autoencoders that do nothing: latents are the pixels. For pictures and videos small enough to model directly."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from kernels.typing import Array, Float
 from sana_jax.errors import UserError
@@ -55,10 +55,10 @@ class PixelAutoencoder:
 
     def to_config(self) -> dict[str, Any]:
         """What ``vae/config.json`` holds."""
-        return {"_class_name": "PixelAutoencoder", **dataclasses.asdict(self)}
+        return {"_class_name": type(self).__name__, **dataclasses.asdict(self)}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> PixelAutoencoder:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """The inverse of ``to_config``.
 
         Raises:
@@ -67,7 +67,7 @@ class PixelAutoencoder:
         given = {name: value for name, value in config.items() if name != "_class_name"}
         if "channels" not in given or set(given) - {"channels", "scaling_factor"}:
             raise UserError(
-                f"PixelAutoencoder configuration has {sorted(given)}; allowed are channels (required) and "
+                f"{cls.__name__} configuration has {sorted(given)}; allowed are channels (required) and "
                 "scaling_factor: mend its config.json"
             )
         return cls(**given)
@@ -78,3 +78,32 @@ class PixelAutoencoder:
                 f"{name} of shape {tuple(array.shape)}; the last axis must be the {self.channels} channels: "
                 "bring them to channels-last"
             )
+
+
+class PixelVideoAutoencoder(PixelAutoencoder):
+    """The same for videos: every latent frame is a frame. Arguments and errors as in ``PixelAutoencoder``."""
+
+    temporal_factor: ClassVar[int] = 1
+
+    def encode(self, videos: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
+        """Videos in [-1, 1], channels-last, to latents of the same shape."""
+        return super().encode(self._video(videos, "videos"))
+
+    def decode(self, latents: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
+        """Latents to videos, channels-last, clamped to [-1, 1]."""
+        return super().decode(self._video(latents, "latents")).clip(-1, 1)
+
+    def decode_frames(
+        self, latents: Float[Array, "B F H W C"], state: tuple[()] | None = None
+    ) -> tuple[Float[Array, "B F H W C"], tuple[()]]:
+        """The next latents of a video to its next frames; there is nothing to remember of those before."""
+        del state
+        return self.decode(latents), ()
+
+    def _video(self, array: Any, name: str) -> Any:
+        if len(array.shape) != 5:
+            raise UserError(
+                f"{name} of shape {tuple(array.shape)}; allowed is (batch, frames, height, width, {self.channels}): "
+                "bring them to that form"
+            )
+        return array
