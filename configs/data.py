@@ -1,4 +1,4 @@
-"""Pictures with captions: where they lie, how they are chosen, cut and described."""
+"""Pictures and clips with captions: where they lie, how they are chosen, cut and described."""
 
 from __future__ import annotations
 
@@ -103,6 +103,136 @@ class ImageDataConfig:
         if found:
             _require("proportions", " ".join(self.proportions), sum(found.values()) > 0, "one weight above 0 or more")
         return found
+
+
+@dataclass(frozen=True)
+class VideoDataConfig(ImageDataConfig):
+    """Clips cut out of videos with captions. ``python -m train.inspect_data PATH --clips`` shows what a data set holds
+    and how it is read."""
+
+    path: str | None = None
+    """A folder of videos and of folders of frames, a manifest (jsonl, csv), or tar files."""
+    clip_frames: int = 81
+    """Frames of a clip: 1, 5, 9, ... (4k + 1), as video autoencoders take them."""
+    clip_fps: float = 16.0
+    """Frames per second of a clip; videos of other rates are resampled by the times of their frames."""
+    clip_stride: int | None = None
+    """Frames (at clip_fps) from one clip's start to the next's in the same video; None: clips lie side by side."""
+    clips_per_video: int | None = None
+    """The most clips that are cut out of one video, spread evenly over it (a single one lies in its middle); None: as
+    many as clip_stride gives."""
+    clip_size: tuple[int, int] | None = None
+    """Height and width of every clip in pixels, instead of the model's table of sizes."""
+    source_fps: float | None = None
+    """Frames per second of videos that do not say it, and of folders of frames; None: such videos are unusable."""
+    motion_score: str | None = None
+    """Appended to captions as ' motion score: N.': a number for all clips, or the name of the data's column that holds
+    each video's. None: captions stay as they are."""
+    joint_interval: int = 0
+    """Every so many steps the batch has pictures, as clips of one frame, instead of clips; 0 for clips alone."""
+    joint_pictures: str | None = None
+    """Where those pictures are: a folder, a manifest, tar files or a dataset on disk."""
+    joint_caption: str | None = None
+    """One caption for every such picture instead of its own, as --data.caption is for clips."""
+    joint_cache: str | None = None
+    """Folder of those pictures' prepared latents; None: beside the run."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        frames, stride, fps = self.clip_frames, self.clip_stride, self.clip_fps
+        near = max(0, frames - 1) // 4 * 4 + 1
+        allowed = f"4k + 1 frames; the nearest are {near} and {near + 4}"
+        _require("clip-frames", frames, frames >= 1 and frames % 4 == 1, allowed)
+        _require("clip-fps", fps, 0 < fps < float("inf"), "above 0")
+        _require("clip-stride", stride, stride is None or stride >= 1, "1 or more")
+        _require("clips-per-video", self.clips_per_video, (self.clips_per_video or 1) >= 1, "1 or more")
+        _require("clips-per-video", 0, self.clips_per_video != 0, "1 or more")
+        size = self.clip_size
+        shown = "" if size is None else " ".join(map(str, size))
+        _require("clip-size", shown, size is None or min(size) >= 1, "a height and a width of 1 px or more")
+        _require("resolution", self.resolution, size is None or self.resolution is None, "none beside --data.clip-size")
+        rate = self.source_fps
+        _require("source-fps", rate, rate is None or 0 < rate < float("inf"), "above 0")
+        formats = ("auto", "folder", "manifest", "webdataset")
+        _require("format", self.format, self.format in formats, f"{', '.join(formats)} for clips")
+        _require("conditions", " ".join(self.conditions), not self.conditions, "none for clips")
+        every, pictures = self.joint_interval, self.joint_pictures
+        _require("joint-interval", every, every == 0 or every >= 2, "0 (clips alone), or 2 or more")
+        both = "--data.joint-interval and --data.joint-pictures together, or neither"
+        _require("joint-interval", every, bool(every) == (pictures is not None), both)
+        caption = self.joint_caption
+        _require("joint-caption", caption, caption is None or bool(every), "none without --data.joint-pictures")
+        _require("joint-interval", every, not every or frames > 1, "0 for clips of one frame, which are pictures")
+        cache = self.joint_cache
+        _require("joint-cache", cache, cache is None or bool(every), "none without --data.joint-pictures")
+
+    def pictures(self) -> ClipPicturesConfig | None:
+        """The pictures that are trained beside the clips; None where there are none."""
+        if self.joint_pictures is None:
+            return None
+        return ClipPicturesConfig(
+            path=self.joint_pictures,
+            caption=self.joint_caption,
+            caption_choice=self.caption_choice,
+            clip_threshold=self.clip_threshold,
+            clip_temperature=self.clip_temperature,
+            proportions=self.proportions,
+            missing_captions=self.missing_captions,
+            resolution=self.resolution,
+            aspect_buckets=self.aspect_buckets,
+            rare_buckets=self.rare_buckets,
+            flip=self.flip,
+            crop=self.crop,
+            crops=self.crops,
+            minimum_size=self.minimum_size,
+            max_bad_share=self.max_bad_share,
+            cache=self.joint_cache,
+            latent_dtype=self.latent_dtype,
+            clip_size=self.clip_size,
+        )
+
+
+@dataclass(frozen=True)
+class ClipPicturesConfig(ImageDataConfig):
+    """Pictures that are trained beside clips, as clips of one frame: ``VideoDataConfig.pictures`` makes it."""
+
+    clip_size: tuple[int, int] | None = None
+    """As of the clips."""
+
+
+@dataclass(frozen=True)
+class MovingDigitsDataConfig:
+    """The handwritten digits of scikit-learn, each moving across a small black canvas and coming back on its other
+    side: clips whose digit and direction can be measured."""
+
+    caption: str = "a {digit} moving {direction}"
+    """The caption of each clip; {digit} becomes zero, one, ... nine, {direction} right, left, up, down, up left, ..."""
+    embedding_dim: int = 32
+    """Size of a word's vector; the transformer's caption_channels."""
+    max_words: int = 7
+    """Words that a prompt may have."""
+    digits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
+    """Which digits to train on."""
+    frames: int = 9
+    """Frames of a clip."""
+    canvas: int = 12
+    """Pixels along each side of a frame; digits have 8."""
+    directions: Literal[4, 8] = 4
+    """Right, left, up, down alone, or the diagonals too."""
+    speed: int = 1
+    """Pixels that a digit moves from one frame to the next."""
+    held_out: float = 0.2
+    """Share of the digits' pictures that no training clip has; clips of them are for measuring."""
+    seed: int = 0
+    """Of the split, and of where a digit starts."""
+
+    def __post_init__(self):
+        _require("frames", self.frames, self.frames >= 2, "2 or more: a single frame does not move")
+        _require("canvas", self.canvas, self.canvas >= 10, "10 or more, so that a digit of 8 px has room to move")
+        most = (self.canvas - 1) // 2
+        _require("speed", self.speed, 1 <= self.speed <= most, f"1 to {most}, below half the canvas's side")
+        _require("held-out", self.held_out, 0 <= self.held_out < 1, "0 up to, not including, 1")
+        _require("seed", self.seed, self.seed >= 0, "0 or more")
 
 
 def _require(option: str, value: object, holds: bool, allowed: str) -> None:

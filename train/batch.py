@@ -11,13 +11,13 @@ NO_CONDITIONS: Mapping[str, Array] = {}
 
 
 class Batch(NamedTuple):
-    """Arrays of B samples, on the host or on devices.
+    """Arrays of B samples, on the host or on devices. Latents of clips are (B, T, H, W, C).
 
     ``conditions`` are further arrays by name, each with B as its first axis: what the data declares and the objective
     reads, such as ``control`` (B, H, W, C), the latents of a control picture, or ``loss_weight`` (B,).
     """
 
-    latents: Float[Array, "B H W C"]
+    latents: Float[Array, "B *T H W C"]
     prompt_embeds: Float[Array, "B L Ctext"]
     prompt_attention_mask: Int[Array, "B L"]
     conditions: Mapping[str, Array] = NO_CONDITIONS

@@ -1,11 +1,15 @@
 """What a data set holds and how training would read it: ``python -m train.inspect_data PATH [--resolution 1024 ...]``.
 
+Videos are told by the names of files, or by ``--clips``: see ``train.inspect_clips``.
+
 Counts, sizes, shapes and the sizes that they are trained at, captions, further columns, and every file that can't be
 used, by name. No model is needed, and nothing is written but the contact sheet that ``--contact-sheet`` asks for.
 """
 
 from __future__ import annotations
 
+import os
+import pathlib
 import statistics
 import sys
 from collections import Counter
@@ -29,10 +33,12 @@ from train.data.source import (
     Problem,
     Record,
     index_source,
+    names_below,
     refuse_missing_captions,
     refuse_no_pictures,
     refuse_too_many_bad,
 )
+from train.data.sources.listing import CLIP_SUFFIXES, PICTURE_SUFFIXES
 from train.data.splits import split
 
 PROG = "python -m train.inspect_data"
@@ -52,6 +58,9 @@ class InspectConfig(ImageDataConfig):
     """Decode every picture, which finds the truncated ones; False reads their headers alone, in seconds."""
     contact_sheet: str | None = None
     """Also draw some of the pictures, as they are trained, into this PNG."""
+    clips: bool = False
+    """Look for videos. Without it a folder that has videos and no pictures is looked through for videos too, unless
+    --no-clips says otherwise."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -85,21 +94,21 @@ def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
     pictures = [record for record in source.records if record.size is not None]
     plan = None
     if pictures:
-        for line in _describe_sizes([record.size for record in pictures]):
+        for line in describe_sizes([record.size for record in pictures]):
             say(line)
         table = size_table(32, 32, config.resolution or 1024, aspect_buckets=config.aspect_buckets)
         sizes = [record.size for record in pictures]
         plan = assign_buckets(sizes, table, minimum=config.batch_size, rare=config.rare_buckets)
         for line in _describe_buckets(plan, assign_buckets(sizes, table, minimum=1), config):
             say(line)
-    for line in (*_describe_captions(source), *_describe_columns(source), *_describe_groups(source, config)):
+    for line in (*describe_captions(source), *describe_columns(source), *describe_groups(source, config)):
         say(line)
     for line in (*_describe_features(source), *_describe_conditions(source, config)):
         say(line)
     for check in (
         lambda: refuse_too_many_bad(source.problems, source.looked_at, config.max_bad_share),
         lambda: refuse_missing_captions(source, config),
-        lambda: _say_choice(source, config, say),
+        lambda: say_choice(source, config, say),
     ):
         try:
             check()
@@ -133,10 +142,13 @@ def _check_pixels(source: IndexedSource, config: InspectConfig) -> None:
     source.without_caption = [key for key in source.without_caption if key not in bad]
 
 
-def _describe_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
-    def spread(values: Sequence[float], form: str) -> str:
-        return f"{min(values):{form}} to {max(values):{form}}, median {statistics.median(values):{form}}"
+def spread(values: Sequence[float], form: str) -> str:
+    """The least, the most and the median of numbers."""
+    return f"{min(values):{form}} to {max(values):{form}}, median {statistics.median(values):{form}}"
 
+
+def describe_sizes(sizes: Sequence[tuple[int, int]]) -> list[str]:
+    """Heights, widths and shapes."""
     heights, widths = zip(*sizes)
     return [
         f"height: {spread(heights, '.0f')} px",
@@ -157,7 +169,8 @@ def _describe_buckets(plan: BucketPlan, unmerged: BucketPlan, config: InspectCon
     return [*lines, *plan.lines[1:]]
 
 
-def _describe_captions(source: IndexedSource) -> list[str]:
+def describe_captions(source: IndexedSource) -> list[str]:
+    """How many captions there are, of which kinds, and some of them."""
     captions = [caption for record in source.records for caption in record.captions if caption.text]
     lines = [f"captions: {len(captions)}, {len({caption.text for caption in captions})} different"]
     if captions:
@@ -167,12 +180,12 @@ def _describe_captions(source: IndexedSource) -> list[str]:
         kinds = Counter(caption.kind for caption in captions)
         if several or len(kinds) > 1:
             listed = ", ".join(f"{kind} {count}" for kind, count in kinds.items())
-            lines.append(f"pictures with several captions: {several}; kinds: {listed}")
+            lines.append(f"{source.media.many} with several captions: {several}; kinds: {listed}")
         scores = [caption.score for caption in captions if caption.score is not None]
         if scores:
             lines.append(f"scores of captions: {len(scores)}, {min(scores):g} to {max(scores):g}")
         texts = dict.fromkeys(caption.text for caption in captions)
-        lines += [f"  for example: {_short(text)}" for text in list(texts)[:_SHOWN]]
+        lines += [f"  for example: {short(text)}" for text in list(texts)[:_SHOWN]]
     missing = source.without_caption
     if missing:
         some = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
@@ -180,7 +193,7 @@ def _describe_captions(source: IndexedSource) -> list[str]:
     return lines
 
 
-def _say_choice(source: IndexedSource, config: InspectConfig, say: Callable[[str], None]) -> None:
+def say_choice(source: IndexedSource, config: ImageDataConfig, say: Callable[[str], None]) -> None:
     """How often each kind of caption will be taken.
 
     Raises:
@@ -209,7 +222,8 @@ def _describe_conditions(source: IndexedSource, config: InspectConfig) -> list[s
     return lines if variants == 1 else [*lines, f"variants of each picture: {variants} (crops and mirror images)"]
 
 
-def _describe_columns(source: IndexedSource) -> list[str]:
+def describe_columns(source: IndexedSource) -> list[str]:
+    """What each further column holds."""
     names = dict.fromkeys(name for record in source.records for name in record.columns)
     return [f"column {name}: {_describe_column(source, name)}" for name in names]
 
@@ -223,16 +237,17 @@ def _describe_column(source: IndexedSource, name: str) -> str:
     if all(isinstance(value, int | float) for value in values):
         return f"numbers from {min(values):g} to {max(values):g}{some}"
     if all(isinstance(value, str) for value in values):
-        return f"texts, {len(set(values))} different, such as {_short(values[0])!r}{some}"
+        return f"texts, {len(set(values))} different, such as {short(values[0])!r}{some}"
     kinds = ", ".join(sorted({type(value).__name__ for value in values}))
-    return f"{kinds}, such as {_short(str(values[0]))}{some}"
+    return f"{kinds}, such as {short(str(values[0]))}{some}"
 
 
-def _describe_groups(source: IndexedSource, config: InspectConfig) -> list[str]:
+def describe_groups(source: IndexedSource, config: ImageDataConfig) -> list[str]:
+    """Groups, and how many go into each side of the split."""
     groups = Counter(record.group for record in source.records if record.group is not None)
     lines = []
     if groups:
-        lines.append(f"groups: {len(groups)}, of {min(groups.values())} to {max(groups.values())} pictures")
+        lines.append(f"groups: {len(groups)}, of {min(groups.values())} to {max(groups.values())} {source.media.many}")
     if config.validation_share:
         training, validation = split(source.records, config.validation_share)
         lines.append(f"split: {len(training)} to train, {len(validation)} to validate (with seed 0)")
@@ -261,15 +276,16 @@ def _draw_sheet(source: IndexedSource, pictures: list[Record], plan: BucketPlan,
             picture = decode_picture(source.read(record), name=source.name_of(record), channels=3)
         except BadPicture:  # named above, if pixels were asked for
             continue
-        cells.append(_cell(picture, bucket.height, bucket.width))
-        label = _short(record.key.rpartition("/")[2], 24)
+        cells.append(picture_cell(picture, bucket.height, bucket.width))
+        label = short(record.key.rpartition("/")[2], 24)
         labels.append(label.encode("ascii", "replace").decode())
     if not cells:
         raise UserError(f"--contact-sheet {config.contact_sheet}: none of the pictures can be decoded")
     save_png(config.contact_sheet, image_grid(cells, labels=labels))
 
 
-def _cell(picture: UInt8[np.ndarray, "H W 3"], height: int, width: int):
+def picture_cell(picture: UInt8[np.ndarray, "H W 3"], height: int, width: int):
+    """A picture cut to a shape, in the middle of a square of a contact sheet."""
     from PIL import Image
 
     scale = _CELL / max(height, width)
@@ -279,8 +295,20 @@ def _cell(picture: UInt8[np.ndarray, "H W 3"], height: int, width: int):
     return cell
 
 
-def _short(text: str, most: int = 100) -> str:
+def short(text: str, most: int = 100) -> str:
+    """A text, or its beginning."""
     return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def _about_clips(arguments: Sequence[str]) -> bool:
+    """Whether a command line is about videos: it says so, or its folder has videos and no pictures beside them."""
+    if any(word in ("--clips", "--clips=True") for word in arguments):
+        return True
+    places = [place for place, word in enumerate(arguments[:-1]) if word == "--path"]
+    if "--no-clips" in arguments or not places or not os.path.isdir(arguments[places[0] + 1]):
+        return False
+    suffixes = {os.path.splitext(name)[1].lower() for name in names_below(pathlib.Path(arguments[places[0] + 1]))}
+    return bool(suffixes & (set(CLIP_SUFFIXES) - {".gif"})) and not suffixes & set(PICTURE_SUFFIXES)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -289,7 +317,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
     try:
-        inspect(parse(InspectConfig, arguments, prog=PROG))
+        if _about_clips(arguments):
+            from train.inspect_clips import InspectClipsConfig, inspect_clips
+
+            inspect_clips(parse(InspectClipsConfig, arguments, prog=PROG))
+        else:
+            inspect(parse(InspectConfig, arguments, prog=PROG))
     except UserError as error:  # the options are those of training, without their group
         raise UserError(str(error).replace("--data.", "--")) from error
     except FileNotFoundError as error:

@@ -3,11 +3,11 @@
 ::
 
     cache.json                    the identity: everything that the numbers are a function of; written first
-    latents-00000.arrayrecord     a record per variant of a picture: its arrays, one after the other
+    latents-00000.arrayrecord     a record per variant of a picture, or of a clip: its arrays, one after the other
     latents-00000.json            what each record is: names, dtypes, shapes, checksums; with it the shard is there
     prompts-00000.arrayrecord     likewise a record per distinct text: its tokens, without padding
-    samples.jsonl                 the data: a line per picture with captions, group and size; written last
-    check.png                     pictures, and what becomes of them
+    samples.jsonl                 the data: a line per picture, or clip, with captions, group and size; written last
+    check.png                     pictures, or frames of clips, and what becomes of them
 
 Every file appears whole or not at all, so that an end at any moment loses the shard that was being written and nothing
 else. Shards are never changed; what is added goes into new ones.

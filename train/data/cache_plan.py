@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs.data import ImageDataConfig
+from configs.data import ImageDataConfig, VideoDataConfig
 from configs.schema import RunConfig
 from sana_jax.errors import UserError
 from sana_jax.pipelines.model_directory import ModelDirectory
@@ -17,13 +17,15 @@ from train.data.cache import FORMAT, CacheIdentity, Name
 from train.data.conditions import Condition, View
 from train.data.encoding import autoencoder_identity, latent_dtype, prompt_dtype, text_encoder_identity
 from train.data.source import Record
+from train.data.video.sizes import clip_sizes
+from train.data.video.windows import SAMPLING
 
 RESIZE = "bicubic, lanczos from 1536"
 NULL_PROMPT: Name = ("null", "")  # the record of the encoding of no text
 
 
 def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Sequence[Condition]) -> CacheIdentity:
-    """Everything that the numbers of a cache are a function of, apart from pictures and texts.
+    """Everything that the numbers of a cache are a function of, apart from pictures, videos and texts.
 
     Which crops there are of a picture, and whether it is mirrored as well, is not part of it: they are further records.
     """
@@ -38,6 +40,17 @@ def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Seq
         "pictures.channels": model.autoencoder.image_channels,
         "pictures.resize": RESIZE,
     }
+    if is_for_videos(model):
+        fields["clips.frames"] = 1
+    if isinstance(data, VideoDataConfig):
+        most = "all" if data.clips_per_video is None else f"at most {data.clips_per_video} of a video"
+        fields |= {
+            "clips.frames": data.clip_frames,
+            "clips.fps": data.clip_fps,
+            "clips.windows": f"every {data.clip_stride or data.clip_frames} frames, {most}",
+            "clips.source_fps": data.source_fps,
+            "clips.sampling": SAMPLING,
+        }
     for condition in conditions:
         fields |= {f"conditions.{condition.name}.{name}": value for name, value in condition.identity.items()}
     return CacheIdentity(fields)
@@ -72,13 +85,27 @@ def view_of(key: str, variant: str, bucket: Bucket) -> View:
 
 
 def table_of(data: ImageDataConfig, model: ModelDirectory) -> tuple[Bin, ...]:
-    """The sizes that a model's pictures may have."""
+    """The sizes that a model's pictures, or clips, may have."""
+    if is_for_videos(model):
+        network = model.transformer_config
+        return clip_sizes(data, network.sample_size, model.autoencoder.spatial_factor, _patch(network))
     return size_table(
         model.transformer_config.sample_size,
         model.autoencoder.spatial_factor,
         data.resolution,
         aspect_buckets=data.aspect_buckets,
     )
+
+
+def is_for_videos(model: ModelDirectory) -> bool:
+    """Whether a model's autoencoder takes videos."""
+    return hasattr(model.autoencoder, "temporal_factor")
+
+
+def _patch(network) -> int:
+    """Latents along a token's side."""
+    patch = network.patch_size
+    return patch if isinstance(patch, int) else patch[-1]
 
 
 def signature(record: Record, bucket: Bucket | None, conditions: Sequence[Condition]) -> str:

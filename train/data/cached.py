@@ -22,7 +22,7 @@ from train.data.captions import CaptionRule, caption_weights
 from train.data.source import Caption, Record
 from train.data.splits import split
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 
 
 class _Captions(NamedTuple):
@@ -84,7 +84,7 @@ class _Contents:
 
 
 class CachedData:
-    """The pictures of a cache, as a data set that training reads.
+    """The pictures, or clips, of a cache, as a data set that training reads.
 
     A picture's caption and its variant (crop, mirror image) are chosen anew for each batch by numbers that the caller
     draws. Any number of threads may ask for batches at once.
@@ -136,7 +136,7 @@ class CachedData:
 
     @cached_property
     def buckets(self) -> dict[Shape, Int[np.ndarray, " n"]]:
-        """The samples' indices by the shape (H, W, C) of their latents."""
+        """The samples' indices by the shape ([T,] H, W, C) of their latents."""
         by_shape: dict[Shape, list[int]] = {}
         for index, row in enumerate(self._rows.tolist()):
             by_shape.setdefault(self._contents.shapes[row], []).append(index)
@@ -144,7 +144,7 @@ class CachedData:
 
     @property
     def latent_shapes(self) -> tuple[Shape, ...]:
-        """The shapes (H, W, C) that latents have."""
+        """The shapes ([T,] H, W, C) that latents have."""
         return tuple(self.buckets)
 
     @property
@@ -232,9 +232,10 @@ class CachedData:
         size = sum(shard.num_bytes for shard in self._contents.reader.shards)
         held_out = f" and {len(self.validation)} for validation" if self.validation else ""
         count = len(self._contents.variants[0]) if self._contents.variants else 1
+        what = "clips" if max(map(len, self.buckets), default=3) > 3 else "pictures"
         each = f" in {count} variants each" if count > 1 else ""
         return (
-            f"{len(self):,} pictures{each}{held_out} from the cache {self.directory} ({readable_bytes(size)}), latents "
+            f"{len(self):,} {what}{each}{held_out} from the cache {self.directory} ({readable_bytes(size)}), latents "
             f"{shapes}; {len(self.captions):,} captions"
         )
 

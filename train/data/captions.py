@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from sana_jax.errors import UserError
+from train.data.sources.rows import as_number
 
 if TYPE_CHECKING:
     from configs.data import ImageDataConfig
-    from train.data.source import Caption
+    from train.data.source import Caption, Record
 
+_Entry = TypeVar("_Entry")
 DEFAULT_KIND = "prompt"
 _COLDEST = 0.01  # temperatures below it act like it
 
@@ -117,3 +119,34 @@ def fill_caption(template: str, columns: Mapping[str, Any], own: str | None = No
             f"--data.caption {template!r} can't be filled in ({error}); allowed are names of columns in braces, as in "
             "'a photo of {name}'; write {{ and }} for braces that are meant as such"
         ) from error
+
+
+def with_motion_scores(
+    records: Sequence[tuple[_Entry, Record]], motion_score: str | None
+) -> list[tuple[_Entry, Record]]:
+    """Captions that end in " motion score: N.", as SANA-Video is trained and asked with.
+
+    Args:
+        records: videos, each with something that stays as it is.
+        motion_score: a number for all, or the column that holds each one's; None: nothing is appended.
+
+    Raises:
+        UserError: a video has no number in that column.
+    """
+    if motion_score is None:
+        return list(records)
+    fixed = as_number(motion_score)
+    scores = [as_number(record.columns.get(motion_score)) if fixed is None else fixed for _, record in records]
+    if missing := [record.key for (_, record), score in zip(records, scores) if score is None]:
+        names = ", ".join(dict.fromkeys(name for _, record in records for name in record.columns)) or "none"
+        raise UserError(
+            f"--data.motion-score {motion_score}: {len(missing)} of {len(records)} videos have no number of that name: "
+            f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}; choose a number for all, or a column that "
+            f"every video has (there are: {names})"
+        )
+    done = []
+    for (entry, record), score in zip(records, scores):
+        texts = (f"{caption.text} motion score: {score:g}.".strip() for caption in record.captions)
+        captions = tuple(caption._replace(text=text) for caption, text in zip(record.captions, texts))
+        done.append((entry, replace(record, captions=captions)))
+    return done

@@ -62,23 +62,33 @@ def draw_check_picture(
             continue
         originals.append(to_network_range(view.of(picture)))
         latents.append(reader.read(places[key, variant])["latents"].astype(np.float32))
-        captions.append(_label(sample))
+        captions.append(label_of(sample))
     if not originals:
         return None
-    decoded = [np.asarray(encoder.autoencoder.decode(each[None]))[0] for each in latents]
+    # of a video model a picture is a clip of one frame
+    decoded = [
+        np.asarray(encoder.autoencoder.decode(each[None])).reshape(original.shape)
+        for each, original in zip(latents, originals)
+    ]
     error = float(np.mean([np.square(np.clip(b, -1, 1) - a).mean() for a, b in zip(originals, decoded)]))
-    ratio = f"PSNR {10 * np.log10(_PEAK**2 / error):.1f} dB" if error > 0 else "without any error"
     path = directory / CHECK_FILE
     factor = automatic_enlargement(height, width)
     pictures = [enlarge_image(to_pil(np.clip(each / 2 + 0.5, 0, 1)), factor) for each in [*originals, *decoded]]
     labels = ["original"] * len(originals) + captions
     with writing:
         save_png(path, image_grid(pictures, columns=len(originals), labels=labels))
-    say(f"decoded again, pictures have a mean squared error of {error:.2e} in [-1, 1], {ratio}; look at {path}")
+    say(f"decoded again, pictures have {nearness(error)}; look at {path}")
     return path
 
 
-def _label(sample: dict[str, Any]) -> str:
+def nearness(error: float) -> str:
+    """A mean squared error of numbers in [-1, 1], in words."""
+    ratio = f"PSNR {10 * np.log10(_PEAK**2 / error):.1f} dB" if error > 0 else "without any error"
+    return f"a mean squared error of {error:.2e} in [-1, 1], {ratio}"
+
+
+def label_of(sample: dict[str, Any]) -> str:
+    """A sample's first caption, short and printable."""
     text = sample["captions"][0][0] if sample["captions"] else ""
     text = text.encode("latin-1", "replace").decode("latin-1") or "(no caption)"
     return text if len(text) <= _LONGEST_LABEL else f"{text[: _LONGEST_LABEL - 3]}..."

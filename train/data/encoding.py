@@ -15,8 +15,10 @@ import numpy as np
 
 from configs.data import ImageDataConfig
 from kernels.typing import Float, UInt8
-from sana_jax.autoencoders import Autoencoder
+from sana_jax.autoencoders import Autoencoder, VideoAutoencoder
+from sana_jax.autoencoders.base import latent_frames
 from sana_jax.autoencoders.dc_autoencoder import LARGEST_UNTILED
+from sana_jax.autoencoders.wan_autoencoder import LARGEST_AT_ONCE
 from sana_jax.pipelines.model_directory import ModelDirectory
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights.identity import weights_id
@@ -25,6 +27,7 @@ from train.data.decoding import BadPicture
 Say = Callable[[str], None]
 LATENT_NAMES = ("z", "npy")
 _MOST_PICTURES = 64  # of one batch
+_MOST_CLIPS = 16
 _MOST_PROMPTS = 8
 _LOSSES_SHOWN = 3  # prompts that are too long: so many are printed, the rest counted
 _TOO_LONG = "is longer than max_sequence_length"
@@ -66,6 +69,36 @@ class PictureEncoder:
         if hasattr(self.autoencoder, "weights"):
             self.autoencoder.free()
             self.autoencoder.programs.clear()
+
+
+class ClipEncoder(PictureEncoder):
+    """Clips to latents, with one compiled program for each size.
+
+    Args:
+        autoencoder: the model's; its weights are read at the first clip.
+        frames: of every clip; 1 for pictures as clips.
+
+    Raises:
+        UserError: a number of frames that the autoencoder does not take.
+    """
+
+    def __init__(self, autoencoder: VideoAutoencoder, frames: int):
+        super().__init__(autoencoder)
+        self.frames = frames
+        self._latent_frames = latent_frames(frames, autoencoder.temporal_factor)
+
+    def batch_size(self, height: int, width: int, count: int) -> int:
+        """How many clips of a size, of which there are ``count``, go through the network at once."""
+        most = max(1, min(_MOST_CLIPS, LARGEST_AT_ONCE // (height * width * self.frames)))
+        return min(most, 1 << max(count - 1, 0).bit_length())
+
+    def __call__(self, clips: UInt8[np.ndarray, "B *F H W C"]) -> Float[jax.Array, "B T h w c"]:
+        """Latents of clips, or of pictures (B, H, W, C) as clips of one frame."""
+        return super().__call__(clips[:, None] if clips.ndim == 4 else clips)
+
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """(T, h, w, c) of the latents of clips of this size."""
+        return self._latent_frames, *super().latent_shape(height, width)
 
 
 def to_network_range(pictures: UInt8[np.ndarray, "*B H W C"]) -> Float[np.ndarray, "*B H W C"]:
@@ -171,12 +204,13 @@ def autoencoder_identity(model: ModelDirectory) -> dict[str, Any]:
     autoencoder = model.autoencoder
     fields = dict(_without_names(autoencoder.to_config()))
     if hasattr(autoencoder, "weights"):
-        tiles = autoencoder.tiles
+        tiles, videos = autoencoder.tiles, hasattr(autoencoder, "temporal_factor")
+        limit = {"pixels_at_once": LARGEST_AT_ONCE} if videos else {"untiled_pixels": LARGEST_UNTILED}
         fields |= {
             "weights": weights_id(model.path / "vae"),
             "dtype": jnp.dtype(autoencoder.dtype).name,
             "tiling": autoencoder.tiling,
-            "untiled_pixels": LARGEST_UNTILED,
+            **limit,
             "tiles": [*tiles.size, *tiles.stride],
         }
     return {f"autoencoder.{name}": value for name, value in fields.items()}

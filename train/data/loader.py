@@ -17,18 +17,19 @@ from kernels.typing import Float, Int
 from sana_jax.errors import CheckpointError, UserError
 from train.batch import Batch
 
-Shape = tuple[int, int, int]
+Shape = tuple[int, ...]
 _BATCHES = 1 << 40  # more than any run has
 # What the random numbers of a position are for.
 _BUCKETS, _SAMPLES, _CHOICES = range(3)
 
 
 class Dataset(Protocol):
-    """What training asks of data."""
+    """What training asks of data. One with an order of its own also has ``order(seed, batch_size)``, which gives
+    something with ``plan`` as ``BatchOrder`` has it."""
 
     @property
     def buckets(self) -> Mapping[Shape, Sequence[int]]:
-        """The samples' indices by the shape (H, W, C) of their latents; a batch has samples of one bucket."""
+        """The samples' indices by the shape ([T,] H, W, C) of their latents; a batch has samples of one bucket."""
         ...
 
     def __len__(self) -> int:
@@ -110,7 +111,8 @@ class Loader(Iterator[Batch]):
         if len(dataset) == 0:
             raise UserError("the data set is empty: 0 samples, at least 1 is needed; check --data")
         first, end = rows
-        order = BatchOrder(dataset.buckets, seed, batch_size)
+        own = getattr(dataset, "order", None)
+        order = own(seed, batch_size) if own is not None else BatchOrder(dataset.buckets, seed, batch_size)
 
         def load(number: int) -> Batch:
             # Plans are cheap: every process makes them whole and loads its own rows alone.

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from train.data.video.containers import ClipHeader
 
 Say = Callable[[str], None]
 
@@ -32,7 +35,7 @@ class Problem(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """A picture with what belongs to it.
+    """A picture, or a video, with what belongs to it.
 
     Attributes:
         key: unique in the source and the same on every machine: the relative path without suffix, or the tar's stem
@@ -42,6 +45,7 @@ class Record:
         group: pictures of one group never fall on both sides of a split; None: a group by itself.
         columns: everything else that the data says of it; numbers are numbers, names of further pictures are texts.
         stamp: changes when the picture's file does, and is the same on every machine: of its length and beginning.
+        video: what a video says of itself; None for pictures.
     """
 
     key: str
@@ -50,6 +54,7 @@ class Record:
     group: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
     stamp: str = ""
+    video: ClipHeader | None = None
 
 
 def shown(name: str) -> str:

@@ -1,4 +1,5 @@
-"""Pictures with captions, wherever they lie: one interface over folders, manifests, tars and Hugging Face datasets.
+"""Pictures or videos with captions, wherever they lie: one interface over folders, manifests, tars and Hugging Face
+datasets.
 
 ``open_source`` looks at a path, finds out its format, reads the headers of its pictures (not their pixels) and gives a
 list of records with a way to read their bytes. Nothing is written beside the user's data.
@@ -8,26 +9,41 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from configs.data import Format, ImageDataConfig
+from configs.data import Format, ImageDataConfig, VideoDataConfig
 from sana_jax.errors import UserError
-from train.data.captions import fill_caption
+from train.data.captions import fill_caption, with_motion_scores
 from train.data.decoding import BadPicture, Header, read_header
 from train.data.records import Caption, Problem, Record, Say, shown
 from train.data.sources.folder import MANIFEST_OF_NAMES, hidden, list_folder, list_named
 from train.data.sources.huggingface import list_dataset
-from train.data.sources.listing import ARRAY_SUFFIXES, PICTURE_SUFFIXES, Entry, FileBlob, Listing, read_blob
+from train.data.sources.listing import (
+    ARRAY_SUFFIXES,
+    CLIPS,
+    PICTURE_SUFFIXES,
+    PICTURES,
+    Blob,
+    Entry,
+    FileBlob,
+    Listing,
+    Media,
+    read_blob,
+)
 from train.data.sources.manifest import SUFFIXES, USUAL_STEMS, list_manifest
 from train.data.sources.webdataset import LIST_OF_TARS, list_tars
+
+if TYPE_CHECKING:
+    from train.data.video.containers import ClipHeader
 
 __all__ = [
     "Caption",
@@ -85,6 +101,7 @@ class IndexedSource:
 
     Attributes:
         name: the path, as it was given.
+        media: pictures or videos.
         kind: the format in words.
         records: the samples that can be used, in a fixed order.
         problems: files that can't be used.
@@ -94,8 +111,8 @@ class IndexedSource:
         looked_at: files that could be pictures, the unusable ones included.
     """
 
-    def __init__(self, name: str, listing: Listing):
-        self.name, self.kind = name, listing.kind
+    def __init__(self, name: str, listing: Listing, media: Media = PICTURES):
+        self.name, self.kind, self.media = name, listing.kind, media
         self.problems: list[Problem] = list(listing.problems)
         self.notes: list[str] = list(listing.notes)
         self.duplicates = list(listing.duplicates)
@@ -141,6 +158,10 @@ class IndexedSource:
                 raise BadPicture(blob.name, f"holds no arrays ({' '.join(str(error).split())[:100]})") from error
         return found
 
+    def blob(self, record: Record) -> Blob:
+        """Where a record's file lies, to be opened."""
+        return self._entries[record.key].picture
+
     def name_of(self, record: Record) -> str:
         """The file's name, for messages."""
         picture = self._entries[record.key].picture
@@ -154,10 +175,13 @@ class IndexedSource:
         """One line for the start of a run."""
         sizes = [record.size for record in self.records if record.size is not None]
         captions = sum(len(record.captions) for record in self.records)
-        parts = [f"{self.name} ({self.kind}): {len(self)} {'pictures' if sizes else 'samples'}"]
+        parts = [f"{self.name} ({self.kind}): {len(self)} {self.media.many if sizes else 'samples'}"]
         if sizes:
             small, large = (chosen(sizes, key=lambda size: size[0] * size[1]) for chosen in (min, max))
             parts.append(f"{small[0]}x{small[1]} to {large[0]}x{large[1]} px (height x width)")
+        seconds = [record.video.seconds for record in self.records if record.video is not None]
+        if seconds:
+            parts.append(f"{min(seconds):.2f} to {max(seconds):.2f} s long")
         parts.append(f"{captions} captions")
         if self.problems:
             parts.append(f"{len(self.problems)} unusable files left out")
@@ -193,23 +217,31 @@ def index_source(config: ImageDataConfig) -> IndexedSource:
         FileNotFoundError: there is nothing at the path.
         UserError: it is of no known format, or damaged as a whole.
     """
+    media = CLIPS if isinstance(config, VideoDataConfig) else PICTURES
     if config.path is None or not config.path.strip():
-        raise UserError("--data.path is missing; name a folder of pictures, a manifest, tar files or a dataset on disk")
+        raise UserError(
+            f"--data.path is missing; name a folder of {media.many}, a manifest, tar files or a dataset on disk"
+        )
     path = pathlib.Path(config.path).expanduser()
     try:
         if not path.exists():
             raise FileNotFoundError(
-                f"--data.path {path} does not exist; name a folder of pictures, a manifest or a tar"
+                f"--data.path {path} does not exist; name a folder of {media.many}, a manifest or a tar"
             )
-        listing = _list(path, config)
+        listing = _list(path, config, media)
     except FileNotFoundError:
         raise
     except OSError as error:
         raise UserError(f"--data.path {path} can't be read ({error.strerror}); allow it, or name another") from error
-    source = IndexedSource(config.path, listing)
-    usable = _large_enough(_read_headers(listing, source), config, source)
+    source = IndexedSource(config.path, listing, media)
+    look = _look
+    if isinstance(config, VideoDataConfig):
+        look = functools.partial(_look_at_video, source_fps=config.source_fps)
+    usable = _large_enough(_read_headers(listing, source, look), config, source)
     records = [(entry, _record(entry, looked, config)) for entry, looked in usable]
     records = _with_captions(records, config, source)
+    if isinstance(config, VideoDataConfig):
+        records = with_motion_scores(records, config.motion_score)
     source.records = [record for _, record in records]
     source._entries = {entry.key: entry for entry, _ in records}
     return source
@@ -244,8 +276,9 @@ def refuse_no_pictures(source: IndexedSource) -> None:
     if not source.records:
         left_out = f"; {source.notes[-1]}" if source.notes else ""
         raise UserError(
-            f"--data.path {source.name} ({source.kind}) has no picture that can be used, {len(source.problems)} files "
-            f"are unusable{left_out}: name a folder with {', '.join(PICTURE_SUFFIXES[:6])} files, a manifest or a tar"
+            f"--data.path {source.name} ({source.kind}) has no {source.media.one} that can be used, "
+            f"{len(source.problems)} files are unusable{left_out}: name a folder with "
+            f"{', '.join(source.media.suffixes[:6])} files, a manifest or a tar"
         )
 
 
@@ -259,16 +292,18 @@ def refuse_missing_captions(source: IndexedSource, config: ImageDataConfig) -> N
     if not missing or config.missing_captions != "error":
         return
     names = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
+    example = "a.txt for a.mp4" if source.media is CLIPS else "a.txt for a.jpg"
     raise UserError(
-        f"{len(missing)} of {len(source)} pictures have no caption: {names}; write one beside each (a.txt for a.jpg), "
-        "give all of them one with --data.caption 'a photo of ...', or choose --data.missing-captions skip or empty"
+        f"{len(missing)} of {len(source)} {source.media.many} have no caption: {names}; write one beside each "
+        f"({example}), give all of them one with --data.caption 'a photo of ...', or choose --data.missing-captions "
+        "skip or empty"
     )
 
 
 # -- which format ------------------------------------------------------------------------------------------------------
 
 
-def find_format(path: pathlib.Path) -> Format:
+def find_format(path: pathlib.Path, media: Media = PICTURES) -> Format:
     """The format of a path, by what is there.
 
     Raises:
@@ -285,8 +320,8 @@ def find_format(path: pathlib.Path) -> Format:
         return "upstream_folder"
     if _usual_manifest(path) is not None:
         return "manifest"
-    suffixes = {os.path.splitext(name)[1].lower() for name in _names_below(path)}
-    if suffixes & set(PICTURE_SUFFIXES):
+    suffixes = {os.path.splitext(name)[1].lower() for name in names_below(path)}
+    if suffixes & {*PICTURE_SUFFIXES, *media.suffixes}:
         return "folder"
     for suffix, found in ((".parquet", "huggingface"), (".tar", "webdataset")):
         if suffix in suffixes:
@@ -317,23 +352,29 @@ def _usual_manifest(path: pathlib.Path) -> pathlib.Path | None:
     return next((name for name in names if name.is_file()), None)
 
 
-def _names_below(path: pathlib.Path) -> Iterator[str]:
+def names_below(path: pathlib.Path) -> Iterator[str]:
+    """Names of all files below a folder, without those of the system's."""
     for _, folders, files in os.walk(path, followlinks=False):
         folders[:] = [folder for folder in folders if not hidden(folder)]
         yield from (file for file in files if not hidden(file))
 
 
-def _list(path: pathlib.Path, config: ImageDataConfig) -> Listing:
-    found = config.format if config.format != "auto" else find_format(path)
+def _list(path: pathlib.Path, config: ImageDataConfig, media: Media) -> Listing:
+    found = config.format if config.format != "auto" else find_format(path, media)
     kinds = tuple(config.weights())
+    if media is CLIPS and found not in (allowed := ("folder", "manifest", "webdataset")):
+        raise UserError(
+            f"--data.path {path} is of the format {found}, which has no videos; allowed are {', '.join(allowed)}: name "
+            "a folder of video files, or choose pictures"
+        )
     if found in ("folder", "features"):
         if not path.is_dir():
             raise UserError(f"--data.format {found}: {path} is no folder; name one, or leave the format out")
-        return list_folder(path, kinds, features=found == "features")
+        return list_folder(path, kinds, media, features=found == "features")
     if found == "upstream_folder":
         return list_named(path / MANIFEST_OF_NAMES if path.is_dir() else path, kinds)
     if found == "webdataset":
-        return list_tars(path, kinds)
+        return list_tars(path, kinds, media)
     if found == "huggingface":
         return list_dataset(path, kinds)
     if path.is_dir():
@@ -342,18 +383,18 @@ def _list(path: pathlib.Path, config: ImageDataConfig) -> Listing:
             raise UserError(
                 f"--data.format manifest: {path} has no metadata.jsonl or metadata.csv; name the file itself"
             )
-        listing = list_manifest(manifest, kinds)
+        listing = list_manifest(manifest, kinds, media)
         if manifest.parent != path:
             listing.notes.append(f"{manifest.relative_to(path)} is read, and no other folder of {path}")
         return listing
-    return list_manifest(path, kinds)
+    return list_manifest(path, kinds, media)
 
 
 # -- headers, captions, groups -----------------------------------------------------------------------------------------
 
 
 class _Looked(NamedTuple):
-    header: Header
+    header: Header | ClipHeader
     stamp: str
 
 
@@ -367,20 +408,42 @@ def _look(entry: Entry) -> _Looked | BadPicture:
     try:
         with entry.picture.open() as file:
             header = read_header(file, name=entry.picture.name)
-            file.seek(0)
-            digest = hashlib.blake2b(file.read(_STAMPED), digest_size=8)
-            digest.update(str(file.seek(0, os.SEEK_END)).encode())
-            return _Looked(header, digest.hexdigest())
+            return _Looked(header, _stamp(file))
     except BadPicture as error:
         return error
     except OSError as error:
         return BadPicture(entry.picture.name, f"can't be read ({error.strerror})")
 
 
-def _read_headers(listing: Listing, source: IndexedSource) -> list[tuple[Entry, _Looked]]:
+def _look_at_video(entry: Entry, source_fps: float | None) -> _Looked | BadPicture:
+    """A video's header."""
+    from train.data.video.containers import open_clip
+
+    if entry.picture is None:
+        return BadPicture(entry.key, "has features and no video")
+    try:
+        with open_clip(entry.picture, source_fps) as clip, entry.picture.open() as file:
+            frames = getattr(entry.picture, "frames", ())
+            return _Looked(clip.header, _stamp(file, str(frames) if frames else ""))
+    except BadPicture as error:
+        return error
+    except OSError as error:
+        return BadPicture(entry.picture.name, f"can't be read ({error.strerror})")
+
+
+def _stamp(file: IO[bytes], more: str = "") -> str:
+    file.seek(0)
+    digest = hashlib.blake2b(file.read(_STAMPED), digest_size=8)
+    digest.update(f"{file.seek(0, os.SEEK_END)}{more}".encode(errors="surrogatepass"))
+    return digest.hexdigest()
+
+
+def _read_headers(
+    listing: Listing, source: IndexedSource, look: Callable[[Entry], _Looked | BadPicture]
+) -> list[tuple[Entry, _Looked]]:
     """Entries whose picture can be opened; the others become problems."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(_look, listing.entries))
+        found = list(pool.map(look, listing.entries))
     usable, oddities, misnamed, misstated = [], collections.defaultdict(list), [], []
     for entry, looked in zip(listing.entries, found):
         if isinstance(looked, BadPicture):
@@ -392,16 +455,18 @@ def _read_headers(listing: Listing, source: IndexedSource) -> list[tuple[Entry, 
             continue
         for oddity in header.oddities:
             oddities[oddity].append(entry.picture.name)
-        if isinstance(entry.picture, FileBlob) and not _named_right(entry.picture.path, header.format):
+        pictured = isinstance(header, Header) and isinstance(entry.picture, FileBlob)
+        if pictured and not _named_right(entry.picture.path, header.format):
             misnamed.append(f"{entry.picture.name} is {header.format}")
         if entry.stated is not None and entry.stated != (header.height, header.width):
             misstated.append(entry.picture.name)
+    many = source.media.many
     for oddity, names in oddities.items():
-        source.notes.append(_counted(names, f"pictures are {oddity}"))
+        source.notes.append(_counted(names, f"{many} are {oddity}"))
     if misnamed:
         source.notes.append(_counted(misnamed, "pictures are of another format than their name says, and are read"))
     if misstated:
-        source.notes.append(_counted(misstated, "pictures have another size than the data states; their own counts"))
+        source.notes.append(_counted(misstated, f"{many} have another size than the data states; their own counts"))
     return usable
 
 
@@ -435,7 +500,10 @@ def _large_enough(
     ]
     if small:
         source.notes.append(
-            _counted(small, f"pictures have a side below --data.minimum-size {config.minimum_size} and are left out")
+            _counted(
+                small,
+                f"{source.media.many} have a side below --data.minimum-size {config.minimum_size} and are left out",
+            )
         )
     left_out = set(small)
     return [(entry, looked) for entry, looked in usable if entry.key not in left_out]
@@ -449,11 +517,12 @@ def _record(entry: Entry, looked: _Looked, config: ImageDataConfig) -> Record:
     if group is None and config.group_column is not None:
         raise UserError(
             f"--data.group-column {column}: {entry.key} has none; it has the columns "
-            f"{', '.join(entry.columns) or 'none'}: name a column that every picture has, or folder"
+            f"{', '.join(entry.columns) or 'none'}: name a column that every one has, or folder"
         )
     size = None if looked is _NO_PICTURE else (looked.header.height, looked.header.width)
     group = None if group is None else str(group)
-    return Record(entry.key, size, entry.captions, group, entry.columns, looked.stamp)
+    video = None if isinstance(looked.header, Header) else looked.header
+    return Record(entry.key, size, entry.captions, group, entry.columns, looked.stamp, video)
 
 
 def _with_captions(
@@ -477,11 +546,12 @@ def _with_captions(
                 continue
             captions = (Caption(""),) if config.missing_captions == "empty" else ()
         done.append((entry, dataclasses.replace(record, captions=captions)))
+    many = source.media.many
     if replaced:
-        source.notes.append(f"{replaced} pictures have captions of their own, which --data.caption replaces")
+        source.notes.append(f"{replaced} {many} have captions of their own, which --data.caption replaces")
     missing = source.without_caption
     if missing and config.missing_captions == "skip":
-        source.notes.append(_counted(missing, "pictures without a caption are left out", _LISTED))
+        source.notes.append(_counted(missing, f"{many} without a caption are left out", _LISTED))
     elif missing and config.missing_captions == "empty":
-        source.notes.append(_counted(missing, "pictures without a caption get an empty one", _LISTED))
+        source.notes.append(_counted(missing, f"{many} without a caption get an empty one", _LISTED))
     return done

@@ -6,20 +6,24 @@ import json
 import os
 import pathlib
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
 from train.data.decoding import BadPicture
 from train.data.records import Caption, shown
+from train.data.sources.frame_folders import take_frame_folders
 from train.data.sources.listing import (
     ARRAY_SUFFIXES,
     CAPTION_SUFFIXES,
     PICTURE_SUFFIXES,
-    UNREAD_SUFFIXES,
+    PICTURES,
+    Blob,
     Entry,
     FileBlob,
     Listing,
+    Media,
     clean_key,
     clean_text,
     read_blob,
@@ -32,16 +36,23 @@ _SYSTEM_FILES = ("Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini")
 MANIFEST_OF_NAMES = "meta_data.json"
 
 
-def list_folder(root: pathlib.Path, kinds: Collection[str] = (), *, features: bool = False) -> Listing:
-    """Every picture below a folder.
+def list_folder(
+    root: pathlib.Path, kinds: Collection[str] = (), media: Media = PICTURES, *, features: bool = False
+) -> Listing:
+    """Every picture, or video, below a folder.
 
     Args:
         root: the folder.
         kinds: names in a same-name .json file that are captions, beside the usual ones.
+        media: what is looked for.
         features: whether .npz and .npy files without a picture are samples too.
     """
-    listing = Listing("folder of features" if features else "folder of pictures", root)
-    _by_name(listing, _walk(listing, root), kinds, features)
+    listing = Listing("folder of features" if features else f"folder of {media.many}", root)
+    files = _walk(listing, root, media)
+    frames: dict[str, Blob] = {}
+    if media.folders:
+        files, frames = take_frame_folders(listing, files, media)
+    _by_name(listing, files, kinds, media, features, frames)
     return listing
 
 
@@ -58,7 +69,7 @@ def list_named(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
             "correct it, or choose --format folder, which needs no such file"
         )
     listing = Listing(f"pictures named by {path.name}", path.parent)
-    files = _walk(listing, path.parent)
+    files = _walk(listing, path.parent, PICTURES)
     wanted = {clean_key(name) for name in names}
     stems = {clean_key(_stem(relative)) for relative in files} | {clean_key(relative) for relative in files}
     chosen = [relative for relative in files if {clean_key(_stem(relative)), clean_key(relative)} & wanted]
@@ -71,7 +82,7 @@ def list_named(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
     for name in names:
         if clean_key(name) not in stems:
             listing.problem(name, f"is missing, though {path.name} names it")
-    _by_name(listing, chosen, kinds)
+    _by_name(listing, chosen, kinds, PICTURES)
     return listing
 
 
@@ -101,13 +112,22 @@ def note_encodings(listing: Listing, encodings: Mapping[str, list[str]]) -> None
         listing.note(names, f"texts are not UTF-8 and read as {encoding}")
 
 
-def _by_name(listing: Listing, files: list[str], kinds: Collection[str], features: bool = False) -> None:
-    """Entries of pictures with what has the same name beside them."""
+def _by_name(
+    listing: Listing,
+    files: list[str],
+    kinds: Collection[str],
+    media: Media,
+    features: bool = False,
+    frames: Mapping[str, Blob] = MappingProxyType({}),
+) -> None:
+    """Entries of pictures with what has the same name beside them; ``frames`` are folders that are samples."""
     pictures: dict[str, list[str]] = {}
+    for folder in frames:
+        pictures.setdefault(clean_key(folder), []).append(folder)
     beside: dict[str, dict[str, str]] = {}
     for relative in files:
         suffix, stem = _suffix(relative), clean_key(_stem(relative))
-        if suffix in PICTURE_SUFFIXES:
+        if suffix in media.suffixes:
             pictures.setdefault(stem, []).append(relative)
         elif suffix in (*CAPTION_SUFFIXES, ".json", *ARRAY_SUFFIXES):
             beside.setdefault(stem, {})[suffix] = relative
@@ -118,28 +138,28 @@ def _by_name(listing: Listing, files: list[str], kinds: Collection[str], feature
         found = _beside_picture(listing, beside.get(stem, {}), kinds, encodings)
         for relative in same:
             key = clean_key(relative) if len(same) > 1 else stem
-            listing.entries.append(_entry(listing.root, relative, key, found))
+            blob = frames.get(relative) or FileBlob(os.path.join(listing.root, relative), shown(relative))
+            listing.entries.append(_entry(blob, key, found))
     alone = {stem: others for stem, others in beside.items() if stem not in pictures}
     if features:
         samples = {stem: others for stem, others in alone.items() if any(each in ARRAY_SUFFIXES for each in others)}
         for stem, others in samples.items():
             found = _beside_picture(listing, others, kinds, encodings)
-            listing.entries.append(_entry(listing.root, None, stem, found))
+            listing.entries.append(_entry(None, stem, found))
         alone = {stem: others for stem, others in alone.items() if stem not in samples}
     for text, suffixes in (("captions", CAPTION_SUFFIXES), ("files of features", ARRAY_SUFFIXES)):
         lonely = [others[suffix] for others in alone.values() for suffix in suffixes if suffix in others]
-        listing.note(lonely, f"{text} have no picture of the same name and are left out")
+        listing.note(lonely, f"{text} have no {media.one} of the same name and are left out")
     if listing.duplicates:
         some = "; ".join(" and ".join(same) for same in listing.duplicates[:3])
         listing.notes.append(
-            f"{len(listing.duplicates)} names belong to several pictures, all are used, with one caption: {some}"
+            f"{len(listing.duplicates)} names belong to several {media.many}, all are used, with one caption: {some}"
         )
     note_encodings(listing, encodings)
 
 
-def _entry(root: pathlib.Path, relative: str | None, key: str, found: dict[str, Any]) -> Entry:
-    picture = None if relative is None else FileBlob(os.path.join(root, relative), shown(relative))
-    return Entry(key, picture, folder=key.rpartition("/")[0], **found)
+def _entry(blob: Blob | None, key: str, found: dict[str, Any]) -> Entry:
+    return Entry(key, blob, folder=key.rpartition("/")[0], **found)
 
 
 def _beside_picture(
@@ -189,7 +209,7 @@ def hidden(name: str) -> bool:
     return name.startswith(".") or name in _SYSTEM_FOLDERS or name in _SYSTEM_FILES
 
 
-def _walk(listing: Listing, root: pathlib.Path) -> list[str]:
+def _walk(listing: Listing, root: pathlib.Path, media: Media) -> list[str]:
     """Relative names of all files, sorted folder by folder; what is not looked at is noted."""
     files: list[str] = []
     left_out: dict[str, list[str]] = {"hidden": [], "twice": [], "unread": [], "other": []}
@@ -218,15 +238,15 @@ def _walk(listing: Listing, root: pathlib.Path) -> list[str]:
                 below.append(relative)
             else:
                 files.append(relative)
-                known = (*PICTURE_SUFFIXES, *CAPTION_SUFFIXES, ".json", *ARRAY_SUFFIXES)
-                if (suffix := _suffix(relative)) in UNREAD_SUFFIXES:
+                known = (*PICTURE_SUFFIXES, *media.suffixes, *CAPTION_SUFFIXES, ".json", *ARRAY_SUFFIXES)
+                if (suffix := _suffix(relative)) in media.unread[0]:
                     left_out["unread"].append(relative)
                 elif suffix not in known:
                     left_out["other"].append(relative)
         waiting += reversed(below)
     listing.note(left_out["hidden"], "hidden or system files are left out")
     listing.note(left_out["twice"], "folders were met again through links and are read once")
-    listing.note(left_out["unread"], "pictures are of kinds that are not read (save them as PNG or JPEG)")
+    listing.note(left_out["unread"], f"{media.many} are of kinds that are not read ({media.unread[1]})")
     listing.note(left_out["other"], "other files are left out")
     return files
 

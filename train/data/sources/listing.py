@@ -15,9 +15,51 @@ from train.data.decoding import BadPicture
 from train.data.records import Caption, Problem, shown
 
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+CLIP_SUFFIXES = (
+    *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg"),
+    *(".ts", ".mts", ".m2ts", ".wmv", ".flv", ".3gp", ".ogv"),
+)
 UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr")
 CAPTION_SUFFIXES = (".txt", ".caption")
 ARRAY_SUFFIXES = (".npz", ".npy")
+
+
+@dataclass(frozen=True)
+class Media:
+    """What the samples of a data set are.
+
+    Attributes:
+        one: in messages.
+        many: likewise.
+        suffixes: of their files, in lower case.
+        unread: suffixes of files that are such and are not read, with what to do about them.
+        columns: names of a manifest's column that has their names.
+        folders: whether a folder of pictures is one sample: its frames.
+    """
+
+    one: str
+    many: str
+    suffixes: tuple[str, ...]
+    unread: tuple[tuple[str, ...], str]
+    columns: tuple[str, ...]
+    folders: bool = False
+
+
+PICTURES = Media(
+    "picture",
+    "pictures",
+    PICTURE_SUFFIXES,
+    (UNREAD_SUFFIXES, "save them as PNG or JPEG"),
+    ("image", "file_name", "path", "image_path", "filename", "file", "img", "img_path", "image_file"),
+)
+CLIPS = Media(
+    "video",
+    "videos",
+    CLIP_SUFFIXES,
+    ((".rm", ".rmvb", ".swf", ".vob", ".y4m", ".yuv"), "save them as MP4 or MKV"),
+    ("video", "file_name", "path", "video_path", "filename", "file", "clip", "clip_path", "video_file"),
+    folders=True,
+)
 
 
 class Blob(Protocol):

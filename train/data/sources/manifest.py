@@ -13,15 +13,16 @@ from typing import Any
 
 from sana_jax.errors import UserError
 from train.data.records import shown
-from train.data.sources.listing import Entry, FileBlob, Listing, clean_key, read_text, unique_keys
-from train.data.sources.rows import PICTURE_COLUMNS, picture_column, sort_out
+from train.data.sources.frame_folders import is_folder, list_frames
+from train.data.sources.listing import PICTURES, Entry, FileBlob, Listing, Media, clean_key, read_text, unique_keys
+from train.data.sources.rows import picture_column, sort_out
 
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json")
 USUAL_STEMS = ("metadata", "manifest", "captions", "dataset")
 
 
-def list_manifest(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
-    """The pictures of a manifest.
+def list_manifest(path: pathlib.Path, kinds: Collection[str] = (), media: Media = PICTURES) -> Listing:
+    """The pictures, or videos, of a manifest.
 
     Raises:
         UserError: the file can't be read, or has no column of pictures.
@@ -35,31 +36,33 @@ def list_manifest(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
         listing.notes.append(f"{path.name} is not UTF-8 and read as {encoding}")
     rows = list((_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(listing, path, text))
     names = list(dict.fromkeys(name for _, row in rows for name in row))
-    picture = picture_column(names)
+    picture = picture_column(names, media.columns)
     if picture is None:
         raise UserError(
-            f"{path} has the columns {', '.join(map(str, names[:12])) or '(none)'}; one of them must name the pictures "
-            f"and be called {', '.join(PICTURE_COLUMNS[:6])} or the like: rename it"
+            f"{path} has the columns {', '.join(map(str, names[:12])) or '(none)'}; one of them must name the "
+            f"{media.many} and be called {', '.join(media.columns[:6])} or the like: rename it"
         )
     for where, row in rows:
-        _add_row(listing, where, sort_out(row, picture, kinds))
+        _add_row(listing, where, sort_out(row, picture, kinds), media)
     unique_keys(listing)
     return listing
 
 
-def _add_row(listing: Listing, where: str, row) -> None:
+def _add_row(listing: Listing, where: str, row, media: Media) -> None:
     name = row.picture.get("path") if isinstance(row.picture, dict) else row.picture
     if not isinstance(name, str) or not name.strip():
-        listing.problem(where, "names no picture")
+        listing.problem(where, f"names no {media.one}")
         return
     if "://" in name:
-        listing.problem(name, "is a web address, and pictures are read from disk: download it")
+        listing.problem(name, f"is a web address, and {media.many} are read from disk: download it")
         return
-    key = row.key or os.path.splitext(os.path.normpath(name))[0]
+    full = os.path.join(listing.root, name)
+    frames = media.folders and is_folder(full)
+    key = row.key or (os.path.normpath(name) if frames else os.path.splitext(os.path.normpath(name))[0])
     listing.entries.append(
         Entry(
             clean_key(key),
-            FileBlob(os.path.join(listing.root, name), shown(name)),
+            list_frames(full, shown(name)) if frames else FileBlob(full, shown(name)),
             row.captions,
             row.columns,
             folder=os.path.dirname(clean_key(name)),

@@ -7,9 +7,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from train.data.records import Caption
-from train.data.sources.listing import clean_text
+from train.data.sources.listing import PICTURES, clean_text
 
-PICTURE_COLUMNS = ("image", "file_name", "path", "image_path", "filename", "file", "img", "img_path", "image_file")
+PICTURE_COLUMNS = PICTURES.columns
 CAPTION_COLUMNS = ("text", "caption", "prompt", "texts", "captions", "prompts")
 SCORE_COLUMNS = ("clip_score", "clip_scores", "clipscore", "score", "scores")
 KEY_COLUMNS = ("key", "__key__")
@@ -34,10 +34,10 @@ class Row(NamedTuple):
     size: tuple[int, int] | None
 
 
-def picture_column(columns: Collection[str]) -> str | None:
-    """The column that holds the picture, or None."""
+def picture_column(columns: Collection[str], names: Collection[str] = PICTURE_COLUMNS) -> str | None:
+    """The column that holds the picture, or whatever may be called ``names``; None where there is none."""
     lowered = {column.lower(): column for column in reversed(list(columns))}
-    return next((lowered[name] for name in PICTURE_COLUMNS if name in lowered), None)
+    return next((lowered[name] for name in names if name in lowered), None)
 
 
 def sort_out(row: Mapping[str, Any], picture: str | None, kinds: Collection[str] = ()) -> Row:

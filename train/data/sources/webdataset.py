@@ -20,9 +20,10 @@ from train.data.sources.folder import hidden, note_encodings, parse_sidecar, rea
 from train.data.sources.listing import (
     ARRAY_SUFFIXES,
     CAPTION_SUFFIXES,
-    PICTURE_SUFFIXES,
+    PICTURES,
     Entry,
     Listing,
+    Media,
     SliceBlob,
     clean_key,
     clean_text,
@@ -34,7 +35,7 @@ from train.data.sources.rows import as_number
 LIST_OF_TARS = "wids-meta.json"
 
 
-def list_tars(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
+def list_tars(path: pathlib.Path, kinds: Collection[str] = (), media: Media = PICTURES) -> Listing:
     """The samples of a tar, of the tars below a folder, or of those that a ``wids-meta.json`` lists.
 
     Raises:
@@ -56,7 +57,7 @@ def list_tars(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
     encodings: dict[str, list[str]] = {}
     for shard, expected in shards.items():
         first = len(listing.entries)
-        _add_shard(listing, shard, list(shards), kinds, encodings)
+        _add_shard(listing, shard, list(shards), kinds, encodings, media)
         found = len(listing.entries) - first
         if expected is not None and expected != found:
             listing.notes.append(f"{shard.name} has {found} samples, {LIST_OF_TARS} says {expected}")
@@ -83,6 +84,7 @@ def _add_shard(
     shards: list[pathlib.Path],
     kinds: Collection[str],
     encodings: dict[str, list[str]],
+    media: Media,
 ) -> None:
     texts, scores = _external(listing, shard, shards)
     kinds = {*kinds, *(kind for kind, _ in (item for each in scores.values() for item in each))}
@@ -95,7 +97,7 @@ def _add_shard(
         picture = stated = None
         for suffix, blob in sorted(members.items()):
             first, dot, last = suffix.rpartition(".")
-            if f".{last}" in PICTURE_SUFFIXES:
+            if f".{last}" in media.suffixes:
                 if dot:
                     pictures[first] = blob
                     columns[first] = suffix
@@ -122,7 +124,7 @@ def _add_shard(
                 pictures[suffix] = blob
         captions += texts.get(name, [])
         if picture is None and not arrays:
-            listing.problem(f"{shown(shard.name)}/{shown(name)}", "has no picture")
+            listing.problem(f"{shown(shard.name)}/{shown(name)}", f"has no {media.one}")
             continue
         captions = _with_scores(captions, scores.get(name, []))
         key = f"{stem}/{clean_key(name)}"

@@ -1,0 +1,198 @@
+"""The part of ``train.inspect_data`` that is about videos: lengths, frame rates, damage, and the clips in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from configs.data import VideoDataConfig
+from sana_jax.errors import UserError
+from sana_jax.images import check_png_path, image_grid, save_png
+from train.data.buckets import BucketPlan, assign_buckets
+from train.data.decoding import BadPicture
+from train.data.records import Problem, Record
+from train.data.source import (
+    IndexedSource,
+    index_source,
+    refuse_missing_captions,
+    refuse_no_pictures,
+    refuse_too_many_bad,
+)
+from train.data.video.clips import Examined, examine, first_pixels
+from train.data.video.sizes import clip_sizes
+from train.data.video.source import ClipSource, refuse_no_clips
+from train.inspect_data import (
+    describe_captions,
+    describe_columns,
+    describe_groups,
+    describe_sizes,
+    picture_cell,
+    say_choice,
+    short,
+    spread,
+)
+
+_SHEET = 16  # videos of a contact sheet, three frames each
+_THREADS = 4
+_SHOWN = 3  # names in a line
+_SAMPLE_SIZE, _FACTOR, _PATCH = 30, 8, 2  # of the 480p model
+
+
+@dataclass(frozen=True)
+class InspectClipsConfig(VideoDataConfig):
+    """Reports what a data set of videos holds. The options are those of --data in training; the path may come first."""
+
+    batch_size: int = 8
+    """Sizes with fewer clips than this are rare."""
+    check_pixels: bool = True
+    """Decode every video, which finds damage and variable frame rates; False reads their headers alone."""
+    contact_sheet: str | None = None
+    """Also draw the first, the middle and the last frame of some videos into this PNG."""
+    clips: bool = True
+    """Look for videos."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.batch_size < 1:
+            raise UserError(f"--batch-size {self.batch_size} is not allowed; choose 1 or more")
+        if self.cache is not None:
+            raise UserError(f"--cache {self.cache} is not used here, nothing is prepared; leave it out")
+        if self.joint_interval:
+            raise UserError("--joint-pictures are not looked at here; inspect them by themselves, with --no-clips")
+        if not self.clips:
+            raise UserError("--no-clips beside options of clips; leave it out")
+        if self.contact_sheet is not None:
+            check_png_path(self.contact_sheet)
+
+
+def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print) -> None:
+    """Reports line by line.
+
+    Raises:
+        FileNotFoundError: there is nothing at the path.
+        UserError: it is of no known format, or has no video that can be used.
+    """
+    source = index_source(config)
+    looked = _look_inside(source, config) if config.check_pixels else {}
+    say(f"{source.name}: {source.kind}")
+    say(f"usable: {len(source)} of {source.looked_at}")
+    for problem in source.problems:
+        say(f"unusable: {problem.name} {problem.reason}")
+    damaged = [
+        Problem(source.name_of(record), looked[record.key].problem)
+        for record in source.records
+        if record.key in looked and looked[record.key].problem is not None
+    ]
+    for problem in damaged:
+        say(f"damaged: {problem.name} {problem.reason}; the frames before that can be used")
+    for note in source.notes:
+        say(f"note: {note}")
+    for same in source.duplicates:
+        say(f"same name: {', '.join(same)}")
+    refuse_no_pictures(source)
+    clips = ClipSource(source, config)
+    for line in (*_describe_times(source, looked), *describe_sizes([record.size for record in source.records])):
+        say(line)
+    for line in _describe_clips(clips):
+        say(line)
+    plan = None
+    if clips.records:
+        plan = _plan(clips, config)
+        for line in plan.lines:
+            say(line.replace("pictures", "clips"))
+    for line in (*describe_captions(source), *describe_columns(source), *describe_groups(source, config)):
+        say(line)
+    for check in (
+        lambda: refuse_too_many_bad([*source.problems, *damaged], source.looked_at, config.max_bad_share),
+        lambda: refuse_missing_captions(source, config),
+        lambda: refuse_no_clips(clips),
+        lambda: say_choice(source, config, say),
+    ):
+        try:
+            check()
+        except UserError as error:
+            say(f"training would stop: {str(error).replace('--data.', '--')}")
+    if config.contact_sheet is not None:
+        _draw_sheet(source, config)
+        say(f"contact sheet: {config.contact_sheet}")
+
+
+def _look_inside(source: IndexedSource, config: VideoDataConfig) -> dict[str, Examined]:
+    """Every video decoded from beginning to end; those that can't be become the source's problems."""
+    from tqdm import tqdm
+
+    def look(record: Record) -> Examined | Problem:
+        try:
+            return examine(source.blob(record), config.source_fps)
+        except BadPicture as error:
+            return Problem(error.name, error.reason)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(tqdm(pool.map(look, source.records), "decoding", total=len(source), disable=None, leave=False))
+    source.problems += [each for each in found if isinstance(each, Problem)]
+    good = {record.key: each for record, each in zip(source.records, found) if isinstance(each, Examined)}
+    source.records = [record for record in source.records if record.key in good]
+    source.without_caption = [key for key in source.without_caption if key in good]
+    return good
+
+
+def _describe_times(source: IndexedSource, looked: dict[str, Examined]) -> list[str]:
+    seconds = [record.video.seconds for record in source.records]
+    lines = [
+        f"duration: {spread(seconds, '.2f')} s, {sum(seconds) / 60:.1f} minutes in all",
+        f"frames per second: {spread([record.video.fps for record in source.records], '.4g')}",
+    ]
+    variable = {key: each.timing for key, each in looked.items() if each.timing.variable}
+    for key, timing in variable.items():
+        lines.append(
+            f"variable frame rate: {key}: {timing.shortest * 1000:.0f} to {timing.longest * 1000:.0f} ms from frame to "
+            "frame"
+        )
+    if looked:
+        lines.append(f"with a variable frame rate: {len(variable)} of {len(looked)}; frames are taken by their times")
+    codecs = Counter(record.video.codec for record in source.records)
+    lines.append("coded as: " + ", ".join(f"{codec} {count}" for codec, count in codecs.most_common()))
+    return lines
+
+
+def _describe_clips(clips: ClipSource) -> list[str]:
+    config = clips.config
+    of_each = Counter(cut.video.key for cut in clips.cuts.values())
+    seconds = config.clip_frames / config.clip_fps
+    lines = [
+        f"clips of {config.clip_frames} frames at {config.clip_fps:g} per second ({seconds:.2f} s): {len(clips)} in "
+        f"{len(of_each)} of {len(clips.videos)} videos"
+    ]
+    if of_each:
+        lines[0] += f", {min(of_each.values())} to {max(of_each.values())} of each, {clips.coverage}"
+    return [*lines, *clips.notes]
+
+
+def _plan(clips: ClipSource, config: InspectClipsConfig) -> BucketPlan:
+    table = clip_sizes(config, _SAMPLE_SIZE, _FACTOR, _PATCH)
+    sizes = [record.size for record in clips.records]
+    return assign_buckets(sizes, table, minimum=config.batch_size, rare=config.rare_buckets)
+
+
+def _draw_sheet(source: IndexedSource, config: InspectClipsConfig) -> None:
+    """First, middle and last frames of videos that are spread evenly over the data."""
+    records: Sequence[Record] = source.records
+    chosen = np.unique(np.linspace(0, len(records) - 1, min(_SHEET, len(records))).round().astype(int)).tolist()
+    cells, labels = [], []
+    for index in chosen:
+        record = records[index]
+        try:
+            frames = first_pixels(source.blob(record), (0.0, 0.5, 1.0), config.source_fps)
+        except BadPicture:  # named above, if pixels were asked for
+            continue
+        frames = [*frames, *frames[-1:] * (3 - len(frames))]
+        label = short(record.key.rpartition("/")[2], 24).encode("ascii", "replace").decode()
+        cells += [picture_cell(frame, *record.size) for frame in frames]
+        labels += [label, "middle", f"end, {record.video.seconds:.1f} s"]
+    if not cells:
+        raise UserError(f"--contact-sheet {config.contact_sheet}: none of the videos can be decoded")
+    save_png(config.contact_sheet, image_grid(cells, columns=3 if len(chosen) < 4 else 6, labels=labels))
