@@ -12,7 +12,7 @@ from convert.renames import RenamedSource
 from convert.tables import controlnet_original, sana_original, sana_video_original
 from convert.torch_files import TorchSource
 from sana_jax.contract import contract_of, license_of, names_of
-from sana_jax.diffusion.samplers import make_sampler, to_scheduler_config
+from sana_jax.diffusion.samplers import LongSanaSampler, make_sampler, to_scheduler_config
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.weights.messages import describe_array
 from sana_jax.weights.recognition import looks_like
@@ -36,6 +36,8 @@ _VIDEO_HEAD_SIZES = {2240: (112, 112)}
 # patch -> latent side: 480p on Wan's latents, 720p on those of LTX-2 and DC-AE-V
 _VIDEO_SAMPLE_SIZES = {(1, 2, 2): 30, (1, 1, 1): 22}
 _VIDEO_FLOW_SHIFT = 8.0
+# what LongSANA's training calls its network in a file; SANA-Video's has no such part
+_LONGSANA_SECTIONS = {"generator", "generator_ema"}
 
 
 def open_original(path: Path, choices: Choices) -> Model:
@@ -112,14 +114,19 @@ def _open_video(path: Path, choices: Choices, source: TensorSource, notes: list[
     problems = misfits(renamed, places(network.rules, network.abstract))
     if renamed.dropped:
         notes.append(_describe_dropped(renamed.dropped))
+    component = Component("transformer", network, config, renamed, problems, _files(path, source), "original")
     shift = choices.flow_shift
+    if isinstance(source, TorchSource) and _LONGSANA_SECTIONS & {source.section, *source.sections}:
+        long_sampler = LongSanaSampler(**({} if shift is None else {"flow_shift": shift}))
+        notes.append(
+            f"a generator among its parts: LongSANA, sampled in {long_sampler.num_inference_steps} steps at "
+            f"{', '.join(map(str, long_sampler.timesteps))} with flow shift {long_sampler.flow_shift:g}, in blocks of "
+            f"{long_sampler.block_frames} latent frames; scheduler/scheduler_config.json says so and can be changed"
+        )
+        return _transformer_model(path, component, long_sampler, "LongSanaVideoPipeline", notes)
     if shift is None:
         shift = _VIDEO_FLOW_SHIFT
-        notes.append(
-            f"flow shift {shift:g}, as published for SANA-Video; --flow-shift changes it (LongSANA's own sampler has "
-            "its shift in the pipeline)"
-        )
-    component = Component("transformer", network, config, renamed, problems, _files(path, source), "original")
+        notes.append(f"flow shift {shift:g}, as published for SANA-Video; --flow-shift changes it")
     sampler = make_sampler("dpm_solver", flow_shift=shift)
     return _transformer_model(path, component, sampler, "SanaVideoPipeline", notes)
 
@@ -143,7 +150,7 @@ def _transformer_model(path: Path, component: Component, sampler: Sampler, index
     notes = [*notes, "an original file holds the transformer alone; --components-from DIR takes the others from there"]
     index = {
         "_class_name": index_class,
-        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "scheduler": ["sana_jax" if isinstance(sampler, LongSanaSampler) else "diffusers", scheduler["_class_name"]],
         "transformer": ["diffusers", network.class_name],
     }
     written = {"scheduler/scheduler_config.json": scheduler}

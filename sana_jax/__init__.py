@@ -7,11 +7,23 @@ from sana_jax.errors import CheckpointError, UserError
 __version__ = "0.1.0"
 
 _PIPELINES = {
+    "LongSanaVideoPipeline": "sana_jax.pipelines.long_video",
     "SanaControlNetPipeline": "sana_jax.pipelines.controlnet",
+    "SanaImageToVideoPipeline": "sana_jax.pipelines.image_to_video",
     "SanaPipeline": "sana_jax.pipelines.text_to_image",
     "SanaSprintPipeline": "sana_jax.pipelines.sprint",
+    "SanaVideoPipeline": "sana_jax.pipelines.text_to_video",
 }
-__all__ = ["CheckpointError", "SanaControlNetPipeline", "SanaPipeline", "SanaSprintPipeline", "UserError"]
+__all__ = [
+    "CheckpointError",
+    "LongSanaVideoPipeline",
+    "SanaControlNetPipeline",
+    "SanaImageToVideoPipeline",
+    "SanaPipeline",
+    "SanaSprintPipeline",
+    "SanaVideoPipeline",
+    "UserError",
+]
 
 
 def __getattr__(name: str):

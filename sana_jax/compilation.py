@@ -76,11 +76,13 @@ class Programs:
         """Forgets all of them."""
         self._compiled.clear()
 
-    def get(self, name: str, what: Hashable, function: Callable, *arguments: Any) -> Program:
+    def get(
+        self, name: str, what: Hashable, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()
+    ) -> Program:
         """The program of ``function`` for arguments of these shapes; compiling prints what ``compile_ahead`` prints.
 
         ``name`` is for the printed lines. ``what`` tells functions with the same shapes apart: everything that the
-        function closes over.
+        function closes over. ``donate`` are the places of arguments whose memory the results take over.
         """
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((jnp.shape(leaf), str(jnp.result_type(leaf)), _placement(leaf)) for leaf in leaves)
@@ -88,13 +90,13 @@ class Programs:
         seconds = 0.0
         if key not in self._compiled:
             begin = time.perf_counter()
-            self._compiled[key] = compile_ahead(name, jax.jit(function), *arguments)
+            self._compiled[key] = compile_ahead(name, jax.jit(function, donate_argnums=donate), *arguments)
             seconds = time.perf_counter() - begin
         analysis = self._compiled[key].memory_analysis()
         device_bytes = None
         if analysis is not None:
             parts = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
-            device_bytes = sum(parts)
+            device_bytes = sum(parts) - analysis.alias_size_in_bytes
         return Program(self._compiled[key], seconds, device_bytes)
 
 

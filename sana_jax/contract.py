@@ -20,6 +20,7 @@ from typing import Any
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
 from sana_jax.models.sana import SanaConfig
+from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -29,6 +30,7 @@ _SAMPLERS = {
     "DPMSolverMultistepScheduler": "dpm_solver",
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
     "SCMScheduler": "scm",
+    "LongSanaScheduler": "longsana",
 }
 
 # (width, layers, q and k normalised, guidance as input) of the published networks
@@ -56,7 +58,13 @@ _PUBLISHED: dict[str, bool | None] = {
     "SANA1.5_4.8B_1024px": False,
     "Sana_Sprint_0.6B_1024px": False,
     "Sana_Sprint_1.6B_1024px": False,
+    "SANA-Video_2B_480p": False,
+    "SANA-Video_2B_720p": False,
 }
+# By the channels of a video model's latents, which tell its autoencoder: pixels and frames per latent. Wan 2.1, LTX-2,
+# DC-AE-V.
+_VIDEO_LATENTS = {16: (8, 4), 128: (32, 8), 32: (32, 4)}
+_VIDEO_LINES = {30: 480, 22: 720}  # sample_size -> pixels of the shorter side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +79,9 @@ class Contract:
         text_encoder_dtype: compute dtype of the text encoder; never float16.
         flow_shift: shift of the sampler's noise schedule; None for SANA-Sprint, whose sampler has none.
         sampler: ``dpm_solver``, ``flow_euler``, ``scm``; None where no scheduler came with the weights.
-        image_size: pixels per side that it was trained for.
+        image_size: pixels per side that it was trained for; of videos, of the shorter side.
         size_multiple: height and width in pixels are multiples of this.
-        frame_rule: what numbers of frames a video model takes; None for pictures.
+        frame_rule: what numbers of frames a video model takes, and at how many per second; None for pictures.
         license: as the model card says; None where no card came with the weights.
         source: the checkpoint's published name, or the directory or file that it came from.
     """
@@ -172,6 +180,7 @@ class Contract:
         saturation = {True: "trained with it", False: "no", None: "not known"}[self.fp16_saturation]
         shift = "" if self.flow_shift is None else f" with flow shift {self.flow_shift:g}"
         size = "" if self.image_size is None else f", {self.image_size} px, sizes in multiples of {self.size_multiple}"
+        size += "" if self.frame_rule is None else f", frames {self.frame_rule}"
         return (
             f"compute in {' or '.join(self.dtypes)}, float16 saturation: {saturation}; autoencoder in "
             f"{self.autoencoder_dtype}, text encoder in {self.text_encoder_dtype}; "
@@ -200,8 +209,12 @@ _FIELD_TYPES = {
 }
 
 
-def family_name(config: SanaConfig) -> str:
+def family_name(config: SanaConfig | SanaVideoConfig) -> str:
     """ "SANA 1.6B" and so on, or the shape in words; ControlNets by the class of their configuration."""
+    if isinstance(config, SanaVideoConfig):
+        # LongSANA's weights have the same shapes
+        published = (config.inner_dim, config.num_layers, config.mlp_ratio) == (2240, 20, 3.0)
+        return "SANA-Video 2B" if published else f"SANA-Video of {config.num_layers} blocks, width {config.inner_dim}"
     if type(config).__name__ == "SanaControlNetConfig":
         size = {1152: " 0.6B", 2240: " 1.6B"}.get(config.inner_dim) if config.num_layers == 7 else None
         return f"ControlNet{size}" if size else f"ControlNet of {config.num_layers} blocks, width {config.inner_dim}"
@@ -229,8 +242,9 @@ def infer_contract(directory: str | os.PathLike[str], variant: str | None = None
     config = read_json(directory / "transformer" / "config.json")
     scheduler = directory / "scheduler" / "scheduler_config.json"
     parts = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+    is_video = config.get("_class_name") == "SanaVideoTransformer3DModel"
     return contract_of(
-        SanaConfig.from_dict(config),
+        (SanaVideoConfig if is_video else SanaConfig).from_dict(config),
         names=[*names_of(directory), *(part["_name_or_path"] for part in (index, config) if _has_name(part))],
         stored={part: stored_dtypes(directory / part, stem, variant) for part, stem in parts.items()},
         scheduler=read_json(scheduler) if scheduler.is_file() else None,
@@ -239,7 +253,7 @@ def infer_contract(directory: str | os.PathLike[str], variant: str | None = None
 
 
 def contract_of(
-    config: SanaConfig,
+    config: SanaConfig | SanaVideoConfig,
     *,
     names: Sequence[str],
     stored: Mapping[str, Collection[str]],
@@ -261,6 +275,7 @@ def contract_of(
         scheduler: its ``scheduler_config.json``.
         license: as the model card says.
     """
+    is_video = isinstance(config, SanaVideoConfig)
     name = _published_name(names)
     dtypes_stored = set(stored.get("transformer", ()))
     saturation: bool | None
@@ -268,7 +283,9 @@ def contract_of(
         # (the originals were never published in bfloat16: a folder's name does not make them of these)
         saturation = _PUBLISHED[name]
         may_be_original = saturation is None
-    elif config.qk_norm is not None or config.interpolation_scale is not None or "bfloat16" in dtypes_stored:
+    elif (
+        is_video or config.qk_norm is not None or config.interpolation_scale is not None or "bfloat16" in dtypes_stored
+    ):
         saturation, may_be_original = False, False
     else:
         in_float16 = "float16" in dtypes_stored
@@ -282,19 +299,33 @@ def contract_of(
         dtypes = _WIDE if name is not None or "bfloat16" in dtypes_stored else _WIDE[::-1]
     scheduler = scheduler or {}
     shift = scheduler.get("flow_shift", scheduler.get("shift"))
+    family = family_name(config)
+    if scheduler.get("_class_name") == "LongSanaScheduler":  # its weights have the shapes of SANA-Video's
+        family = family.replace("SANA-Video", "LongSANA")
     return Contract(
-        family=family_name(config),
+        family=family,
         dtypes=dtypes,
         fp16_saturation=saturation,
-        autoencoder_dtype=_wide_dtype(stored.get("vae", ())),
+        # the published video pipelines keep the autoencoder in float32, however it is stored
+        autoencoder_dtype="float32" if isinstance(config, SanaVideoConfig) else _wide_dtype(stored.get("vae", ())),
         text_encoder_dtype=_wide_dtype(stored.get("text_encoder", ())),
         flow_shift=float(shift) if type(shift) in (int, float) and not config.guidance_embeds else None,
         sampler=_SAMPLERS.get(str(scheduler.get("_class_name"))),
-        image_size=32 * config.sample_size,
-        size_multiple=32 * config.patch_size,
+        **_sizes(config),
         license=license,
         source=name or (names[0] if names else None),
     )
+
+
+def _sizes(config: SanaConfig | SanaVideoConfig) -> dict[str, Any]:
+    """What pictures or videos a network makes."""
+    if isinstance(config, SanaConfig):
+        return {"image_size": 32 * config.sample_size, "size_multiple": 32 * config.patch_size}
+    spatial, temporal = _VIDEO_LATENTS.get(config.in_channels, (None, None))
+    rule = "as the autoencoder has it" if temporal is None else f"1 + {temporal}k"
+    size_multiple = 1 if spatial is None else spatial * config.patch_size[1]
+    image_size = _VIDEO_LINES.get(config.sample_size)
+    return {"image_size": image_size, "size_multiple": size_multiple, "frame_rule": f"{rule}, 16 per second"}
 
 
 def names_of(path: str | os.PathLike[str]) -> list[str]:

@@ -1,6 +1,7 @@
-"""Draws pictures from the command line.
+"""Draws pictures and makes videos from the command line; the model decides which.
 
 ``python -m sana_jax.generate --model runs/digits --prompt "a handwritten seven" --output seven.png``
+``python -m sana_jax.generate --model SANA-Video_2B_480p_diffusers --prompt "a tram in the rain" --output tram.mp4``
 """
 
 from __future__ import annotations
@@ -19,14 +20,23 @@ from sana_jax.compilation import enable_compilation_cache
 from sana_jax.condition_tokens_files import has_condition_tokens
 from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
+from sana_jax.generate_video import (
+    VIDEO_OPTIONS,
+    check_output_name,
+    check_video_output,
+    long_video_arguments,
+    video_arguments,
+    video_settings,
+    write_videos,
+)
 from sana_jax.images import automatic_enlargement, check_png_path, enlarge_image, image_grid, save_png
 from sana_jax.pipelines.sweep import Sweep, check_sweep, draw_sweep, parse_condition, save_sweep
 
 if TYPE_CHECKING:
-    from sana_jax.pipelines.base import ImagePipeline, SanaPipelineOutput
+    from sana_jax.pipelines.base import SamplingPipeline, SanaPipelineOutput
 
 _PROG = "python -m sana_jax.generate"
-_ALIASES = {"out": "output", "num-inference-steps": "steps"}
+_ALIASES = {"out": "output", "num-inference-steps": "steps", "num-videos": "num-images"}
 # options that go to a pipeline as they are, under these names, where they are given
 _PASSED = {
     "negative_prompt": "negative_prompt",
@@ -45,24 +55,31 @@ _PASSED = {
     "pag_layers": "pag_applied_layers",
     "max_sequence_length": "max_sequence_length",
     "timesteps": "timesteps",
+    "frames": "frames",
+    "motion_score": "motion_score",
+    "resume": "resume",
+    "num_cached_blocks": "num_cached_blocks",
+    "block_frames": "block_frames",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    """Draws pictures from texts with a model that is on this machine: published, converted, or a training run."""
+    """Draws pictures or makes videos from texts with a model on this machine: published, converted, or trained."""
 
     model: str
     """Model directory, for example runs/digits; or organisation/name, to be fetched from the Hub."""
     prompt: tuple[str, ...]
-    """What to draw, in quotes; several texts draw several pictures."""
+    """What to draw, in quotes; several texts draw several pictures or videos. LongSANA makes one video of
+    them, each with the second from which it acts: "0s: a fox sleeps" "10s: it wakes up"."""
     output: str
-    """The picture's name, ending in .png; several pictures become one sheet. A sweep may also end in .gif. --out is the
+    """The picture's name, ending in .png; several pictures become one sheet. A sweep may also end in .gif. A video's
+    name ends in .mp4, .gif or .npz, or is a folder for its frames (out/); several videos are numbered. --out is the
     same option."""
     negative_prompt: str = ""
-    """What the pictures should not be; needs guidance above 1."""
+    """What the pictures or videos should not be; needs guidance above 1."""
     num_images: int = 1
-    """Pictures per prompt."""
+    """Pictures or videos per prompt. --num-videos is the same option."""
     seed: int = 0
     """Picture i starts from noise that depends on this number and i alone."""
     steps: int | None = None
@@ -79,7 +96,32 @@ class GenerateConfig:
     """Sizes the model was not trained at: sample the nearest trained one and crop, sample them, or refuse them. None:
     nearest where the model has a table of sizes."""
     image: str | None = None
-    """A picture to begin from."""
+    """A picture to begin from; of a video, its first frame."""
+    frames: int | None = None
+    """Frames of a video, 1 + 4k for SANA-Video; None: the model's own, 81."""
+    seconds: float | None = None
+    """Length of a video in place of frames, rounded to a number of frames that the model makes, which is printed."""
+    fps: float | None = None
+    """Frames per second at which a video is shown; None: the model's own, 16."""
+    motion_score: int | None = None
+    """How much a video should move, written behind the prompt as SANA-Video was trained; 30 is usual. None: nothing."""
+    resume: bool = False
+    """Goes on with a video of LongSANA that was interrupted, after its last whole block. All else as before."""
+    num_cached_blocks: int | None = None
+    """How many earlier blocks a block of LongSANA sees, 0 for all; None: the model's own."""
+    block_frames: int | None = None
+    """Latent frames of LongSANA's blocks; a model that was trained with another number is refused."""
+    sampler: Literal["dpm_solver", "flow_euler"] | None = None
+    """How steps are taken; None: as the model says."""
+    flow_shift: float | None = None
+    """Shift of the noise levels; None: the model's own, whatever the sampler."""
+    apg_eta: float | None = None
+    """Adaptive projected guidance, for videos: how much of the guidance along the prediction is kept, 0 to 1. Any of
+    the three options turns it on; the others are then 0."""
+    apg_norm_threshold: float | None = None
+    """The same: largest norm of the guidance; 0 is no bound."""
+    apg_momentum: float | None = None
+    """The same: weight of the earlier steps' guidance; -0.5 in the paper."""
     strength: float | None = None
     """How much of --image is drawn anew, above 0 to 1; None: 0.6."""
     mask: str | None = None
@@ -132,7 +174,7 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         if self.sweep is None:
-            check_png_path(self.output)
+            check_output_name(self.output)
         else:
             check_sweep(self.sweep, self.output, self.condition)
         if not self.prompt:
@@ -165,17 +207,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def generate(config: GenerateConfig) -> pathlib.Path:
     """Draws what ``config`` asks for, says what it does, and returns where the picture is."""
-    pipeline = open_pipeline(config)
+    from sana_jax.pipelines.opening import find_model
+
+    directory = find_model(config.model, config.variant)
+    _check_output(config, directory)
+    pipeline = open_pipeline(config, directory)
+    is_video = _is_video(pipeline)
     arguments = call_arguments(config, pipeline)
     settings = picture_settings(config, pipeline)
+    if is_video:
+        settings |= video_settings(config, pipeline, arguments)
     _announce(config, pipeline, settings)
-    fixed = {"num_images_per_prompt": config.num_images, "seed": config.seed, "progress_bar": True}
+    number = "num_videos_per_prompt" if is_video else "num_images_per_prompt"
+    fixed = {number: config.num_images, "seed": config.seed, "progress_bar": True}
+    if _is_long(pipeline):
+        fixed = {"seed": config.seed, **long_video_arguments(config, settings, _metadata(config, settings))}
     try:
         if config.sweep is not None:
             sweep = Sweep.parse(config.sweep)
             results = draw_sweep(pipeline, sweep, list(config.prompt), {**fixed, **arguments})
         else:
-            results = [pipeline(list(config.prompt), **fixed, **arguments)]
+            results = [pipeline(prompt=list(config.prompt), **fixed, **arguments)]
     except (UserError, FileNotFoundError) as error:
         raise type(error)(_with_option_names(str(error))) from error
     result = results[0]
@@ -187,7 +239,30 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         pictures = [one.images for one in results]
         metadata = _metadata(config, settings)
         return save_sweep(config.output, sweep, pictures, labels, enlarge=config.enlarge, metadata=metadata)
+    if _is_long(pipeline):
+        print(f"video: {result.path}, {result.frame_count} frames, {result.frame_count / result.fps:.2f} seconds")
+        return result.path
+    if is_video:
+        return write_videos(config, result, _metadata(config, settings))
     return _write(config, result, settings)
+
+
+def _is_video(pipeline: SamplingPipeline) -> bool:
+    return pipeline.made == "videos"
+
+
+def _check_output(config: GenerateConfig, directory: pathlib.Path) -> None:
+    """Raises ``UserError`` for an output that the model does not make, before its weights are looked at."""
+    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, pipeline_of
+
+    if (name := pipeline_of(directory)) in VIDEO_PIPELINES:
+        check_video_output(config, grows=name == "LongSanaVideoPipeline")
+    elif config.sweep is None:
+        check_png_path(config.output)
+
+
+def _is_long(pipeline: SamplingPipeline) -> bool:
+    return pipeline.class_name == "LongSanaVideoPipeline"
 
 
 def _with_option_names(message: str) -> str:
@@ -198,14 +273,23 @@ def _with_option_names(message: str) -> str:
     return message
 
 
-def open_pipeline(config: GenerateConfig) -> ImagePipeline:
-    """The pipeline that the model's ``model_index.json`` names, with its LoRAs."""
-    from sana_jax.pipelines import controlnet, sprint, text_to_image
-    from sana_jax.pipelines.model_directory import pipeline_of
+def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None) -> SamplingPipeline:
+    """The pipeline that the model's ``model_index.json`` names, with its LoRAs; ``directory`` is where the model is.
+
+    Of a video model, with an image it is the one that begins with it, and without the one of texts alone: they have the
+    same weights.
+    """
+    from sana_jax.pipelines import controlnet, image_to_video, long_video, sprint, text_to_image, text_to_video
+    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, pipeline_of
     from sana_jax.pipelines.opening import find_model
 
-    directory = find_model(config.model, config.variant)
+    directory = find_model(config.model, config.variant) if directory is None else directory
     name = "SanaControlNetPipeline" if config.controlnet is not None else pipeline_of(directory)
+    if name in VIDEO_PIPELINES and name != "LongSanaVideoPipeline":
+        wanted = "SanaVideoPipeline" if config.image is None else "SanaImageToVideoPipeline"
+        if wanted != name and config.image is None:
+            print("no --image is given, so the video is made from the text alone, with the same weights")
+        name = wanted
     options: dict[str, Any] = {
         "dtype": config.dtype,
         "variant": config.variant,
@@ -218,8 +302,15 @@ def open_pipeline(config: GenerateConfig) -> ImagePipeline:
             directory, controlnet=config.controlnet, **options, **training_run
         )
     else:
-        classes = {"SanaPipeline": text_to_image.SanaPipeline, "SanaSprintPipeline": sprint.SanaSprintPipeline}
+        classes = {
+            "SanaPipeline": text_to_image.SanaPipeline,
+            "SanaSprintPipeline": sprint.SanaSprintPipeline,
+            "SanaVideoPipeline": text_to_video.SanaVideoPipeline,
+            "SanaImageToVideoPipeline": image_to_video.SanaImageToVideoPipeline,
+            "LongSanaVideoPipeline": long_video.LongSanaVideoPipeline,
+        }
         pipeline = classes[name].from_pretrained(directory, **options, **training_run)
+    _choose_sampler(config, pipeline)
     if config.lora:
         from sana_jax.lora import parse_lora_option
 
@@ -229,7 +320,23 @@ def open_pipeline(config: GenerateConfig) -> ImagePipeline:
     return pipeline
 
 
-def _load_tokens(config: GenerateConfig, pipeline: ImagePipeline) -> None:
+def _choose_sampler(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
+    """The sampler that is asked for, with the model's flow shift unless another is asked for."""
+    from sana_jax.diffusion.samplers import SAMPLERS, SCM, LongSanaSampler, make_sampler
+
+    if config.sampler is None and config.flow_shift is None:
+        return
+    if isinstance(pipeline.sampler, SCM | LongSanaSampler):
+        raise UserError(
+            f"--sampler and --flow-shift would not be used by {type(pipeline).__name__}, which has a sampler of its "
+            "own; leave them out"
+        )
+    name = config.sampler or next(name for name, kind in SAMPLERS.items() if isinstance(pipeline.sampler, kind))
+    shift = pipeline.sampler.flow_shift if config.flow_shift is None else config.flow_shift
+    pipeline.sampler = make_sampler(name, flow_shift=shift)
+
+
+def _load_tokens(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
     """Token encoders: those that are named, or those beside a LoRA or in the model's directory."""
     from sana_jax.lora import parse_lora_option
 
@@ -252,18 +359,23 @@ def _load_tokens(config: GenerateConfig, pipeline: ImagePipeline) -> None:
         pipeline.image_encoder = config.image_encoder
 
 
-def call_arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
+def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[str, Any]:
     """The call's arguments that were given; raises ``UserError`` for those that the pipeline does not have."""
     fields = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     given = {name: getattr(config, name) for name in _PASSED if getattr(config, name) != fields[name]}
     known = pipeline.argument_names()
-    if unused := [name for name in given if _PASSED[name] not in known]:
+    unused = [name for name in given if _PASSED[name] not in known]
+    if not _is_video(pipeline):
+        unused += [name for name in VIDEO_OPTIONS if name not in given and getattr(config, name) is not None]
+    if unused:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         raise UserError(
             f"{options} would not be used by {type(pipeline).__name__}, which is what {config.model} is for; leave it "
             "out, or choose another model"
         )
     arguments = {_PASSED[name]: value for name, value in given.items()}
+    if _is_video(pipeline):
+        arguments |= video_arguments(config, pipeline)
     if config.instruction == "none":
         arguments["complex_human_instruction"] = ()
     if config.condition or config.sweep is not None:
@@ -276,7 +388,7 @@ def call_arguments(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str,
     return arguments
 
 
-def picture_settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[str, Any]:
+def picture_settings(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[str, Any]:
     """What the picture's text chunks say, and the line about sampling with them."""
     defaults, contract = pipeline.defaults, pipeline.contract
     reads_a_picture = config.image is not None
@@ -317,8 +429,10 @@ def picture_settings(config: GenerateConfig, pipeline: ImagePipeline) -> dict[st
     }
 
 
-def _announce(config: GenerateConfig, pipeline: ImagePipeline, settings: dict[str, Any]) -> None:
+def _announce(config: GenerateConfig, pipeline: SamplingPipeline, settings: dict[str, Any]) -> None:
     from sana_jax.pipelines.text_to_image import DEFAULT_STRENGTH
+
+    is_video = _is_video(pipeline)
 
     origin = "" if pipeline.weights is None else f", {pipeline.weights} weights of step {pipeline.checkpoint_step}"
     license_note = "" if settings["license"] is None else f", licence {settings['license']}"
@@ -334,12 +448,17 @@ def _announce(config: GenerateConfig, pipeline: ImagePipeline, settings: dict[st
         print(f'{len(config.prompt)} prompts of one word each; put a text of several words in quotes: --prompt "..."')
     height, width = settings["height"], settings["width"]
     size = f"{height}x{width} pixels" if height and width else f"the size of {config.image}"
-    if config.image is not None:
+    if is_video:
+        size = f"{settings['frames']} frames of " + (size if height and width else "a size that suits the image")
+        size += "" if config.image is None else f" that begin with {config.image}"
+        size += f", {settings['fps']:g} per second"
+    elif config.image is not None:
         size += f" from {config.image}" if height and width else ""
         size += f", strength {DEFAULT_STRENGTH if config.strength is None else config.strength:g}"
         size += f" where {config.mask} is white" if config.mask is not None else ""
+    count = 1 if _is_long(pipeline) else len(config.prompt) * config.num_images
     print(
-        f"sampling: {len(config.prompt) * config.num_images} x {size}, {settings['steps']} steps of "
+        f"sampling: {count} x {size}, {settings['steps']} steps of "
         f"{settings['sampler']}, guidance {settings['guidance_scale']:g}{acts}, seed {config.seed}, "
         f"{settings['dtype']} on {place}",
         flush=True,

@@ -179,7 +179,11 @@ def _wrapped(text: str, characters: float) -> str:
 
 
 def save_gif(
-    path: str | os.PathLike[str], frames: Sequence[Image.Image], milliseconds: int = 500, *, comment: str | None = None
+    path: str | os.PathLike[str],
+    frames: Sequence[Image.Image],
+    milliseconds: int | Sequence[int] = 500,
+    *,
+    comment: str | None = None,
 ) -> pathlib.Path:
     """Writes a GIF that shows the frames one after another, for ever; it appears whole or not at all.
 
@@ -189,7 +193,8 @@ def save_gif(
     Args:
         path: where; missing folders are made.
         frames: one or more pictures of one size.
-        milliseconds: for which each is shown, a multiple of 10 from 20 on: what browsers keep to.
+        milliseconds: for which each is shown, one number for all or one each; multiples of 10 from 20 on: what browsers
+            keep to.
         comment: a text in the file, at most 255 bytes.
 
     Raises:
@@ -202,15 +207,15 @@ def save_gif(
         raise UserError(
             f"a GIF of {len(frames)} frames of sizes {sorted(sizes)}; allowed is one or more frames of one size"
         )
-    if milliseconds < 20 or milliseconds % 10:
+    times = [milliseconds] if isinstance(milliseconds, int) else list(milliseconds)
+    if any(time < 20 or time % 10 for time in times) or len(times) not in (1, len(frames)):
         raise UserError(f"{milliseconds} milliseconds is not allowed; choose a multiple of 10 from 20 on")
     first, *others = (frame if frame.mode == "L" else frame.convert("RGB") for frame in frames)
     options = {} if comment is None else {"comment": comment.encode()[:255]}
+    duration = times[0] if len(times) == 1 else times
     try:
         with atomic_file(path) as file:
-            first.save(
-                file, format="GIF", save_all=True, append_images=others, duration=milliseconds, loop=0, **options
-            )
+            first.save(file, format="GIF", save_all=True, append_images=others, duration=duration, loop=0, **options)
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from error
     return path

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower: a picture to one vector, or to one vector per patch.
+"""SigLIP's vision tower: a picture to one vector, or to one vector per patch. The layers are the text tower's too.
 
 Papers: SigLIP (arXiv 2303.15343), SigLIP 2 (arXiv 2502.14786; its checkpoints of one fixed resolution have the same
 network). Field names and parameter names are those of the published transformers checkpoints.
@@ -7,6 +7,7 @@ network). Field names and parameter names are those of the published transformer
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -21,11 +22,11 @@ from sana_jax.nn.norms import layer_norm
 
 WHOLE_MODEL, VISION_MODEL = "siglip", "siglip_vision_model"  # transformers' model_type
 _NATIVE_RESOLUTION = ("siglip2", "siglip2_vision_model")
-_ACTIVATION = "gelu_pytorch_tanh"
+ACTIVATION = "gelu_pytorch_tanh"
 # Larger numbers are a damaged file, and describing their arrays could take for ever.
 _LARGEST, _MOST_LAYERS = 1 << 16, 1 << 10
 # What transformers writes into every config.json, or what belongs to training and to classification.
-_WITHOUT_EFFECT = frozenset({
+WITHOUT_EFFECT = frozenset({
     "add_cross_attention", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward",
     "cross_attention_hidden_size", "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label",
     "initializer_factor", "is_decoder", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
@@ -59,25 +60,14 @@ class SiglipVisionConfig:
     num_channels: int = 3
     image_size: int = 224
     patch_size: int = 16
-    hidden_act: str = _ACTIVATION
+    hidden_act: str = ACTIVATION
     layer_norm_eps: float = 1e-6
     vision_use_head: bool = True
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (type(value) is not int or not 1 <= value <= _LARGEST):
-                raise _not_allowed(field.name, value, f"a whole number from 1 to {_LARGEST}")
-        if self.num_hidden_layers > _MOST_LAYERS:
-            raise _not_allowed("num_hidden_layers", self.num_hidden_layers, f"up to {_MOST_LAYERS}")
-        if self.hidden_size % self.num_attention_heads:
-            raise _not_allowed("num_attention_heads", self.num_attention_heads, f"a divisor of {self.hidden_size}")
+        check_tower(self, _LARGEST, _not_allowed)
         if self.patch_size > self.image_size:
             raise _not_allowed("patch_size", self.patch_size, f"up to image_size, {self.image_size}")
-        if self.hidden_act != _ACTIVATION:
-            raise _not_allowed("hidden_act", self.hidden_act, _ACTIVATION)
-        if type(self.layer_norm_eps) not in (int, float) or not 0 < self.layer_norm_eps < 1:
-            raise _not_allowed("layer_norm_eps", self.layer_norm_eps, "a number between 0 and 1")
         if type(self.vision_use_head) is not bool:
             raise _not_allowed("vision_use_head", self.vision_use_head, "true or false")
 
@@ -113,7 +103,7 @@ class SiglipVisionConfig:
                 raise _not_allowed("vision_config", values, "an object")
         given = {key: value for key, value in values.items() if not key.startswith("_")}
         fields = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(given) - fields - _WITHOUT_EFFECT):
+        if unknown := sorted(set(given) - fields - WITHOUT_EFFECT):
             raise UserError(
                 f"image encoder config has unknown fields {unknown}, which could change the network; SigLIP's are "
                 f"{sorted(fields)}: remove the others"
@@ -123,6 +113,22 @@ class SiglipVisionConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as a published ``config.json`` of a vision tower has them; transformers reads it as well."""
         return {"architectures": ["SiglipVisionModel"], "model_type": VISION_MODEL, **dataclasses.asdict(self)}
+
+
+def check_tower(config: Any, largest: int, not_allowed: Callable[[str, Any, str], UserError]) -> None:
+    """Raises what ``not_allowed`` makes of the first field, of those that both towers have, with a wrong value."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.type == "int" and (type(value) is not int or not 1 <= value <= largest):
+            raise not_allowed(field.name, value, f"a whole number from 1 to {largest}")
+    if config.num_hidden_layers > _MOST_LAYERS:
+        raise not_allowed("num_hidden_layers", config.num_hidden_layers, f"up to {_MOST_LAYERS}")
+    if config.hidden_size % config.num_attention_heads:
+        raise not_allowed("num_attention_heads", config.num_attention_heads, f"a divisor of {config.hidden_size}")
+    if config.hidden_act != ACTIVATION:
+        raise not_allowed("hidden_act", config.hidden_act, ACTIVATION)
+    if type(config.layer_norm_eps) not in (int, float) or not 0 < config.layer_norm_eps < 1:
+        raise not_allowed("layer_norm_eps", config.layer_norm_eps, "a number between 0 and 1")
 
 
 def _not_allowed(name: str, value: Any, allowed: str) -> UserError:
@@ -158,7 +164,7 @@ class LayerNorm(nn.Module):
 
 
 class SiglipAttention(nn.Module):
-    """Softmax attention of every patch to every patch."""
+    """Softmax attention of every token to every token."""
 
     num_heads: int
     dtype: jnp.dtype = jnp.float32
@@ -170,11 +176,11 @@ class SiglipAttention(nn.Module):
         heads = (batch, tokens, self.num_heads, features // self.num_heads)
 
         def project(name: str) -> Float[Array, "B N h d"]:
-            return _dense(features, self.dtype, name)(x).reshape(heads)
+            return dense(features, self.dtype, name)(x).reshape(heads)
 
         # The default scale is 1/sqrt(d); logits and softmax are float32 inside.
         attended = jax.nn.dot_product_attention(project("q_proj"), project("k_proj"), project("v_proj"))
-        return _dense(features, self.dtype, "out_proj")(attended.reshape(batch, tokens, features))
+        return dense(features, self.dtype, "out_proj")(attended.reshape(batch, tokens, features))
 
 
 class SiglipMLP(nn.Module):
@@ -186,14 +192,14 @@ class SiglipMLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         """Mixes channels."""
-        hidden = jax.nn.gelu(_dense(self.hidden, self.dtype, "fc1")(x), approximate=True)
-        return _dense(x.shape[-1], self.dtype, "fc2")(hidden)
+        hidden = jax.nn.gelu(dense(self.hidden, self.dtype, "fc1")(x), approximate=True)
+        return dense(x.shape[-1], self.dtype, "fc2")(hidden)
 
 
 class SiglipLayer(nn.Module):
-    """Attention and MLP, each with a norm before it and a residual around it."""
+    """Attention and MLP, each with a norm before it and a residual around it; ``config`` is either tower's."""
 
-    config: SiglipVisionConfig
+    config: Any
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
@@ -236,15 +242,16 @@ class _PoolingAttention(nn.Module):
     def __call__(self, query: Float[Array, "B M D"], patches: Float[Array, "B N D"]) -> Float[Array, "B M D"]:
         features = patches.shape[-1]
         # Two products instead of one: queries come from another place than keys and values.
-        in_proj = _dense(3 * features, self.dtype, "in_proj")
+        in_proj = dense(3 * features, self.dtype, "in_proj")
         query, (key, value) = in_proj(query)[..., :features], jnp.split(in_proj(patches)[..., features:], 2, axis=-1)
         heads = (self.num_heads, features // self.num_heads)
         query, key, value = (array.reshape(*array.shape[:2], *heads) for array in (query, key, value))
         attended = jax.nn.dot_product_attention(query, key, value)
-        return _dense(features, self.dtype, "out_proj")(attended.reshape(*attended.shape[:2], features))
+        return dense(features, self.dtype, "out_proj")(attended.reshape(*attended.shape[:2], features))
 
 
-def _dense(features: int, dtype: jnp.dtype, name: str) -> Linear:
+def dense(features: int, dtype: jnp.dtype, name: str) -> Linear:
+    """A layer with bias."""
     return Linear(features, dtype=dtype, kernel_init=xavier_uniform(), name=name)
 
 
@@ -275,26 +282,28 @@ class SiglipVision(nn.Module):
                 f"{cfg.num_channels}): resize them"
             )
         x = _PatchEmbeddings(cfg, self.dtype, name="embeddings")(pictures)
-        x = self._layers(x)
+        x = run_layers(self, x)
         patches = LayerNorm(cfg.layer_norm_eps, name="post_layernorm")(x)
         pooled = AttentionPooling(cfg, self.dtype, name="head")(patches) if cfg.vision_use_head else None
         return ImageFeatures(patches, pooled)
 
-    def _layers(self, x):
-        cfg = self.config
-        if self.scan_blocks or self.is_initializing():
-            scan = nn.scan(
-                lambda layer, x, _: (layer(x), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=cfg.num_hidden_layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            return scan(SiglipLayer(cfg, self.dtype, name="layers"), x, None)[0]
-        stacked, layer = self.variables["params"]["layers"], SiglipLayer(cfg, self.dtype, parent=None)
-        for index in range(cfg.num_hidden_layers):
-            x = layer.apply({"params": jax.tree.map(lambda array, index=index: array[index], stacked)}, x)
-        return x
+
+def run_layers(tower: Any, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    """All layers of a tower, called in its ``__call__``; they are its ``layers``."""
+    cfg = tower.config
+    if tower.scan_blocks or tower.is_initializing():
+        scan = nn.scan(
+            lambda layer, x, _: (layer(x), None),
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            length=cfg.num_hidden_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scan(SiglipLayer(cfg, tower.dtype, name="layers"), x, None)[0]
+    stacked, layer = tower.variables["params"]["layers"], SiglipLayer(cfg, tower.dtype, parent=None)
+    for index in range(cfg.num_hidden_layers):
+        x = layer.apply({"params": jax.tree.map(lambda array, index=index: array[index], stacked)}, x)
+    return x
 
 
 class _PatchEmbeddings(nn.Module):
@@ -312,4 +321,4 @@ class _PatchEmbeddings(nn.Module):
         position = self.param(
             "position_embedding", scaled_normal(cfg.hidden_size**-0.5), (cfg.num_patches, cfg.hidden_size), jnp.float32
         )
-        return _dense(cfg.hidden_size, self.dtype, "patch_embedding")(seen) + position.astype(self.dtype)
+        return dense(cfg.hidden_size, self.dtype, "patch_embedding")(seen) + position.astype(self.dtype)

@@ -1,4 +1,4 @@
-"""What the image pipelines share: components and when they are in memory, prompts, sizes, the loop, pictures out."""
+"""What pipelines share: components and when they are in memory, prompts, the loop; for pictures, sizes and output."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from sana_jax.diffusion.sampling import AmendFunction, sample_loop
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_directory
 from sana_jax.images import to_pil
-from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines.checks import check_finite, check_multiple, not_finite
+from sana_jax.pipelines.families import Transformer, abstract_params
 from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, place, to_network_range
 from sana_jax.pipelines.lora import LoraPipeline
 from sana_jax.pipelines.model_directory import SamplingDefaults
-from sana_jax.pipelines.opening import abstract_params, open_model, save_model
+from sana_jax.pipelines.opening import open_model, save_model
 from sana_jax.pipelines.residency import (
     AUTOENCODER,
     TEXT,
@@ -46,7 +46,7 @@ from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights.components import Resident
 
 OutputType = Literal["pil", "np", "latent"]
-StepEndCallback = Callable[["ImagePipeline", int, float, dict[str, Any]], Any]
+StepEndCallback = Callable[["SamplingPipeline", int, float, dict[str, Any]], Any]
 _KEPT_ENCODINGS = 64  # prompts; 2.8 MB each at 300 tokens of 2304
 
 
@@ -79,7 +79,7 @@ class Size(NamedTuple):
     sampled: tuple[int, int]
 
 
-class ImagePipeline(LoraPipeline):
+class SamplingPipeline(LoraPipeline):
     """A text encoder, a transformer, a sampler and an autoencoder. Subclasses say how they sample.
 
     Compiled programs are kept on the pipeline, one for each combination of shapes.
@@ -89,7 +89,7 @@ class ImagePipeline(LoraPipeline):
         params: its parameters: a tree, or a ``Resident`` that reads them when they are needed.
         sampler: a sampler that this pipeline allows.
         text_encoder: reads prompts.
-        autoencoder: draws pictures from latents.
+        autoencoder: draws pictures or videos from latents.
         defaults: what calls leave open.
         checkpoint_step: training step of the weights, for display.
         weights: ``"ema"`` or ``"params"``, for display.
@@ -99,10 +99,11 @@ class ImagePipeline(LoraPipeline):
     """
 
     class_name: ClassVar[str]
+    made: ClassVar[str] = "pictures"  # what it makes, for messages
 
     def __init__(
         self,
-        transformer: SanaTransformer,
+        transformer: Transformer,
         params: PyTree | Resident,
         sampler: Sampler,
         text_encoder: TextEncoder,
@@ -287,6 +288,56 @@ class ImagePipeline(LoraPipeline):
 
         return encode
 
+    # -- the loop ------------------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        sampler: Sampler,
+        schedule: Schedule,
+        velocity: Callable[[Array, Array], Array],
+        start: Float[Array, "B *X"],
+        *,
+        key: Array | None = None,
+        noise: Any = None,
+        start_index: int = 0,
+        amend: AmendFunction | None = None,
+        callback: StepEndCallback | None = None,
+        progress_bar: bool = False,
+        whole: Callable[[Array], Array] | None = None,
+    ) -> Any:
+        """The sampler's state after the last step; raises ``UserError`` naming the first step that is not finite.
+
+        ``whole`` makes of the latents that are sampled those that a callback sees; None where they are the same.
+        """
+        bar = _progress_bar(schedule.num_inference_steps - start_index) if progress_bar else None
+        finite: list[tuple[int, Array]] = []
+
+        def on_step(index: int, timestep: float, latents: Array) -> bool | None:
+            finite.append((index, jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))))
+            if bar is not None:
+                jax.block_until_ready(latents)
+                bar.update()
+            if callback is None:
+                return None
+            shown = latents if whole is None else whole(latents)
+            return _call_back(self, callback, index, timestep, shown)
+
+        try:
+            state = sample_loop(
+                sampler, schedule, velocity, start, key, on_step, noise=noise, start_index=start_index, amend=amend
+            )
+        finally:
+            if bar is not None:
+                bar.close()
+        for index, good in finite:
+            if not good.all():
+                raise not_finite(f"sampling step {index + 1} of {schedule.num_inference_steps}", good, self.made)
+        return jax.block_until_ready(state)
+
+
+class ImagePipeline(SamplingPipeline):
+    """A pipeline that draws pictures; arguments as in ``SamplingPipeline``."""
+
     # -- sizes, noise, pictures in -------------------------------------------------------------------------------
 
     def _size(
@@ -360,45 +411,6 @@ class ImagePipeline(LoraPipeline):
         self._leave(AUTOENCODER)
         return jnp.broadcast_to(latents, (count, *latents.shape[1:]))
 
-    # -- the loop ------------------------------------------------------------------------------------------------
-
-    def _run(
-        self,
-        sampler: Sampler,
-        schedule: Schedule,
-        velocity: Callable[[Array, Array], Array],
-        start: Float[Array, "B H W C"],
-        *,
-        key: Array | None = None,
-        noise: Any = None,
-        start_index: int = 0,
-        amend: AmendFunction | None = None,
-        callback: StepEndCallback | None = None,
-        progress_bar: bool = False,
-    ) -> Any:
-        """The sampler's state after the last step; raises ``UserError`` naming the first step that is not finite."""
-        bar = _progress_bar(schedule.num_inference_steps - start_index) if progress_bar else None
-        finite: list[tuple[int, Array]] = []
-
-        def on_step(index: int, timestep: float, latents: Array) -> bool | None:
-            finite.append((index, jnp.isfinite(latents).all(axis=(1, 2, 3))))
-            if bar is not None:
-                jax.block_until_ready(latents)
-                bar.update()
-            return None if callback is None else _call_back(self, callback, index, timestep, latents)
-
-        try:
-            state = sample_loop(
-                sampler, schedule, velocity, start, key, on_step, noise=noise, start_index=start_index, amend=amend
-            )
-        finally:
-            if bar is not None:
-                bar.close()
-        for index, good in finite:
-            if not good.all():
-                raise not_finite(f"sampling step {index + 1} of {schedule.num_inference_steps}", good)
-        return jax.block_until_ready(state)
-
     # -- pictures out --------------------------------------------------------------------------------------------
 
     def _output(
@@ -466,9 +478,9 @@ def first_step(steps: int, strength: float) -> int:
 
 
 def _call_back(
-    pipeline: ImagePipeline, callback: StepEndCallback, index: int, timestep: float, latents: Array
+    pipeline: SamplingPipeline, callback: StepEndCallback, index: int, timestep: float, latents: Array
 ) -> bool | None:
-    public = {"latents": jnp.transpose(latents, (0, 3, 1, 2))}
+    public = {"latents": jnp.moveaxis(latents, -1, 1)}
     answer = callback(pipeline, index, timestep, dict(public))
     if answer is False:
         return False

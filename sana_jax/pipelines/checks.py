@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -23,12 +24,15 @@ def check_options(
     scale: float,
     negatives: tuple[Any, Any, Any],
     interval: tuple[float, float] | None,
+    unused_without_guidance: Mapping[str, bool] | None = None,
+    counted: str = "num_images_per_prompt",
 ) -> None:
     """Raises ``UserError`` for a value that is not allowed, and for arguments that would not be used.
 
-    ``negatives`` are the negative prompt, its embeddings and their mask.
+    ``negatives`` are the negative prompt, its embeddings and their mask; ``unused_without_guidance`` are further
+    arguments and whether they are given; ``counted`` is what the number per prompt is called.
     """
-    check_common_options(output_type, num_images_per_prompt, seed)
+    check_common_options(output_type, num_images_per_prompt, seed, counted)
     check_scale(scale)
     if latents is not None and seed != 0:
         raise UserError(f"seed {seed} would not be used, since latents are given; leave one of them out")
@@ -42,6 +46,7 @@ def check_options(
         "negative_prompt_embeds": embeds is not None,
         "negative_prompt_attention_mask": mask is not None,
         "guidance_interval": interval is not None,
+        **(unused_without_guidance or {}),
     }
     if any(unused.values()):
         names = ", ".join(name for name, given in unused.items() if given)
@@ -51,12 +56,14 @@ def check_options(
         )
 
 
-def check_common_options(output_type: str, num_images_per_prompt: int, seed: int) -> None:
+def check_common_options(
+    output_type: str, num_images_per_prompt: int, seed: int, counted: str = "num_images_per_prompt"
+) -> None:
     """Raises ``UserError`` for a value that no pipeline allows."""
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type {output_type!r} is not allowed; choose one of {', '.join(OUTPUT_TYPES)}")
     if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise UserError(f"num_images_per_prompt {num_images_per_prompt} is not allowed; choose 1 or more")
+        raise UserError(f"{counted} {num_images_per_prompt} is not allowed; choose 1 or more")
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is not allowed; choose a whole number from 0 to {2**32 - 1}")
 
@@ -92,17 +99,17 @@ def check_multiple(name: str, value: int, multiple: int) -> None:
     )
 
 
-def check_finite(stage: str, values: Shaped[Array, "B *X"]) -> None:
-    """Raises ``UserError`` naming the stage if any value is infinite or not a number."""
+def check_finite(stage: str, values: Shaped[Array, "B *X"], made: str = "pictures") -> None:
+    """Raises ``UserError`` naming the stage if any value is infinite or not a number; ``made`` is what is counted."""
     finite = np.asarray(jnp.isfinite(values))
     if not finite.all():
-        raise not_finite(stage, finite.reshape(finite.shape[0], -1).all(axis=1))
+        raise not_finite(stage, finite.reshape(finite.shape[0], -1).all(axis=1), made)
 
 
-def not_finite(stage: str, good: Shaped[Array, " B"]) -> UserError:
-    """The error for a stage after which not all pictures are ``good``."""
+def not_finite(stage: str, good: Shaped[Array, " B"], made: str = "pictures") -> UserError:
+    """The error for a stage after which not all that are ``made`` are ``good``."""
     good = np.asarray(good)
     return UserError(
-        f"{stage} gave values that are not finite in {int((~good).sum())} of {good.size} pictures; nothing is drawn "
+        f"{stage} gave values that are not finite in {int((~good).sum())} of {good.size} {made}; nothing is drawn "
         "from them: try dtype float32, another guidance_scale, or an earlier checkpoint"
     )

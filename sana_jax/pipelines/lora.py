@@ -15,9 +15,8 @@ from kernels.typing import PyTree
 from sana_jax.errors import UserError
 from sana_jax.lora import Lora, lora_from_tree, lora_tree, merge_lora, read_lora
 from sana_jax.nn.linear import LORA
-from sana_jax.pipelines.opening import abstract_params
+from sana_jax.pipelines.families import abstract_params, rules_of
 from sana_jax.weights.components import Resident
-from sana_jax.weights.tables.sana import transformer_rules
 
 
 class _Adapter(NamedTuple):
@@ -80,7 +79,7 @@ class LoraPipeline:
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
         names = self._new_names(adapter_name, len(paths))
         given = _weights(weights, len(paths), "LoRA files")
-        rules, abstract = transformer_rules(self.transformer.config), abstract_params(self.transformer)
+        rules, abstract = rules_of(self.transformer.config), abstract_params(self.transformer)
         new = {
             name: _Adapter(read_lora(one, rules, abstract, weight_name=weight_name), weight)
             for one, name, weight in zip(paths, names, given)
@@ -95,9 +94,7 @@ class LoraPipeline:
         """Lets the LoRA of an opened training run act, under the name ``trained``."""
         settings = model.trained_from.settings["lora"]
         abstract = abstract_params(self.transformer)
-        lora = lora_from_tree(
-            model.trained[LORA], transformer_rules(self.transformer.config), abstract, alpha=settings["alpha"]
-        )
+        lora = lora_from_tree(model.trained[LORA], rules_of(self.transformer.config), abstract, alpha=settings["alpha"])
         location = f"step {model.checkpoint_step} ({model.weights}) beside {model.trained_from.model}"
         self._set(
             {**self._adapters, "trained": _Adapter(dataclasses.replace(lora, location=location), 1.0)}, merged=False

@@ -30,7 +30,9 @@ from sana_jax.files import read_json, write_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.models.sana import SanaConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.pipelines.families import FAMILIES, IMAGE_TRANSFORMER, VIDEO_TRANSFORMER, TransformerConfig
 from sana_jax.text_encoders import TextEncoder, load_text_encoder
+from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION, VIDEO_INSTRUCTION
 
 _INDEX = "model_index.json"
 # pipeline here -> the classes of published indices that it serves
@@ -38,7 +40,13 @@ PIPELINES = {
     "SanaPipeline": ("SanaPipeline", "SanaPAGPipeline"),
     "SanaSprintPipeline": ("SanaSprintPipeline", "SanaSprintImg2ImgPipeline"),
     "SanaControlNetPipeline": ("SanaControlNetPipeline",),
+    # the same weights
+    "SanaVideoPipeline": ("SanaVideoPipeline", "SanaImageToVideoPipeline"),
+    "SanaImageToVideoPipeline": ("SanaImageToVideoPipeline", "SanaVideoPipeline"),
+    # a distilled network of the same shape, with its own sampler
+    "LongSanaVideoPipeline": ("LongSanaVideoPipeline",),
 }
+VIDEO_PIPELINES = ("SanaVideoPipeline", "SanaImageToVideoPipeline", "LongSanaVideoPipeline")
 # what an index of another family says of itself
 _OTHER_FAMILIES = {
     "SanaVideoPipeline": "SANA-Video",
@@ -46,15 +54,24 @@ _OTHER_FAMILIES = {
     "LongSanaVideoPipeline": "LongSANA",
     "SanaWMPipeline": "SANA-WM",
 }
+_LOOKS = {IMAGE_TRANSFORMER: "an image model", VIDEO_TRANSFORMER: "SANA-Video"}
 _PIXELS_PER_SAMPLE = 32  # of the published autoencoders; sample_size x this is a model's size in pixels
 _PUBLISHED_STEPS = {"SanaSprintPipeline": 2}
+# by the side in pixels that sample_size stands for; others make squares of it
+_PUBLISHED_VIDEO_SIZES = {480: (480, 832), 704: (704, 1280)}
+_VIDEO_DEFAULTS = {"guidance_scale": 6.0, "num_inference_steps": 50, "frames": 81, "fps": 16.0}
+_LONG_VIDEO_DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 4}  # distilled
+
+
+_OF_VIDEOS = ("frames", "fps")
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingDefaults:
     """What a pipeline does where a call leaves it open.
 
-    ``height`` and ``width`` are pixels. ``license`` is printed when the model is used.
+    ``height`` and ``width`` are pixels. ``license`` is printed when the model is used. ``frames``, and ``fps`` of them
+    per second, are for videos, None for pictures.
     """
 
     guidance_scale: float = 4.5
@@ -62,6 +79,13 @@ class SamplingDefaults:
     height: int = 1024
     width: int = 1024
     license: str | None = None
+    frames: int | None = None
+    fps: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What an index holds of them: without those for videos where they are None."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in _OF_VIDEOS or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> SamplingDefaults:
@@ -71,16 +95,18 @@ class SamplingDefaults:
             UserError: a missing or unknown field.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        required = set(fields) - {"license"}
+        required = set(fields) - {"license", *_OF_VIDEOS}
         if set(values) - set(fields) or required - set(values):
             raise UserError(
                 f"{source} has {', '.join(sorted(values)) or 'nothing'}; allowed are {', '.join(fields)}, all but "
-                "license required: mend it or write the model directory again"
+                "license, frames and fps required: mend it or write the model directory again"
             )
-        for name, kind in {"guidance_scale": (int, float), "license": (str, type(None))}.items():
+        kinds = {"guidance_scale": (int, float), "license": (str, type(None)), "fps": (int, float, type(None))}
+        for name, kind in kinds.items():
             if name in values and (isinstance(values[name], bool) or not isinstance(values[name], kind)):
                 raise UserError(f"{source} has {name}={values[name]!r}, which is of another type: mend it")
-        for name in ("num_inference_steps", "height", "width"):
+        numbers = ["num_inference_steps", "height", "width"]
+        for name in numbers + (["frames"] if values.get("frames") is not None else []):
             if type(values[name]) is not int or values[name] < 1:
                 raise UserError(f"{source} has {name}={values[name]!r}; allowed is a whole number from 1 on: mend it")
         return cls(**values)
@@ -91,7 +117,7 @@ class ModelDirectory:
     """What ``read_model_directory`` finds; weights are read apart from it."""
 
     path: pathlib.Path
-    transformer_config: SanaConfig
+    transformer_config: TransformerConfig
     sampler: Sampler
     text_encoder: TextEncoder
     autoencoder: Autoencoder
@@ -111,7 +137,7 @@ class ModelDirectory:
 def write_model_directory(
     directory: str | os.PathLike[str],
     *,
-    transformer_config: SanaConfig,
+    transformer_config: TransformerConfig,
     sampler: Sampler,
     text_encoder: TextEncoder,
     autoencoder: Autoencoder,
@@ -149,7 +175,7 @@ def write_model_directory(
             "_class_name": pipeline,
             **{folder: ["sana_jax", config.get("_class_name")] for folder, (_, config) in parts.items()},
             **({} if contract is None else {"contract": contract.to_dict()}),
-            "defaults": dataclasses.asdict(defaults),
+            "defaults": defaults.to_dict(),
         },
     )
 
@@ -172,7 +198,8 @@ def read_model_directory(
     _check_is_directory(directory)
     index = _read_json(directory / _INDEX)
     check_pipeline(index.get("_class_name"), pipeline, directory / _INDEX)
-    transformer_config = SanaConfig.from_dict(_read_component(directory, "transformer", "SanaTransformer2DModel"))
+    network = VIDEO_TRANSFORMER if pipeline in VIDEO_PIPELINES else IMAGE_TRANSFORMER
+    transformer_config = FAMILIES[network].config.from_dict(_read_component(directory, "transformer", network))
     if trained_from := BaseModelFile.read(directory):
         return _read_trained(directory, trained_from, transformer_config, index, pipeline, variant)
     contract = None
@@ -180,6 +207,8 @@ def read_model_directory(
         contract = infer_contract(directory, variant)
     text_dtype, image_dtype = (contract.text_encoder_dtype, contract.autoencoder_dtype) if contract else (None, None)
     text_encoder = load_text_encoder(directory / "text_encoder", dtype=text_dtype, variant=variant)
+    if pipeline in VIDEO_PIPELINES and getattr(text_encoder, "complex_human_instruction", None) == IMAGE_INSTRUCTION:
+        text_encoder = dataclasses.replace(text_encoder, complex_human_instruction=VIDEO_INSTRUCTION)
     autoencoder = load_autoencoder(directory / "vae", dtype=image_dtype, variant=variant)
     check_fit(transformer_config, text_encoder, autoencoder)
     return ModelDirectory(
@@ -188,7 +217,7 @@ def read_model_directory(
         sampler=from_scheduler_config(_read_json(directory / "scheduler" / "scheduler_config.json")),
         text_encoder=text_encoder,
         autoencoder=autoencoder,
-        defaults=_defaults(index, directory, pipeline, transformer_config, contract),
+        defaults=_defaults(index, directory, pipeline, transformer_config, contract, autoencoder),
         contract=contract,
     )
 
@@ -209,7 +238,7 @@ def _read_trained(
         path=directory,
         transformer_config=transformer_config,
         sampler=from_scheduler_config(_read_json(directory / "scheduler" / "scheduler_config.json")),
-        defaults=_defaults(index, directory, pipeline, transformer_config, base.contract),
+        defaults=_defaults(index, directory, pipeline, transformer_config, base.contract, base.autoencoder),
         trained_from=trained_from,
         base=base,
     )
@@ -236,6 +265,8 @@ def pipeline_of(directory: str | os.PathLike[str]) -> str:
     directory = pathlib.Path(directory)
     _check_is_directory(directory)
     class_name = _read_json(directory / _INDEX).get("_class_name")
+    if isinstance(class_name, str) and class_name in PIPELINES:
+        return class_name
     for pipeline, classes in PIPELINES.items():
         if class_name in classes:
             return pipeline
@@ -248,19 +279,26 @@ def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
     if class_name in PIPELINES[pipeline]:
         return
     allowed = " or ".join(PIPELINES[pipeline])
+    wants_video = pipeline in VIDEO_PIPELINES
+    family = _OTHER_FAMILIES.get(class_name)
     for other, classes in PIPELINES.items():
-        if class_name in classes:
+        if class_name in classes and wants_video == (other in VIDEO_PIPELINES):
             use = f"use {other}"
             if (pipeline, other) == ("SanaControlNetPipeline", "SanaPipeline"):
                 use += ", or name the directory of a ControlNet as controlnet"
             raise UserError(f"{where} has _class_name {class_name!r}; {pipeline} allows {allowed}: {use}")
-    if family := _OTHER_FAMILIES.get(class_name):
+    if wants_video and any(class_name in classes for classes in PIPELINES.values()):
+        family = "an image model"
+    if family:
+        use = f"choose a{' video' if wants_video else 'n image'} model"
+        if not wants_video and class_name in VIDEO_PIPELINES:
+            use += f", or use {class_name}"
         raise UserError(
-            f"{where} looks like {family}: it has _class_name {class_name!r}; {pipeline} allows {allowed}: choose an "
-            "image model"
+            f"{where} looks like {family}: it has _class_name {class_name!r}; {pipeline} allows {allowed}: {use}"
         )
+    kind = "text-to-video" if wants_video else "text-to-image"
     raise UserError(
-        f"{where} has _class_name {class_name!r}; allowed is {allowed}: choose a text-to-image model of the SANA family"
+        f"{where} has _class_name {class_name!r}; allowed is {allowed}: choose a {kind} model of the SANA family"
     )
 
 
@@ -285,7 +323,7 @@ def _read_component(directory: pathlib.Path, folder: str, class_name: str) -> di
     config = _read_json(path)
     found = config.get("_class_name", class_name)
     if found != class_name:
-        looks = ": looks like SANA-Video" if "Video" in str(found) else ""
+        looks = f": looks like {_LOOKS[found]}" if found in _LOOKS else ""
         raise UserError(f"{path} has _class_name {found!r}{looks}; allowed is {class_name}: choose such a model")
     return config
 
@@ -294,19 +332,32 @@ def _defaults(
     index: Mapping[str, Any],
     directory: pathlib.Path,
     pipeline: str,
-    config: SanaConfig,
+    config: TransformerConfig,
     contract: Contract | None,
+    autoencoder: Autoencoder,
 ) -> SamplingDefaults:
     """What our index says, or what the published pipelines do."""
     if "defaults" in index or contract is None:
         return SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}")
-    side, license = config.sample_size * _PIXELS_PER_SAMPLE, contract.license
+    license = contract.license
+    if pipeline in VIDEO_PIPELINES:
+        side = config.sample_size * config.patch_size[1] * autoencoder.spatial_factor
+        height, width = _PUBLISHED_VIDEO_SIZES.get(side, (side, side))
+        own = _LONG_VIDEO_DEFAULTS if pipeline == "LongSanaVideoPipeline" else {}
+        return SamplingDefaults(height=height, width=width, license=license, **{**_VIDEO_DEFAULTS, **own})
+    side = config.sample_size * _PIXELS_PER_SAMPLE
     steps = _PUBLISHED_STEPS.get(pipeline, SamplingDefaults.num_inference_steps)
     return SamplingDefaults(num_inference_steps=steps, height=side, width=side, license=license)
 
 
-def check_fit(config: SanaConfig, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
+def check_fit(config: TransformerConfig, text_encoder: TextEncoder, autoencoder: Autoencoder) -> None:
     """Raises ``UserError`` for components that do not fit one another."""
+    if isinstance(config, SanaConfig) == hasattr(autoencoder, "temporal_factor"):
+        kinds = ("an image", "a video") if isinstance(config, SanaConfig) else ("a video", "an image")
+        raise UserError(
+            f"{kinds[0]} transformer with {kinds[1]} autoencoder ({type(autoencoder).__name__}); allowed are both of "
+            "one kind: take them from one model"
+        )
     if config.caption_channels != text_encoder.embedding_dim:
         raise UserError(
             f"transformer caption_channels {config.caption_channels} must be the text encoder's embedding_dim "

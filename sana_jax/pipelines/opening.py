@@ -22,8 +22,8 @@ from sana_jax.dtypes import parse_dtype
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import write_json
 from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig, init_controlnet_params
-from sana_jax.models.sana import SanaTransformer, init_params
 from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.pipelines.families import Transformer, abstract_params, make_transformer, rules_of
 from sana_jax.pipelines.model_directory import (
     ModelDirectory,
     SamplingDefaults,
@@ -35,7 +35,18 @@ from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights import checkpoint_structure, choose_checkpoint, load_checkpoint_params, save_params
 from sana_jax.weights.components import CONVERTED, Resident, open_component
 from sana_jax.weights.identity import weights_id
-from sana_jax.weights.tables.sana import controlnet_rules, transformer_rules
+from sana_jax.weights.tables.sana import controlnet_rules
+
+__all__ = [
+    "OpenModel",
+    "abstract_params",
+    "files_to_fetch",
+    "find_model",
+    "model_weights_id",
+    "open_model",
+    "open_transformer_weights",
+    "save_model",
+]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -45,7 +56,7 @@ class OpenModel:
     """The components of a model; weights are read when they are needed."""
 
     path: pathlib.Path
-    transformer: SanaTransformer
+    transformer: Transformer
     transformer_weights: Resident
     sampler: Sampler
     text_encoder: TextEncoder
@@ -86,9 +97,7 @@ def open_model(
     base = "SanaPipeline" if controlnet is not None else pipeline
     model = read_model_directory(directory, base, variant=variant)
     compute_dtype = _compute_dtype(dtype, model.contract, emulate_fp16_saturation)
-    transformer = SanaTransformer(
-        model.transformer_config, dtype=compute_dtype, fp16_saturation=emulate_fp16_saturation
-    )
+    transformer = make_transformer(model.transformer_config, compute_dtype, emulate_fp16_saturation)
     kind = "whole" if model.trained_from is None else model.trained_from.kind
     trained = None
     if kind != "whole":
@@ -189,7 +198,7 @@ def open_transformer_weights(
             f"{model.path} is not a training run and has one set of weights; weights={weights!r}, "
             f"checkpoint_step={checkpoint_step} cannot be chosen: leave both out"
         )
-    resident = open_component(component, transformer_rules(model.transformer_config), abstract, variant=variant)
+    resident = open_component(component, rules_of(model.transformer_config), abstract, variant=variant)
     return resident, None, None
 
 
@@ -284,9 +293,3 @@ def files_to_fetch(names: Sequence[str], variant: str | None) -> list[str]:
     for variants in weights.values():
         kept += variants.get(variant or "") or variants.get("") or next(iter(variants.values()))
     return kept
-
-
-def abstract_params(transformer: SanaTransformer, dtype: Any = jnp.float32) -> PyTree:
-    """Shapes of a transformer's parameters, as ``ShapeDtypeStruct``s of ``dtype``; nothing is computed."""
-    shapes = jax.eval_shape(lambda: init_params(transformer, jax.random.key(0)))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)

@@ -1,4 +1,4 @@
-"""The sizes that image models were trained at, and the way from a requested size to one of them and back.
+"""The sizes that models were trained at, and the way from a requested size to one of them and back.
 
 Training used a table of sizes ("bins") per model, each near the model's pixel count at another aspect ratio. The
 tables are the published ones (diffusers' PixArt and SANA pipelines). Sampling at a size of the table and cropping to
@@ -81,6 +81,42 @@ _BINS_2048 = _scaled((*_scaled(_BINS_1024, 2), *_MORE_BINS_2048), 1)
 # by the transformer's sample_size: latent side at a factor of 32
 BINS = {16: _scaled(_BINS_1024, 0.5), 32: _scaled(_BINS_1024, 1), 64: _BINS_2048, 128: _scaled(_BINS_2048, 2)}
 BINNED_FACTOR = 32
+# of the video models, by the transformer's sample_size: 480p and 720p
+VIDEO_BINS = {
+    30: _scaled(
+        (
+            (0.5, 448, 896),
+            (0.57, 480, 832),
+            (0.68, 528, 768),
+            (0.78, 560, 720),
+            (1.0, 624, 624),
+            (1.13, 672, 592),
+            (1.29, 720, 560),
+            (1.46, 768, 528),
+            (1.67, 816, 496),
+            (1.75, 832, 480),
+            (2.0, 896, 448),
+        ),
+        1,
+    ),
+    22: _scaled(
+        (
+            (0.5, 672, 1344),
+            (0.57, 704, 1280),
+            (0.68, 800, 1152),
+            (0.78, 832, 1088),
+            (1.0, 960, 960),
+            (1.13, 1024, 896),
+            (1.29, 1088, 832),
+            (1.46, 1152, 800),
+            (1.67, 1248, 736),
+            (1.75, 1280, 704),
+            (2.0, 1344, 672),
+        ),
+        1,
+    ),
+}
+_VIDEO_TOKENS = {30: 16, 22: 32}  # pixels per side that a token of these models stands for
 _MOST_PIXELS = 1 << 28  # of a picture scaled to what was asked for: 16 times the largest that is sampled
 
 
@@ -103,18 +139,59 @@ def size_to_sample(height: int, width: int, binning: Binning | None, sample_size
     Raises:
         UserError: a name that is not allowed, a model without a table, or a size that is not in it.
     """
+    bins = BINS.get(sample_size) if factor == BINNED_FACTOR else None
+    of_what = (
+        f"a model with sample_size {sample_size} and {factor} pixels per latent has no table of trained sizes (those "
+        f"with sample_size {', '.join(map(str, BINS))} have)"
+    )
+    return choose_size(height, width, binning, bins, of_what)
+
+
+def video_bins(sample_size: int, token: int) -> tuple[Bin, ...] | None:
+    """The table of a video model; None where it has none.
+
+    Args:
+        sample_size: the transformer's.
+        token: pixels per side of a token: the transformer's patch size times the autoencoder's factor.
+    """
+    return VIDEO_BINS[sample_size] if _VIDEO_TOKENS.get(sample_size) == token else None
+
+
+def video_size_to_sample(
+    height: int, width: int, binning: Binning | None, sample_size: int, token: int
+) -> tuple[int, int]:
+    """As ``size_to_sample``, of the video models; all sizes of their tables can be sampled.
+
+    (diffusers refuses seven of the eleven at 480p, for they are not multiples of 32; the networks need 16.)
+    ``sample_size`` and ``token`` are as in ``video_bins``.
+
+    Raises:
+        UserError: as ``size_to_sample``.
+    """
+    known = " and ".join(f"{size} of tokens of {pixels}" for size, pixels in _VIDEO_TOKENS.items())
+    of_what = (
+        f"a video model with sample_size {sample_size} and tokens of {token} pixels has no table of trained sizes "
+        f"(those with {known} have)"
+    )
+    return choose_size(height, width, binning, video_bins(sample_size, token), of_what)
+
+
+def choose_size(
+    height: int, width: int, binning: Binning | None, bins: tuple[Bin, ...] | None, without_table: str
+) -> tuple[int, int]:
+    """The size that is sampled, by a model's table; None where it has none, as ``without_table`` says in words.
+
+    Raises:
+        UserError: as ``size_to_sample``.
+    """
     if binning not in (None, "nearest", "off", "error"):
         raise UserError(f"binning {binning!r} is not allowed; choose nearest, off or error")
-    bins = BINS.get(sample_size) if factor == BINNED_FACTOR else None
     if binning is None:
         binning = "off" if bins is None else "nearest"
     if binning == "off":
         return height, width
     if bins is None:
-        raise UserError(
-            f"binning {binning!r}: a model with sample_size {sample_size} and {factor} pixels per latent has no table "
-            f"of trained sizes (those with sample_size {', '.join(map(str, BINS))} have): choose binning off"
-        )
+        raise UserError(f"binning {binning!r}: {without_table}: choose binning off")
     if height < 1 or width < 1:
         raise UserError(f"size {height}x{width} is not allowed; height and width are pixels: choose 1 or more")
     found = nearest_bin(height, width, bins)

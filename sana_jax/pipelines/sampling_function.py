@@ -10,15 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
-from sana_jax.diffusion.guidance import classifier_free_guidance, interval_guidance
+from sana_jax.diffusion.guidance import (
+    ProjectedGuidance,
+    classifier_free_guidance,
+    interval_guidance,
+    projected_guidance,
+)
 from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.sampling import VelocityFunction, sample_scan
 from sana_jax.models.condition_tokens import ConditionTokens
 from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.models.sana import SanaTransformer
+from sana_jax.models.sana_video import SanaVideoTransformer
 from sana_jax.nn.linear import LORA
 
-SamplingFunction = Callable[..., Float[Array, "B H W C"]]
+SamplingFunction = Callable[..., Float[Array, "B *X C"]]
 
 
 class Encoded(NamedTuple):
@@ -84,13 +90,56 @@ class Network(NamedTuple):
         ).astype(jnp.float32)
 
 
+class VideoNetwork(NamedTuple):
+    """A video transformer, as samplers see it."""
+
+    transformer: SanaVideoTransformer
+
+    def velocity(
+        self,
+        params: PyTree,
+        latents: Float[Array, "B T H W C"],
+        timestep: Float[Array, ""],
+        conditions: Encoded,
+        identity: None = None,
+        given: Float[Array, "b G H W C"] | None = None,
+        lora: PyTree | None = None,
+    ) -> Float[Array, "B T H W C"]:
+        """The velocity in float32.
+
+        ``given`` are clean latent frames that stand before ``latents``, such as an image that the video begins with:
+        the network sees them at timestep 0, and their velocity is left out of the result. They are for the batch, or
+        for a part of it that is repeated, as guidance does. ``identity`` is not for video models.
+        """
+        batch = latents.shape[0]
+        timesteps = jnp.broadcast_to(timestep, (batch,))
+        start = 0
+        if given is not None:
+            start = given.shape[1]
+            latents = jnp.concatenate([jnp.concatenate([given] * (batch // given.shape[0])), latents], axis=1)
+            timesteps = jnp.where(jnp.arange(latents.shape[1]) < start, 0.0, timesteps[:, None])
+        output = self.transformer.apply(
+            transformer_variables(params, lora),
+            latents,
+            conditions.embeds,
+            timesteps,
+            conditions.mask,
+        )
+        return output[:, start:].astype(jnp.float32)
+
+
+def network_of(transformer: SanaTransformer | SanaVideoTransformer) -> Network | VideoNetwork:
+    """A transformer as samplers see it."""
+    return VideoNetwork(transformer) if isinstance(transformer, SanaVideoTransformer) else Network(transformer)
+
+
 def transformer_variables(params: PyTree, lora: PyTree | None) -> dict[str, PyTree]:
     """What ``SanaTransformer.apply`` takes: the parameters and, where there is one, the LoRA beside them."""
     return {"params": params} if lora is None else {"params": params, LORA: lora}
 
 
-def initial_latents(seed: int, count: int, shape: tuple[int, int, int]) -> Float[Array, "B C H W"]:
-    """Unit normal noise of ``count`` pictures of ``shape`` (C, H, W), float32.
+def initial_latents(seed: int, count: int, shape: tuple[int, ...]) -> Float[Array, "B C *X"]:
+    """Unit normal noise of ``count`` pictures of ``shape`` (C, H, W), or videos (C, T, H, W), float32.
 
     Picture i's noise is a function of (seed, i) alone: it does not change with ``count``.
     """
@@ -100,18 +149,18 @@ def initial_latents(seed: int, count: int, shape: tuple[int, int, int]) -> Float
 
 
 def guided_velocity(
-    network: Network,
+    network: Network | VideoNetwork,
     params: PyTree,
-    latents: Float[Array, "B H W C"],
+    latents: Float[Array, "B *X C"],
     timestep: Float[Array, ""],
     positive: Encoded,
     negative: Encoded | None = None,
     guidance_scale: float | Float[Array, ""] = 1.0,
     perturbed_layers: Sequence[int] = (),
     pag_scale: float | Float[Array, ""] = 0.0,
-    control: Control | None = None,
+    control: Control | Float[Array, "B G H W C"] | None = None,
     lora: PyTree | None = None,
-) -> Float[Array, "B H W C"]:
+) -> Float[Array, "B *X C"]:
     """One step's velocity with classifier-free and perturbed-attention guidance, from one call of the network.
 
     The network sees the batch [negative, positive, perturbed], without the parts that are not asked for. The result is
@@ -129,7 +178,7 @@ def guided_velocity(
         perturbed_layers: layers whose self-attention is the identity in the perturbed part; empty leaves it out
             (perturbed-attention guidance, arXiv 2403.17377).
         pag_scale: read only with ``perturbed_layers``.
-        control: read only by a network with a ControlNet.
+        control: read only by a network with a ControlNet; of a video network the frames that are given.
         lora: beside the transformer's parameters; None for none.
     """
     batch = latents.shape[0]
@@ -155,8 +204,36 @@ def guided_velocity(
     return result
 
 
+def projected_velocity(
+    network: Network | VideoNetwork,
+    params: PyTree,
+    latents: Float[Array, "B *X C"],
+    timestep: Float[Array, ""],
+    sigma: Float[Array, ""],
+    positive: Encoded,
+    negative: Encoded,
+    guidance_scale: Float[Array, ""],
+    settings: ProjectedGuidance,
+    running: Float[Array, "B *X C"],
+    given: Float[Array, "B G H W C"] | None = None,
+    lora: PyTree | None = None,
+) -> tuple[Float[Array, "B *X C"], Float[Array, "B *X C"]]:
+    """One step's velocity with adaptive projected guidance, which acts on the clean samples x − sigma·velocity.
+
+    Arguments as in ``guided_velocity`` and ``projected_guidance``; ``running`` is 0 before the first step, and what is
+    returned beside the velocity before the others.
+    """
+    batch = latents.shape[0]
+    negative = jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), negative)
+    conditions = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), negative, positive)
+    output = network.velocity(params, jnp.concatenate([latents] * 2), timestep, conditions, None, given, lora)
+    unconditional, conditional = (latents - sigma * half for half in jnp.split(output, 2))
+    guided, running = projected_guidance(unconditional, conditional, guidance_scale, settings, running)
+    return (latents - guided) / sigma, running
+
+
 def make_sampling_fn(
-    transformer: SanaTransformer,
+    transformer: SanaTransformer | SanaVideoTransformer,
     sampler: Sampler,
     num_inference_steps: int,
     guidance_scale: float,
@@ -166,19 +243,19 @@ def make_sampling_fn(
 
     Returns:
         ``fn(params, latents, embeds, mask, null_embeds, null_mask, key, lora, tokens, null_tokens)`` -> latents
-        (B, H, W, C) in float32,
-        where ``latents`` (B, H, W, C) are unit normal, ``embeds`` (B, L, C) and ``mask`` (B, L) are the prompts', and
-        ``null_embeds`` (B or 1, L, C) and ``null_mask`` the negative ones. With a guidance scale of 1 or below the
-        transformer sees each picture once per step, and the last two are not read and may be None. ``key`` serves
-        samplers that draw noise, and may be None for the others. ``lora`` is a tree beside the parameters, or None.
-        ``tokens`` are condition tokens of B samples, or None, and ``null_tokens`` those of B or 1 without conditions.
+        (B, H, W, C) in float32, or (B, T, H, W, C) of a video transformer, where ``latents`` of that shape are unit
+        normal, ``embeds`` (B, L, C) and ``mask`` (B, L) are the prompts', and ``null_embeds`` (B or 1, L, C) and
+        ``null_mask`` the negative ones. With a guidance scale of 1 or below the transformer sees each sample once per
+        step, and the last two are not read and may be None. ``key`` serves samplers that draw noise, and may be None
+        for the others. ``lora`` is a tree beside the parameters, or None. ``tokens`` are condition tokens of B samples,
+        or None, and ``null_tokens`` those of B or 1 without conditions.
     """
     schedule = sampler.schedule(num_inference_steps)
-    network = Network(transformer)
+    network = network_of(transformer)
 
     def sample(
         params: PyTree,
-        latents: Float[Array, "B H W C"],
+        latents: Float[Array, "B *X C"],
         embeds: Float[Array, "B L C"],
         mask: Int[Array, "B L"],
         null_embeds: Float[Array, "B L C"] | None = None,
@@ -187,7 +264,7 @@ def make_sampling_fn(
         lora: PyTree | None = None,
         tokens: ConditionTokens | None = None,
         null_tokens: ConditionTokens | None = None,
-    ) -> Float[Array, "B H W C"]:
+    ) -> Float[Array, "B *X C"]:
         positive = Encoded(embeds, mask, tokens)
         negative = Encoded(null_embeds, null_mask, null_tokens) if is_guided(guidance_scale) else None
         velocity = _velocity_of_schedule(
@@ -199,7 +276,7 @@ def make_sampling_fn(
 
 
 def _velocity_of_schedule(
-    network: Network,
+    network: Network | VideoNetwork,
     params: PyTree,
     schedule: Schedule,
     positive: Encoded,
@@ -210,7 +287,7 @@ def _velocity_of_schedule(
 ) -> VelocityFunction:
     """``guided_velocity`` as the sampling loops call it, with the guidance that a step's noise level asks for."""
 
-    def velocity(latents: Float[Array, "B H W C"], timestep: Float[Array, ""]) -> Float[Array, "B H W C"]:
+    def velocity(latents: Float[Array, "B *X C"], timestep: Float[Array, ""]) -> Float[Array, "B *X C"]:
         scale = guidance_scale
         if interval is not None:
             index = jnp.argmin(jnp.abs(jnp.asarray(schedule.timesteps) - timestep))

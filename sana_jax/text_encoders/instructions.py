@@ -23,3 +23,20 @@ IMAGE_INSTRUCTION: tuple[str, ...] = (
     "or evaluations:",
     "User Prompt: ",
 )
+
+# The default of ``complex_human_instruction`` of diffusers' video pipelines of SANA (version 0.42.1), word for word.
+VIDEO_INSTRUCTION: tuple[str, ...] = (
+    "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for video "
+    "generation. Evaluate the level of detail in the user prompt:",
+    "- If the prompt is simple, focus on adding specifics about colors, shapes, sizes, textures, motion, and temporal "
+    "relationships to create vivid and dynamic scenes.",
+    IMAGE_INSTRUCTION[2],
+    IMAGE_INSTRUCTION[3],
+    "- User Prompt: A cat sleeping -> Enhanced: A small, fluffy white cat slowly settling into a curled position, "
+    "peacefully falling asleep on a warm sunny windowsill, with gentle sunlight filtering through surrounding pots of "
+    "blooming red flowers.",
+    "- User Prompt: A busy city street -> Enhanced: A bustling city street scene at dusk, featuring glowing street "
+    "lamps gradually lighting up, a diverse crowd of people in colorful clothing walking past, and a double-decker bus "
+    "smoothly passing by towering glass skyscrapers.",
+    *IMAGE_INSTRUCTION[6:],
+)

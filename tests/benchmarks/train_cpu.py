@@ -1,7 +1,7 @@
 """How long a training step takes on a CPU, beside its own matrix products and beside the same step in PyTorch.
 
-``python -m tests.benchmarks.train_cpu`` times a tiny and a medium network: forward, backward, gradient norm, clipping
-and AdamW, in float32, without remat and without averaged weights, on the same batch and with as many threads. PyTorch
+``python -m tests.benchmarks.train_cpu`` times a tiny, a medium and a wide network: forward, backward, gradient norm,
+clipping and AdamW, in float32, without remat and without averaged weights, on the same batch and with as many threads. PyTorch
 runs diffusers' network and its own AdamW (fused). The products are those of the forward and of the backward pass alone:
 for each product of two arrays also the two that their gradients are.
 """
@@ -72,7 +72,15 @@ MEDIUM = Case(
     caption_tokens=64,
     steps=1,
 )
-CASES = {"tiny": TINY, "medium": MEDIUM}
+WIDE = Case(
+    SanaConfig.sana_600m(sample_size=16, num_layers=4, qk_norm="rms_norm_across_heads", caption_channels=256),
+    batch_size=4,
+    side=16,
+    caption_tokens=64,
+    steps=1,
+)
+"""Four blocks of SANA 0.6B's width."""
+CASES = {"tiny": TINY, "medium": MEDIUM, "wide": WIDE}
 
 
 def random_batch(case: Case) -> Batch:

@@ -17,6 +17,7 @@ from convert.renames import RenamedSource
 from convert.sources import Choices, open_model
 from convert.tables import sana_video_original
 from convert.verify import verify_model
+from sana_jax.diffusion.samplers import LongSanaSampler, from_scheduler_config
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.weights.safetensors_files import TensorInfo
@@ -86,10 +87,14 @@ def test_original_files(kind, tmp_path):
     found, wanted = ({**values, "patch_size": list(values["patch_size"])} for values in fields)
     assert found == wanted
     index = json.loads((tmp_path / "ours" / "model_index.json").read_text())
-    assert index["_class_name"] == "SanaVideoPipeline"
+    assert index["_class_name"] == ("SanaVideoPipeline" if kind == "SANA-Video" else "LongSanaVideoPipeline")
+    assert index["contract"]["family"].startswith(kind)
     assert index["contract"]["frame_rule"].startswith("as the autoencoder has it")  # five channels are no autoencoder's
     scheduler = json.loads((tmp_path / "ours" / "scheduler" / "scheduler_config.json").read_text())
-    assert scheduler["flow_shift"] == (8.0 if kind == "SANA-Video" else 7.0)
+    if kind == "LongSANA":
+        assert from_scheduler_config(scheduler) == LongSanaSampler(flow_shift=7.0)
+    else:
+        assert scheduler["flow_shift"] == 8.0
     assert any("flow shift 8" in line for line in lines) == (kind == "SANA-Video")
 
 

@@ -130,14 +130,20 @@ def test_noise_is_a_function_of_key_and_step():
     assert not np.allclose(other.denoised, from_key.denoised)
 
 
-def test_the_samplers_step_compiles_once_per_run():
-    from sana_jax.diffusion.sampling import _jitted_step
+def test_the_samplers_step_is_traced_once_for_all_steps_and_runs():
+    traced = []
 
-    sampler = FlowEuler(flow_shift=2.5)
-    _jitted_step.clear_cache()  # what other tests have left may be dropped at any moment
+    class CountingEuler(FlowEuler):
+        def step(self, *arguments):
+            traced.append(self)
+            return super().step(*arguments)
+
     for _ in range(2):
+        sampler = CountingEuler(flow_shift=2.5)
         sample_loop(sampler, sampler.schedule(7), velocity_fn, LATENTS)
-    assert _jitted_step._cache_size() == 1
+    assert len(traced) == 1
+    sample_loop(sampler, sampler.schedule(7), velocity_fn, LATENTS[:1])
+    assert len(traced) == 2
 
 
 @pytest.mark.parametrize("loop", [sample_loop, sample_scan])

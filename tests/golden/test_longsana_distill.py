@@ -19,6 +19,7 @@ from tests.golden.video_networks import (
     channels_last,
     frames_channels_last,
     original_gradient,
+    recorded_numerics,
     recorded_params,
     recorded_slots,
     recorded_transformer,
@@ -40,8 +41,8 @@ TABLES = 5e-6
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _exact_products():
-    with jax.default_matmul_precision("highest"):
+def _recorded_numerics():
+    with recorded_numerics():
         yield
 
 
@@ -68,10 +69,8 @@ def recorded_captions(golden: GoldenFile, name: str) -> Captions:
 @functools.cache
 def config() -> SelfForcingConfig:
     hparams = load_golden("longsana_distill").hparams
-    *steps, last = hparams["steps"]
-    assert last == 0
     return SelfForcingConfig(
-        timesteps=tuple(steps),
+        timesteps=tuple(step for step in hparams["steps"] if step),
         flow_shift=hparams["gshift"],
         score_flow_shift=hparams["sshift"],
         block_frames=hparams["base"],
@@ -85,7 +84,8 @@ def config() -> SelfForcingConfig:
 
 def self_forcing(**changes: Any) -> SelfForcing:
     negative = recorded_captions(load_golden("longsana_distill"), "y_neg")
-    return SelfForcing(transformer(), transformer(), dataclasses.replace(config(), **changes), negative)
+    options = dataclasses.replace(config(), **changes)
+    return SelfForcing.of_transformers(transformer(), transformer(), options, negative)
 
 
 def assert_gradients(golden: GoldenFile, tree: Any, where: str) -> None:
@@ -234,22 +234,30 @@ def frames_first(video: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def compiled_comparison() -> Any:
-    """``(fake, real, video, captions, real captions, draws) -> seen, real x0, fake x0, gradient``"""
+def compiled_matching() -> Any:
+    """``(video, trained, real, captions, real captions, draws, mask) -> (loss, parts), gradient``"""
     losses = self_forcing()
 
-    def run(fake, real, video, captions, real_captions, draws):
+    def loss(video, trained, real, captions, real_captions, draws, mask):
+        found = losses.matching_losses(trained, real, video, captions, real_captions, draws, mask)
         seen = losses.seen_by_scores(video, draws.score)
-        predicted = losses.compare(fake, real, seen, captions, real_captions)
-        return seen, *predicted, distribution_gradient(video, *predicted)
+        predicted = losses.compare(trained["fake"], real, seen, captions, real_captions)
+        return found.loss.mean(), (seen, *predicted, distribution_gradient(video, *predicted))
 
-    return jax.jit(run, compiler_options=QUICKLY)
+    return jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICKLY)
 
 
-def assert_comparison(golden: GoldenFile, case: str, video: Any, draws: SelfForcingDraws) -> None:
+def trained_networks() -> dict[str, Any]:
+    return {"transformer": network("generator"), "fake": network("fake")}
+
+
+def matching(golden: GoldenFile, case: str, video: Any, mask: np.ndarray | None = None) -> tuple[Any, Any]:
+    """Loss and gradient of a video, once its parts are as recorded."""
+    draws = recorded_score_draws(golden, case)
     captions, real_captions = (recorded_captions(golden, name) for name in ("y", "y_real"))
-    seen, real, fake, (gradient, normalizer) = compiled_comparison()(
-        network("fake"), network("real"), video, captions, real_captions, draws
+    mask = jnp.ones(video.shape) if mask is None else jnp.asarray(mask)
+    (loss, (seen, real, fake, (gradient, normalizer))), pull = compiled_matching()(
+        video, trained_networks(), network("real"), captions, real_captions, draws, mask
     )
     where = f"out64/{case}"
     frames = np.broadcast_to(np.asarray(seen.timestep)[:, None], golden[f"{where}/timestep"].shape)
@@ -257,35 +265,14 @@ def assert_comparison(golden: GoldenFile, case: str, video: Any, draws: SelfForc
     for name, ours in {"noisy": seen.noisy, "x0_real": real, "x0_fake": fake, "grad": gradient}.items():
         assert_golden(frames_first(ours), golden[f"{where}/{name}"], VALUES, f"{case}/{name}")
     assert_golden(normalizer, golden[f"{where}/normalizer"].reshape(-1), VALUES, f"{case}/normalizer")
-
-
-def frozen_and_trained(golden: GoldenFile) -> tuple[dict, Any]:
-    return {"transformer": network("generator"), "fake": network("fake")}, network("real")
-
-
-@functools.cache
-def compiled_matching() -> Any:
-    """``(video, trained, real, captions, real captions, draws, mask) -> loss, gradient``"""
-    losses = self_forcing()
-
-    def loss(video, trained, real, captions, real_captions, draws, mask):
-        found = losses.matching_losses(trained, real, video, captions, real_captions, draws, mask)
-        return found.loss.mean()
-
-    return jax.jit(jax.value_and_grad(loss), compiler_options=QUICKLY)
+    assert_golden(loss, golden[f"{where}/loss"], LOSSES, case)
+    return loss, pull
 
 
 @pytest.mark.parametrize("case", ["dmd_given_tensor", "dmd_given_tensor_masked_tsschedule"])
 def test_matching_of_a_given_video(golden, case):
-    video = jnp.asarray(frames_channels_last(golden["in/x_gen"]))
-    draws = recorded_score_draws(golden, case)
-    assert_comparison(golden, case, video, draws)
-    masked = case.endswith("masked_tsschedule")
-    mask = frames_channels_last(golden["in/gradient_mask"]) if masked else np.ones(video.shape, np.float32)
-    trained, real = frozen_and_trained(golden)
-    captions, real_captions = (recorded_captions(golden, name) for name in ("y", "y_real"))
-    loss, grad = compiled_matching()(video, trained, real, captions, real_captions, draws, jnp.asarray(mask))
-    assert_golden(loss, golden[f"out64/{case}/loss"], LOSSES, case)
+    mask = frames_channels_last(golden["in/gradient_mask"]) if case.endswith("masked_tsschedule") else None
+    _, grad = matching(golden, case, jnp.asarray(frames_channels_last(golden["in/x_gen"])), mask)
     assert_golden(frames_first(grad), golden[f"out64/{case}/grad_image"], GRADIENTS, case, GRADIENT_FLOOR)
 
 
@@ -293,8 +280,7 @@ def test_matching_of_a_rollout(golden):
     """The whole of a generator's step: rollout, scores, loss, gradients of its parameters."""
     case, losses = "dmd_from_rollout", self_forcing()
     draws = recorded_score_draws(golden, case, recorded_rollout(golden, "rollout_same_step"))
-    assert_comparison(golden, case, channels_last(golden["out/rollout_same_step/output"]), draws)
-    trained, real = frozen_and_trained(golden)
+    matching(golden, case, jnp.asarray(channels_last(golden["out/rollout_same_step/output"])))
     own = recorded_captions(golden, "y_real")
     conditions = {"real_prompt_embeds": own.embeds, "real_prompt_attention_mask": own.mask}
     batch = Batch(draws.rollout.start, *recorded_captions(golden, "y"), conditions)
@@ -303,7 +289,7 @@ def test_matching_of_a_rollout(golden):
         return losses.generator_losses(trained, real, batch, draws).loss.mean()
 
     value_and_grad = jax.jit(jax.value_and_grad(loss), compiler_options=QUICKLY)
-    value, grads = value_and_grad(trained, real, batch, draws)
+    value, grads = value_and_grad(trained_networks(), network("real"), batch, draws)
     assert_golden(value, golden[f"out64/{case}/loss"], LOSSES, case)
     assert_gradients(golden, grads["transformer"], f"{case}/grad_param")
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(grads["fake"]))
@@ -317,7 +303,7 @@ def test_critic(golden):
     def loss(fake, video, captions, draws):
         found = losses.denoising_losses({"fake": fake}, video, captions, draws).loss.mean()
         seen = losses.seen_by_scores(video, draws.score)
-        x0 = losses.score_x0(fake, seen, captions)
+        x0 = losses.score_x0(losses.fake_score, fake, seen, captions)
         return found, (seen, x0, velocity_from_x0(seen.noisy, x0, seen.sigma))
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=QUICKLY)

@@ -25,6 +25,7 @@ from tests.golden.golden_files import assert_golden, load_golden
 from tests.golden.video_networks import (
     channels_last,
     frames_channels_last,
+    recorded_numerics,
     recorded_params,
     recorded_slots,
     recorded_transformer,
@@ -36,8 +37,8 @@ TABLES = 5e-6
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _exact_products():
-    with jax.default_matmul_precision("highest"):
+def _recorded_numerics():
+    with recorded_numerics():
         yield
 
 

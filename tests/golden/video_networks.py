@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ import numpy as np
 from convert.renames import RenamedSource
 from convert.tables.sana_video_original import DROPPED, video_transformer_table
 from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer, init_params
+from sana_jax.nn.norms import RMSNorm, rms_norm
 from sana_jax.weights.rules import flatten, places, read_params
 from sana_jax.weights.safetensors_files import TensorInfo
 from sana_jax.weights.tables.sana_video import transformer_rules
@@ -18,6 +22,23 @@ from tests.golden.golden_files import GoldenFile
 
 # The training code's; diffusers has 1e-15.
 EPSILON = 1e-8
+# The same of cross-attention's query and key norms, for which diffusers has 1e-5.
+CROSS_NORM_EPSILON = 1e-6
+
+
+@contextlib.contextmanager
+def recorded_numerics() -> Iterator[None]:
+    """Within, networks are traced with exact products and with the recorded epsilon of cross-attention's norms."""
+
+    def interceptor(call, args, kwargs, context):
+        module = context.module
+        crossed = isinstance(module, RMSNorm) and context.method_name == "__call__" and "attn2" in module.path
+        if crossed and not module.is_initializing():
+            return rms_norm(args[0], module.get_variable("params", "scale"), CROSS_NORM_EPSILON)
+        return call(*args, **kwargs)
+
+    with jax.default_matmul_precision("highest"), nn.intercept_methods(interceptor):
+        yield
 
 
 class RecordedWeights:

@@ -57,3 +57,26 @@ def opened(published) -> Callable[[str], Any]:
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="module")
+def quick_programs():
+    """Programs are compiled without LLVM's optimiser, which is most of the time that compiling takes."""
+    from sana_jax import compilation
+    from sana_jax.autoencoders import wan_autoencoder
+    from tests.parity.wan_oracle import quick_compile
+
+    with pytest.MonkeyPatch.context() as patched:
+        for module in (compilation, wan_autoencoder):
+            patched.setattr(module, "compile_ahead", quick_compile)
+        yield
+
+
+@pytest.fixture(scope="session")
+def video_model(tmp_path_factory) -> pathlib.Path:
+    """A tiny random video model as diffusers saves it; do not change it."""
+    from tests.parity import video_pipeline_oracle
+
+    directory = tmp_path_factory.mktemp("video")
+    video_pipeline_oracle.save("video", directory)
+    return directory

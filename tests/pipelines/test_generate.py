@@ -144,7 +144,19 @@ def test_as_a_program(run):
 
 def test_library_imports_without_what_it_uses_late():
     """A bare machine has jax, flax, numpy, einops and safetensors only."""
-    blocked = ["PIL", "tqdm", "tyro", "orbax", "jaxtyping", "optax", "tensorboardX", "torch", "transformers", "sklearn"]
+    blocked = [
+        "PIL",
+        "av",
+        "tqdm",
+        "tyro",
+        "orbax",
+        "jaxtyping",
+        "optax",
+        "tensorboardX",
+        "torch",
+        "transformers",
+        "sklearn",
+    ]
     code = (
         "import sys\n"
         f"for name in {blocked!r}: sys.modules[name] = None\n"

@@ -48,10 +48,10 @@ class VelocityNetwork(Protocol):
         self,
         trained: PyTree,
         frozen: PyTree | None,
-        noisy: Float[Array, "B H W C"],
-        timestep: Float[Array, " B"],
+        noisy: Float[Array, "B *X C"],
+        timestep: Float[Array, " B"] | Float[Array, "B T"],
         batch: Batch,
         draws: PyTree,
-    ) -> Float[Array, "B H W C"]:
-        """The predicted velocity."""
+    ) -> Float[Array, "B *X C"]:
+        """The predicted velocity; a time of each latent frame is for video models alone."""
         ...

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.nn.initializers import torch_uniform
+from train.sharding import kept_cut
 
 NORM_EPSILON = 1e-5
 VECTOR_EPSILON = 1e-12
@@ -128,7 +129,7 @@ def _largest_singular_value(kernel: Float[Array, "t i o"], vectors: dict[str, Ar
 def _ring_convolution(x: Float[Array, "B N C"], kernel: Float[Array, "t C D"]) -> Float[Array, "B N D"]:
     """A product for each tap: libraries have no fast convolution that is closed to a ring and batched over heads."""
     taps = kernel.shape[0]
-    shifted = (x if taps == 1 else jnp.roll(x, taps // 2 - tap, axis=1) for tap in range(taps))
+    shifted = (kept_cut(x if taps == 1 else jnp.roll(x, taps // 2 - tap, axis=1)) for tap in range(taps))
     return sum(part @ kernel[tap] for tap, part in enumerate(shifted))
 
 

@@ -1,4 +1,4 @@
-"""The flow-matching objective of SANA: predict ``noise - x0`` at a random noise level.
+"""The flow-matching objective of SANA and SANA-Video: predict ``noise - x0`` at a random noise level.
 
 Random draws are made for the whole batch at once and travel with it, so that neither accumulation nor the mesh
 changes them.
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from configs.schema import FlowConfig
+from configs.schema import FlowConfig, VideoFlowConfig
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from sana_jax.diffusion.flow import add_noise, flow_matching_loss, noise_level, velocity_target
 from sana_jax.diffusion.timesteps import TimestepDensity, sample_timestep_index
@@ -25,21 +25,24 @@ class Draws(NamedTuple):
     """Everything random about one batch."""
 
     index: Int[Array, " B"]
-    noise: Float[Array, "B H W C"]
+    noise: Float[Array, "B *X C"]
     drop_caption: Bool[Array, " B"]
     network: PyTree = ()
     """What is random inside the network: the recipe's own."""
+    first_given: Bool[Array, " B"] | None = None
+    """Which clips have their first latent frame given; None where none ever has."""
 
 
 @dataclass(frozen=True)
 class FlowMatching:
     """Mean squared error of the predicted velocity.
 
-    A sample counts with ``batch.conditions["loss_weight"]`` where the data has it, else with 1.
+    A clip whose first latent frame is given has that frame clean, at timestep 0, and out of the loss, as the image of
+    image to video. A sample counts with ``batch.conditions["loss_weight"]`` where the data has it, else with 1.
 
     Attributes:
         recipe: the network, from the trained parameters and those of the base model.
-        config: density, shift and caption dropout.
+        config: density, shift, caption dropout and, for clips, the share with a given first frame.
         null_embeds: the text encoder's encoding of no text (1, L, Ctext), which a dropped caption becomes.
         null_mask: its mask (1, L).
     """
@@ -66,17 +69,30 @@ class FlowMatching:
             noise=jax.random.normal(stream(seed, step, "noise"), batch.latents.shape, jnp.float32),
             drop_caption=drop_caption,
             network=self.recipe.draw(seed, step, drop_caption),
+            first_given=self._draw_given(seed, step, batch),
         )
+
+    def _draw_given(self, seed: int, step: int | Int[Array, ""], batch: Batch) -> Bool[Array, " B"] | None:
+        """Which clips have their first frame given. One of a single frame, a picture, has none left to learn then."""
+        share = self.config.image_to_video if isinstance(self.config, VideoFlowConfig) else 0.0
+        shape = batch.latents.shape
+        if not share or len(shape) != 5 or shape[1] == 1:
+            return None
+        return jax.random.bernoulli(stream(seed, step, "first_given"), share, shape[:1])
 
     def losses(self, trained: PyTree, frozen: PyTree | None, batch: Batch, draws: Draws) -> SampleLosses:
         """Each sample's loss, (B,) in float32."""
         level = noise_level(draws.index, self.config.flow_shift)
         latents = batch.latents.astype(jnp.float32)
-        noisy = add_noise(latents, draws.noise, level.sigma)
+        sigma, timestep, counted = level.sigma, level.timestep.astype(jnp.float32), None
+        if draws.first_given is not None:
+            given = draws.first_given[:, None] & (jnp.arange(latents.shape[1]) == 0)
+            sigma, timestep = (jnp.where(given, 0.0, of_clip[:, None]) for of_clip in (sigma, timestep))
+            counted = ~given
+        noisy = add_noise(latents, draws.noise, sigma)
         embeds = jnp.where(draws.drop_caption[:, None, None], self.null_embeds, batch.prompt_embeds)
         mask = jnp.where(draws.drop_caption[:, None], self.null_mask, batch.prompt_attention_mask)
-        timestep = level.timestep.astype(jnp.float32)
         captioned = batch._replace(prompt_embeds=embeds, prompt_attention_mask=mask)
         velocity = self.recipe.velocity(trained, frozen, noisy, timestep, captioned, draws.network)
-        loss = flow_matching_loss(velocity, velocity_target(latents, draws.noise))
+        loss = flow_matching_loss(velocity, velocity_target(latents, draws.noise), counted)
         return SampleLosses(loss * batch.conditions.get("loss_weight", 1.0), level.sigma)

@@ -1,6 +1,7 @@
 from sana_jax.diffusion.samplers.base import LatentState, Sampler, Schedule
 from sana_jax.diffusion.samplers.dpm_solver import DPMSolver, DPMState, DPMTables
 from sana_jax.diffusion.samplers.flow_euler import FlowEuler
+from sana_jax.diffusion.samplers.longsana import LongSanaSampler
 from sana_jax.diffusion.samplers.scheduler_config import (
     SAMPLERS,
     from_scheduler_config,
@@ -17,6 +18,7 @@ __all__ = [
     "DPMTables",
     "FlowEuler",
     "LatentState",
+    "LongSanaSampler",
     "SCMState",
     "SCMTables",
     "Sampler",

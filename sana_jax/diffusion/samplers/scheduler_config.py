@@ -13,6 +13,7 @@ from typing import Any
 from sana_jax.diffusion.samplers.base import Sampler
 from sana_jax.diffusion.samplers.dpm_solver import DPMSolver
 from sana_jax.diffusion.samplers.flow_euler import FlowEuler
+from sana_jax.diffusion.samplers.longsana import DENOISING_STEPS, LongSanaSampler
 from sana_jax.diffusion.samplers.scm import SCM
 from sana_jax.errors import UserError
 
@@ -107,6 +108,26 @@ _MAPPINGS = {
         fields={"sigma_data": "sigma_data", "num_train_timesteps": "num_train_timesteps"},
         defaults={"sigma_data": 0.5, "num_train_timesteps": 1000},
         required={"prediction_type": ("trigflow",)},
+        no_effect=frozenset(),
+    ),
+    # LongSANA comes without a file of its own; this one has upstream's names for what its training settings say.
+    "LongSanaScheduler": _Mapping(
+        sampler=LongSanaSampler,
+        fields={
+            "shift": "flow_shift",
+            "denoising_step_list": "timesteps",
+            "num_train_timesteps": "num_train_timesteps",
+            "base_chunk_frames": "block_frames",
+            "num_cached_blocks": "num_cached_blocks",
+        },
+        defaults={
+            "shift": 7.0,
+            "denoising_step_list": DENOISING_STEPS,
+            "num_train_timesteps": 1000,
+            "base_chunk_frames": 10,
+            "num_cached_blocks": None,
+        },
+        required={},
         no_effect=frozenset(),
     ),
 }

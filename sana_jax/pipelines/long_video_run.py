@@ -1,0 +1,327 @@
+"""One long video while it is made: block after block to the file, and what it takes to go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from sana_jax.autoencoders.base import pixel_frames
+from sana_jax.images import to_pil
+from sana_jax.models.sana_video import SanaVideoState, init_state
+from sana_jax.pipelines.base import OutputType, Size, Stopwatch
+from sana_jax.pipelines.checks import check_finite
+from sana_jax.pipelines.long_video_state import ResumeFolder
+from sana_jax.pipelines.prompt_schedule import PromptSwitch
+from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
+from sana_jax.pipelines.resolution import resize_and_crop
+from sana_jax.pipelines.sampling_function import Encoded
+from sana_jax.pipelines.video_base import VideoRequest
+from sana_jax.videos import VideoWriter, count_frames, video_kind
+
+if TYPE_CHECKING:
+    from sana_jax.pipelines.long_video import LongSanaVideoPipeline
+
+BlockEndCallback = Callable[["LongSanaVideoPipeline", int, dict[str, Any]], Any]
+# apart from the noise of other pipelines, and of the steps from one another
+_START, _STEPS = 2**31 + 1, 2**31 + 2
+
+
+@dataclasses.dataclass(frozen=True)
+class LongSanaVideoPipelineOutput:
+    """What a call has made.
+
+    Attributes:
+        frames: None with an ``output_path``; else a list of one video, a list of PIL images; an array
+            (1, F, H, W, 1 or 3) in [0, 1]; or latents (1, C, T, h, w), as asked for.
+        path: the file or folder that was written.
+        frame_count: frames of the video so far.
+        finished: whether it is whole; False where a callback ended it.
+        fps: frames per second at which they are to be shown.
+        block_seconds: of every block that was made now, from noise to the file, without compiling.
+        compile_seconds: of the transformer's programs; 0 where they were compiled before.
+        sampling_seconds: of everything after the text.
+        device_bytes: what the program of the later blocks holds on the device; None where that is not known.
+        seconds: of each stage: text, denoise (without compiling), decode, write.
+        sampled_size: height and width in pixels that were sampled, before cropping to what was asked for.
+    """
+
+    frames: Any
+    path: pathlib.Path | None
+    frame_count: int
+    finished: bool
+    fps: float
+    block_seconds: tuple[float, ...]
+    compile_seconds: float
+    sampling_seconds: float
+    device_bytes: int | None
+    seconds: Mapping[str, float]
+    sampled_size: tuple[int, int]
+
+
+class Plan(NamedTuple):
+    """One call, once everything about it was checked.
+
+    Attributes:
+        starts: first latent frame of every block, and the end.
+        prompts: number of the prompt of every block.
+        switches: the prompts; None where embeddings are given.
+        size: pixels that are asked for, and that are sampled.
+        fps: frames per second.
+        num_cached_blocks: earlier blocks that a block sees; None for all.
+        temporal_factor: frames that a latent frame but the first stands for.
+    """
+
+    starts: tuple[int, ...]
+    prompts: tuple[int, ...]
+    switches: tuple[PromptSwitch, ...] | None
+    size: Size
+    fps: float
+    num_cached_blocks: int | None
+    temporal_factor: int
+
+    @property
+    def blocks(self) -> int:
+        """Their number."""
+        return len(self.starts) - 1
+
+    @property
+    def latent_frames(self) -> int:
+        """Of the whole video."""
+        return self.starts[-1]
+
+    @property
+    def frames(self) -> int:
+        """Of the whole video."""
+        return self.frames_of(self.blocks)
+
+    def frames_of(self, blocks: int) -> int:
+        """Frames of so many blocks from the first on."""
+        return pixel_frames(self.starts[blocks], self.temporal_factor) if blocks else 0
+
+
+class LongVideoRun:
+    """One video while it is made."""
+
+    def __init__(
+        self,
+        pipeline: LongSanaVideoPipeline,
+        plan: Plan,
+        request: VideoRequest,
+        seed: int,
+        latents: Any,
+        folder: ResumeFolder | None,
+        callback: BlockEndCallback | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.pipeline, self.plan, self.request, self.folder = pipeline, plan, request, folder
+        self.callback, self.say = callback, say
+        self.watch = Stopwatch()
+        self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0, "write": 0.0}
+        self.block_seconds: list[float] = []
+        self.device_bytes: int | None = None
+        self._key = jax.random.key(seed)
+        self._given = None if latents is None else np.moveaxis(np.asarray(latents, np.float32), 1, -1)
+
+    def make(
+        self,
+        output_path: Any,
+        output_type: OutputType,
+        resume: bool,
+        enlarge: int,
+        metadata: Mapping[str, Any] | None,
+    ) -> LongSanaVideoPipelineOutput:
+        """Makes the video; arguments as in ``LongSanaVideoPipeline``."""
+        pipeline, plan = self.pipeline, self.plan
+        begin = time.perf_counter()
+        dtype = pipeline.transformer.dtype
+        config, grid = pipeline.transformer.config, pipeline.token_grid(plan.size)
+        fresh = jax.eval_shape(lambda: init_state(config, 1, grid, plan.num_cached_blocks, dtype))
+        done, state = 0, None
+        if resume:
+            done, state = self.folder.load(fresh)
+        else:
+            state = init_state(config, 1, grid, plan.num_cached_blocks, dtype)
+        conditions, _ = pipeline._conditions(self.request, guided=False)
+        pipeline._leave(TEXT)
+        self._spent("text", begin)
+        sampling = time.perf_counter()
+        kept: list[Any] = []
+        if output_path is None:
+            blocks = self._all_blocks(0, state, conditions, None, kept, output_type, 1)
+        else:
+            keep = self._frames_to_keep(output_path, done)
+            if resume:
+                self._say_resumed(done, keep)
+            options = {"metadata": metadata, "keep_frames": keep, "separate": True, "say": self.say}
+            writer = VideoWriter(output_path, plan.fps, **options)
+            try:
+                blocks = self._all_blocks(done, state, conditions, writer, kept, None, enlarge)
+            except BaseException:
+                writer.close(finish=False)
+                raise
+            writer.close(finish=blocks == plan.blocks)
+            if blocks == plan.blocks:
+                self.folder.remove()
+        pipeline._leave(TRANSFORMER)
+        pipeline._leave(AUTOENCODER)
+        self._say_end(blocks)
+        return LongSanaVideoPipelineOutput(
+            _gathered(kept, output_type) if output_path is None else None,
+            None if output_path is None else pathlib.Path(output_path),
+            plan.frames_of(blocks),
+            blocks == plan.blocks,
+            plan.fps,
+            tuple(self.block_seconds),
+            self.watch.compile_seconds,
+            time.perf_counter() - sampling,
+            self.device_bytes,
+            dict(self.seconds),
+            plan.size.sampled,
+        )
+
+    # -- blocks --------------------------------------------------------------------------------------------------
+
+    def _all_blocks(
+        self,
+        done: int,
+        state: SanaVideoState,
+        conditions: Encoded,
+        writer: VideoWriter | None,
+        kept: list[Any],
+        output_type: OutputType | None,
+        enlarge: int,
+    ) -> int:
+        """Makes the blocks from ``done`` on; returns how many there are then."""
+        plan, pipeline = self.plan, self.pipeline
+        decoded = self._decoded_before(done, writer, enlarge) if done else None
+        params, lora = pipeline.params, pipeline._runtime_lora
+        for block in range(done, plan.blocks):
+            begin, compiled = time.perf_counter(), self.watch.compile_seconds
+            own = jax.tree.map(lambda array, row=plan.prompts[block]: array[row : row + 1], conditions)
+            inputs = (params, lora, state, self._start(block), self._steps_key(block), own)
+            arguments = (*inputs, jnp.int32(plan.starts[block]))
+            program = pipeline.block_program(self.watch, arguments)
+            self.device_bytes = self.watch.device_bytes
+            del inputs, state
+            latents, state = program(*arguments)
+            del arguments
+            check_finite(f"block {block + 1} of {plan.blocks}", latents, pipeline.made)
+            compiling = self.watch.compile_seconds - compiled
+            self._spent("denoise", begin + compiling)
+            if output_type == "latent":
+                kept.append(np.asarray(latents)[0])
+            else:
+                video, decoded = self._decode(latents, decoded)
+                self._write(video, writer, kept, enlarge)
+            if self.folder is not None:
+                saving = time.perf_counter()
+                self.folder.save(block, latents, state)
+                self._spent("write", saving)
+            self.block_seconds.append(time.perf_counter() - begin - compiling)
+            self._say_block(block)
+            if self.callback is not None:
+                shown = np.moveaxis(np.asarray(latents), -1, 1)
+                if self.callback(pipeline, block, {"latents": shown}) is False and block + 1 < plan.blocks:
+                    return block + 1
+        return plan.blocks
+
+    def _start(self, block: int) -> Float[Array, "1 T h w C"]:
+        """Unit normal noise that a block starts from: a function of (seed, block), or what was given."""
+        plan, autoencoder = self.plan, self.pipeline.autoencoder
+        first, end = plan.starts[block : block + 2]
+        if self._given is not None:
+            return jnp.asarray(self._given[:, first:end])
+        rows, columns = (length // autoencoder.spatial_factor for length in plan.size.sampled)
+        shape = (1, end - first, rows, columns, autoencoder.latent_channels)
+        return jax.random.normal(_fold(self._key, _START, block), shape, jnp.float32)
+
+    def _steps_key(self, block: int) -> PRNGKeyArray:
+        """The key of the noise between a block's steps."""
+        return _fold(self._key, _STEPS, block)
+
+    def _decode(self, latents: Float[Array, "1 T h w C"], state: PyTree | None) -> tuple[np.ndarray, PyTree]:
+        """A block's frames (F, H, W, C) in [0, 1] as asked for, and the autoencoder's state."""
+        begin = time.perf_counter()
+        decoded, state = self.pipeline.autoencoder.decode_frames(latents, state)
+        check_finite("decoding", decoded, self.pipeline.made)
+        video = resize_and_crop(np.asarray(decoded, np.float32)[0], *self.plan.size.requested)
+        self._spent("decode", begin)
+        return np.clip(video / 2 + 0.5, 0.0, 1.0), state
+
+    def _write(self, video: np.ndarray, writer: VideoWriter | None, kept: list[Any], enlarge: int) -> None:
+        begin = time.perf_counter()
+        if writer is None:
+            kept.append(video)
+        else:
+            if enlarge > 1:
+                video = np.repeat(np.repeat(video, enlarge, axis=1), enlarge, axis=2)
+            writer.append(video)
+        self._spent("write", begin)
+
+    def _spent(self, stage: str, begin: float) -> None:
+        self.seconds[stage] += time.perf_counter() - begin
+
+    # -- going on ------------------------------------------------------------------------------------------------
+
+    def _frames_to_keep(self, output_path: Any, done: int) -> int:
+        """Frames of whole blocks that the file has for certain: the last one in an mp4 may be cut."""
+        there = count_frames(output_path) - (video_kind(output_path) == "mp4") if done else 0
+        return max(end for end in map(self.plan.frames_of, range(done + 1)) if end <= max(there, 0))
+
+    def _decoded_before(self, done: int, writer: VideoWriter, enlarge: int) -> PyTree:
+        """The autoencoder's state after the blocks that are there; those that the file lacks are written."""
+        state = None
+        for block in range(done):
+            video, state = self._decode(jnp.asarray(self.folder.latents(block)), state)
+            if self.plan.frames_of(block + 1) > writer.frame_count:
+                self._write(video, writer, [], enlarge)
+        return state
+
+    # -- what is said --------------------------------------------------------------------------------------------
+
+    def _say_resumed(self, done: int, keep: int) -> None:
+        self.say(
+            f"resuming after block {done} of {self.plan.blocks}: {keep} frames of the file are kept, and the {done} "
+            "blocks are decoded again for the autoencoder's state"
+        )
+
+    def _say_block(self, block: int) -> None:
+        first, end = self.plan.starts[block : block + 2]
+        count, seconds = self.plan.frames_of(block + 1) - self.plan.frames_of(block), self.block_seconds[-1]
+        self.say(
+            f"block {block + 1} of {self.plan.blocks}: latent frames {first} to {end - 1}, {count} frames in "
+            f"{seconds:.2f} s, {count / seconds:.1f} per second"
+        )
+
+    def _say_end(self, blocks: int) -> None:
+        made, plan = self.block_seconds, self.plan
+        how = "made" if blocks == plan.blocks else "ended by the callback, to be resumed, after"
+        line = f"{how} {plan.frames_of(blocks)} frames; {len(made)} blocks in {sum(made):.2f} s"
+        if later := made[2:] or made[1:]:
+            middle = statistics.median(later)
+            count = plan.frames - plan.frames_of(plan.blocks - 1)
+            line += f", a later block of {count} frames in {middle:.2f} s (median), {count / middle:.1f} per second"
+        self.say(line)
+
+
+def _fold(key: PRNGKeyArray, stream: int, block: int) -> PRNGKeyArray:
+    return jax.random.fold_in(jax.random.fold_in(key, stream), block)
+
+
+def _gathered(kept: list[Any], output_type: OutputType) -> Any:
+    """All blocks of a short video, in the form that was asked for."""
+    whole = np.concatenate(kept)
+    if output_type == "latent":
+        return np.moveaxis(whole, -1, 0)[None]
+    if output_type == "np":
+        return whole[None]
+    return [[to_pil(frame) for frame in whole]]

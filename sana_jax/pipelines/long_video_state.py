@@ -1,0 +1,156 @@
+"""What a long video leaves beside its file after every block, so that it can go on after any end: ``out.mp4.resume/``.
+
+::
+
+    state.npz               the network's state after the last whole block, and the settings: replaced atomically
+    latents-00000.npy, ...  every block's clean latents (1, T, h, w, C); 4 MB each at 480p
+
+The autoencoder's state is not written: at 480p it has 3.8 GB in float32, which would have to be written anew after
+every block of 2.5 seconds. The latents' frames give it again, bit for bit, and give the file's own frames again where
+the end came before they were all there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Float, PyTree
+from sana_jax.errors import UserError
+from sana_jax.files import atomic_file
+
+_STATE = "state.npz"
+
+
+class Progress(NamedTuple):
+    """How far a video has come: whole blocks, and the network's state after them."""
+
+    blocks: int
+    state: PyTree
+
+
+class ResumeFolder:
+    """The folder beside a video's file.
+
+    Args:
+        output: the video's file or folder.
+        settings: all that decides what the frames are, as values of JSON.
+    """
+
+    def __init__(self, output: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+        output = pathlib.Path(output)
+        self.path = output.with_name(f"{output.name}.resume")
+        self._settings = json.loads(json.dumps(settings))
+
+    def begin(self) -> None:
+        """Raises ``UserError`` if a video that was not finished is there."""
+        if (self.path / _STATE).is_file():
+            raise UserError(
+                f"{self.path} is there from a video that was not finished; go on with it with --resume (resume=True), "
+                "remove the folder, or name another output"
+            )
+        self.remove()  # of a video that ended within its first block
+
+    def save(self, block: int, latents: Float[Array, "1 T h w C"], state: PyTree) -> None:
+        """Notes that a block is whole; until the last file is renamed, what was there before holds.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        arrays = {f"leaf{index}": _to_bits(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
+        notes = {"blocks": block + 1, "settings": self._settings}
+        try:
+            with atomic_file(self._latents(block)) as file:
+                np.save(file, np.asarray(latents, np.float32))
+            with atomic_file(self.path / _STATE) as file:
+                np.savez(file, notes=np.array(json.dumps(notes)), **arrays)
+        except OSError as error:
+            raise UserError(
+                f"writing {self.path} failed ({error.strerror or error}) after block {block + 1}; the video is there as "
+                "far as it has come: make room on the disk and go on with --resume (resume=True)"
+            ) from error
+
+    def load(self, abstract_state: PyTree) -> Progress:
+        """Where an earlier video has ended.
+
+        Args:
+            abstract_state: the state's shapes and dtypes.
+
+        Raises:
+            FileNotFoundError: there is nothing to go on with.
+            UserError: it was made with other settings, or is damaged.
+        """
+        path = self.path / _STATE
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"nothing to resume: {path} is not there, so the video was finished, or ended within its first block; "
+                "leave --resume (resume=True) out"
+            )
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                notes = json.loads(str(arrays["notes"]))
+                stored = [arrays[f"leaf{index}"] for index in range(len(arrays.files) - 1)]
+            blocks, settings = int(notes["blocks"]), dict(notes["settings"])
+        except Exception as error:  # zip, NumPy and JSON have each their own
+            raise self._damaged(path, error) from error
+        self._check(settings)
+        leaves, structure = jax.tree.flatten(abstract_state)
+        fits = len(leaves) == len(stored) and all(
+            own.shape == leaf.shape and own.dtype == _bits_of(leaf.dtype) for own, leaf in zip(stored, leaves)
+        )
+        if not fits:
+            raise self._damaged(path, "a state of another shape")
+        own = [jnp.asarray(array.view(leaf.dtype)) for array, leaf in zip(stored, leaves)]
+        return Progress(blocks, jax.tree.unflatten(structure, own))
+
+    def latents(self, block: int) -> Float[np.ndarray, "1 T h w C"]:
+        """A block's clean latents; raises ``UserError`` if the file is missing or damaged."""
+        path = self._latents(block)
+        try:
+            return np.load(path, allow_pickle=False)
+        except Exception as error:
+            raise self._damaged(path, error) from error
+
+    def remove(self) -> None:
+        """Removes the folder: the video is finished."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _latents(self, block: int) -> pathlib.Path:
+        return self.path / f"latents-{block:05d}.npy"
+
+    def _check(self, before: Mapping[str, Any]) -> None:
+        now = self._settings
+        names = [*now, *(name for name in before if name not in now)]
+        differ = [
+            f"{name} {before.get(name)!r} there and {now.get(name)!r} here"
+            for name in names
+            if before.get(name) != now.get(name)
+        ]
+        if differ:
+            raise UserError(
+                f"{self.path} is of a video with other settings: {'; '.join(differ)}; give the same, or name another "
+                "output"
+            )
+
+    def _damaged(self, path: pathlib.Path, reason: Any) -> UserError:
+        said = " ".join(str(reason).split())[:200] or type(reason).__name__
+        return UserError(f"{path} is damaged ({said}); remove {self.path} and begin anew")
+
+
+def _bits_of(dtype: Any) -> np.dtype:
+    """The dtype that NumPy's files hold in place of one that they do not know (bfloat16)."""
+    dtype = np.dtype(dtype)
+    return dtype if dtype.kind in "fiub" else np.dtype(f"u{dtype.itemsize}")
+
+
+def _to_bits(leaf: Array) -> np.ndarray:
+    array = np.asarray(leaf)
+    return array.view(_bits_of(array.dtype))

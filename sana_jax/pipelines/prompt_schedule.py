@@ -1,0 +1,107 @@
+"""Which prompt acts when in a long video: ``"0s: a fox sleeps"``, ``"10s: it wakes up"``."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from sana_jax.errors import UserError
+
+_TIMED = re.compile(r"\s*(-?[\d.]+)\s*s\s*:\s*(.*)", re.DOTALL)
+_FORM = 'one text, or several that each begin with a time: "0s: a fox sleeps" "10s: it wakes up"'
+
+
+class PromptSwitch(NamedTuple):
+    """A prompt and the second at which it begins to act."""
+
+    seconds: float
+    prompt: str
+
+
+def parse_prompts(prompt: Any) -> tuple[PromptSwitch, ...]:
+    """The prompts of a video in order of time.
+
+    Args:
+        prompt: one text; or several, each a pair (seconds, text) or a text that begins with its time.
+
+    Raises:
+        UserError: several prompts of which not all have a time, times that do not ascend from 0, or empty texts.
+    """
+    given = [prompt] if isinstance(prompt, str) else list(prompt)
+    switches = [switch for each in given if (switch := _timed(each)) is not None]
+    if not switches and len(given) == 1 and isinstance(given[0], str):
+        switches = [PromptSwitch(0.0, given[0])]
+    if not given or len(switches) != len(given):
+        raise UserError(f"{len(given)} prompts, {len(switches)} of them with a time, for one video; allowed is {_FORM}")
+    times = [switch.seconds for switch in switches]
+    said = ", ".join(f"{time:g} s" for time in times)
+    if not all(math.isfinite(time) for time in times) or times[0] != 0:
+        raise UserError(f"prompts begin at {said}; the first must begin at 0 s and the others later: mend the times")
+    for before, after in itertools.pairwise(times):
+        if after <= before:
+            raise UserError(
+                f"prompts begin at {said}; times must ascend, and {after:g} s comes after {before:g} s: put the "
+                "prompts in order"
+            )
+    for switch in switches:
+        if not switch.prompt.strip():
+            raise UserError(f"the prompt at {switch.seconds:g} s is empty; say what the video shows from then on")
+    return tuple(switches)
+
+
+def _timed(given: Any) -> PromptSwitch | None:
+    if isinstance(given, str):
+        found = _TIMED.fullmatch(given)
+        try:
+            return None if found is None else PromptSwitch(float(found[1]), found[2].strip())
+        except ValueError:
+            return None
+    is_pair = isinstance(given, Sequence) and len(given) == 2 and isinstance(given[1], str)
+    if not is_pair or isinstance(given[0], bool) or not isinstance(given[0], int | float):
+        raise UserError(f"prompt {given!r} is not allowed; allowed is {_FORM}, or pairs (10.0, text)")
+    return PromptSwitch(float(given[0]), given[1])
+
+
+def prompts_of_blocks(
+    switches: Sequence[PromptSwitch],
+    block_seconds: Sequence[float],
+    duration: float,
+    say: Callable[[str], None] = print,
+) -> tuple[int, ...]:
+    """The number of the prompt that acts in each block: one begins with the block whose beginning is nearest to it.
+
+    Args:
+        switches: as ``parse_prompts`` gives them.
+        block_seconds: when the blocks begin, from 0.
+        duration: of the video, in seconds.
+        say: prints a line for every switch: when it really acts.
+
+    Raises:
+        UserError: a time beyond the video, or two prompts for one block.
+    """
+    first_blocks: list[int] = []
+    for switch in switches:
+        if switch.seconds >= duration:
+            raise UserError(
+                f"a prompt begins at {switch.seconds:g} s, and the video has {duration:g} s; name a time before its "
+                "end, or make it longer"
+            )
+        block = min(range(len(block_seconds)), key=lambda index: abs(block_seconds[index] - switch.seconds))
+        if first_blocks and block <= first_blocks[-1]:
+            before = switches[len(first_blocks) - 1].seconds
+            raise UserError(
+                f"the prompts at {before:g} s and {switch.seconds:g} s fall into one block (block {block + 1}, from "
+                f"{block_seconds[block]:g} s); a block has one prompt: put them farther apart, or leave one out"
+            )
+        first_blocks.append(block)
+        if len(switches) > 1:
+            exact = block_seconds[block] == switch.seconds
+            from_then = "" if exact else f", asked for at {switch.seconds:g} s"
+            say(f"from {block_seconds[block]:g} s{from_then} (block {block + 1}): {switch.prompt!r}")
+    return tuple(
+        max(number for number, first in enumerate(first_blocks) if first <= block)
+        for block in range(len(block_seconds))
+    )

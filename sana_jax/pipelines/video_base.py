@@ -1,0 +1,319 @@
+"""What the video pipelines share: sizes, numbers of frames, noise, guidance, the network's program, frames out."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Float
+from sana_jax.autoencoders.base import latent_frames, pixel_frames
+from sana_jax.diffusion.guidance import ProjectedGuidance
+from sana_jax.diffusion.samplers import SCM, LongSanaSampler, Schedule
+from sana_jax.diffusion.sampling import VelocityFunction
+from sana_jax.errors import UserError
+from sana_jax.images import to_pil
+from sana_jax.models.sana_video import SanaVideoTransformer
+from sana_jax.pipelines.base import OutputType, SamplingPipeline, Size, StepEndCallback, Stopwatch
+from sana_jax.pipelines.checks import check_finite, check_multiple, check_options, check_text_options
+from sana_jax.pipelines.prompts import encode_negative, encode_positive
+from sana_jax.pipelines.residency import AUTOENCODER
+from sana_jax.pipelines.resolution import Binning, resize_and_crop, video_size_to_sample
+from sana_jax.pipelines.sampling_function import (
+    Encoded,
+    VideoNetwork,
+    guided_velocity,
+    initial_latents,
+    projected_velocity,
+    scale_in_interval,
+)
+
+DEFAULT_FRAMES, DEFAULT_FPS = 81, 16.0
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaVideoPipelineOutput:
+    """What a call has made.
+
+    Attributes:
+        frames: a list of videos, each a list of PIL images; an array (B, F, H, W, 1 or 3) in [0, 1]; or latents
+            (B, C, T, h, w), as asked for. Several videos of one prompt stand side by side.
+        fps: frames per second at which they are to be shown.
+        compile_seconds: of the transformer's program; 0 where it was compiled before.
+        sampling_seconds: of everything after the text.
+        device_bytes: what the transformer's program holds on the device; None where that is not known.
+        seconds: of each stage: text, encode, denoise (without compiling), decode.
+        sampled_size: height and width in pixels that were sampled, before cropping to what was asked for.
+    """
+
+    frames: Any
+    fps: float = DEFAULT_FPS
+    compile_seconds: float = 0.0
+    sampling_seconds: float = 0.0
+    device_bytes: int | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sampled_size: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRequest:
+    """The arguments of one call, as ``SanaVideoPipeline.__call__`` describes them."""
+
+    prompt: str | Sequence[str] | None = None
+    negative_prompt: str | Sequence[str] = ""
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    height: int | None = None
+    width: int | None = None
+    frames: int | None = None
+    num_videos_per_prompt: int = 1
+    seed: int = 0
+    latents: Any = None
+    prompt_embeds: Any = None
+    prompt_attention_mask: Any = None
+    negative_prompt_embeds: Any = None
+    negative_prompt_attention_mask: Any = None
+    guidance_interval: tuple[float, float] | None = None
+    projected_guidance: ProjectedGuidance | None = None
+    motion_score: int | None = None
+    binning: Binning | None = None
+    max_sequence_length: int | None = None
+    complex_human_instruction: Sequence[str] | None = None
+    output_type: OutputType = "pil"
+    callback_on_step_end: StepEndCallback | None = None
+    progress_bar: bool = False
+
+
+class VideoPipeline(SamplingPipeline):
+    """A pipeline that makes videos; arguments as in ``SamplingPipeline``."""
+
+    made: ClassVar[str] = "videos"
+    transformer: SanaVideoTransformer
+
+    def check_components(self) -> None:
+        """Raises ``UserError`` for a sampler of distilled models, which these are not."""
+        if isinstance(self.sampler, SCM | LongSanaSampler):
+            raise UserError(
+                f"{self.class_name} with the sampler {type(self.sampler).__name__}; allowed are DPMSolver and "
+                "FlowEuler, for video models are flow models: set one of them"
+            )
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the model's videos."""
+        return DEFAULT_FPS if self.defaults.fps is None else float(self.defaults.fps)
+
+    @property
+    def token_side(self) -> int:
+        """Pixels per side of one token."""
+        return self.transformer.config.patch_size[1] * self.autoencoder.spatial_factor
+
+    # -- what a call asks for ------------------------------------------------------------------------------------
+
+    def _steps_and_scale(self, request: VideoRequest) -> tuple[int, float]:
+        defaults = self.defaults
+        steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
+        scale = float(defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale)
+        check_options(
+            request.output_type,
+            request.num_videos_per_prompt,
+            request.seed,
+            request.latents,
+            scale,
+            (request.negative_prompt, request.negative_prompt_embeds, request.negative_prompt_attention_mask),
+            request.guidance_interval,
+            {"projected_guidance": request.projected_guidance is not None},
+            "num_videos_per_prompt",
+        )
+        if request.guidance_interval is not None:
+            scale_in_interval(scale, 0.0, request.guidance_interval)  # refuses a bad one before any work
+        return steps, scale
+
+    def _prompts(self, request: VideoRequest) -> str | Sequence[str] | None:
+        """The prompts with the motion score that SANA-Video's training wrote behind them."""
+        score = request.motion_score
+        if score is None:
+            return request.prompt
+        if not isinstance(score, int | np.integer) or isinstance(score, bool) or not 0 <= score <= 1000:
+            raise UserError(f"motion_score {score!r} is not allowed; choose a whole number from 0: 30 is usual")
+        if request.prompt is None:
+            raise UserError("motion_score would not be used, since embeddings are given; leave it out")
+        texts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
+        return [f"{text} motion score: {score}." if isinstance(text, str) else text for text in texts]
+
+    def _conditions(self, request: VideoRequest, guided: bool) -> tuple[Encoded, Encoded | None]:
+        instruction = request.complex_human_instruction
+        if isinstance(instruction, str):
+            raise UserError("complex_human_instruction is a list of lines, not one string: put it in a list")
+        encode = self._encode_texts(
+            {
+                "max_length": request.max_sequence_length,
+                "complex_human_instruction": None if instruction is None else tuple(instruction),
+            }
+        )
+        encodes = request.prompt_embeds is None, guided and request.negative_prompt_embeds is None
+        check_text_options(request.max_sequence_length, instruction, *encodes)
+        channels, repeats = self.transformer.config.caption_channels, request.num_videos_per_prompt
+        prompts = self._prompts(request)
+        positive = encode_positive(
+            encode, channels, prompts, request.prompt_embeds, request.prompt_attention_mask, repeats
+        )
+        if not guided:
+            return positive, None
+        negatives = (request.negative_prompt, request.negative_prompt_embeds, request.negative_prompt_attention_mask)
+        return positive, encode_negative(encode, channels, *negatives, positive, repeats)
+
+    # -- sizes, frames, noise ------------------------------------------------------------------------------------
+
+    def _frames(self, request: VideoRequest) -> int:
+        """Latent frames of the video that is asked for, or of the latents that are given."""
+        factor = self.autoencoder.temporal_factor
+        frames = request.frames
+        if frames is not None and (isinstance(frames, bool) or not isinstance(frames, int | np.integer)):
+            raise UserError(f"frames {frames!r} is not allowed; choose a whole number, 1 + {factor}·k")
+        if request.latents is not None:
+            if np.ndim(request.latents) != 5:
+                raise UserError(
+                    f"latents of shape {np.shape(request.latents)}; allowed is (B, C, T, h, w): bring them to 5 axes"
+                )
+            given = np.shape(request.latents)[2]
+            if frames is not None and latent_frames(int(frames), factor) != given:
+                raise UserError(
+                    f"frames {frames} for latents of {given} latent frames, which are {pixel_frames(given, factor)} "
+                    "frames; leave one of them out"
+                )
+            return given
+        if frames is None:
+            frames = DEFAULT_FRAMES if self.defaults.frames is None else self.defaults.frames
+        return latent_frames(int(frames), factor)
+
+    def _video_size(self, height: int | None, width: int | None, binning: Binning | None, latents: Any = None) -> Size:
+        """The size asked for (by the arguments, the latents or the defaults), and the one sampled."""
+        config, factor = self.transformer.config, self.autoencoder.spatial_factor
+        if latents is not None:
+            height = np.shape(latents)[3] * factor if height is None else height
+            width = np.shape(latents)[4] * factor if width is None else width
+            binning = "off" if binning is None else binning  # latents have the size that is sampled
+        height = self.defaults.height if height is None else height
+        width = self.defaults.width if width is None else width
+        sampled = video_size_to_sample(height, width, binning, config.sample_size, self.token_side)
+        check_multiple("height", sampled[0], factor * config.patch_size[1])
+        check_multiple("width", sampled[1], factor * config.patch_size[2])
+        if sampled != (height, width):
+            print(
+                f"sampling {sampled[0]}x{sampled[1]} pixels, the trained size nearest in shape to {height}x{width}, to "
+                "which the frames are scaled and cropped (binning off samples the size itself)"
+            )
+        return Size((height, width), sampled)
+
+    def _noise(self, latents: Any, count: int, frames: int, size: Size, seed: int) -> Float[Array, "B T H W C"]:
+        """Unit normal starting noise: the given latents, or drawn from the seed."""
+        factor = self.autoencoder.spatial_factor
+        height, width = size.sampled
+        shape = (self.autoencoder.latent_channels, frames, height // factor, width // factor)
+        if latents is None:
+            latents = initial_latents(seed, count, shape)
+        elif np.shape(latents) != (count, *shape):
+            raise UserError(
+                f"latents of shape {np.shape(latents)}; {count} videos of {height}x{width} need {(count, *shape)}, in "
+                "the order (B, C, T, h, w): give latents of that shape"
+            )
+        return jnp.moveaxis(jnp.asarray(latents, jnp.float32), 1, -1)
+
+    # -- the network's program -----------------------------------------------------------------------------------
+
+    def _velocity(
+        self,
+        watch: Stopwatch,
+        schedule: Schedule,
+        start: Float[Array, "B T H W C"],
+        conditions: tuple[Encoded, Encoded | None],
+        scale: float,
+        request: VideoRequest,
+        given: Float[Array, "B G H W C"] | None = None,
+    ) -> VelocityFunction:
+        """(latents, timestep) -> velocity, compiled once for all steps, numbers of steps and scales."""
+        network, settings, interval = (
+            VideoNetwork(self.transformer),
+            request.projected_guidance,
+            request.guidance_interval,
+        )
+        params, lora, one = self.params, self._runtime_lora, jnp.float32(1.0)
+
+        def run(params, lora, latents, timestep, sigma, positive, negative, scale, running, given):
+            if settings is None:
+                velocity = guided_velocity(
+                    network, params, latents, timestep, positive, negative, scale, control=given, lora=lora
+                )
+                return velocity, None
+            return projected_velocity(
+                network, params, latents, timestep, sigma, positive, negative, scale, settings, running, given, lora
+            )
+
+        shape = list(start.shape)
+        shape[1] += 0 if given is None else given.shape[1]
+        name = f"the transformer for latents {'x'.join(map(str, shape))}"
+        running = None if settings is None else jnp.zeros_like(start)
+        arguments = (params, lora, start, one, one, *conditions, one, running, given)
+        compiled = watch.compiled(self.programs.get(name, ("video", settings), run, *arguments))
+        # The loop asks once for every step, in order; timesteps may repeat.
+        sigmas = iter(schedule.sigmas)
+
+        def velocity(latents: Array, timestep: Array) -> Array:
+            nonlocal running
+            sigma = float(next(sigmas))
+            acting = scale if interval is None else scale_in_interval(scale, sigma, interval)
+            velocity, running = compiled(
+                params, lora, latents, timestep, jnp.float32(sigma), *conditions, jnp.float32(acting), running, given
+            )
+            return velocity
+
+        return velocity
+
+    # -- frames out ----------------------------------------------------------------------------------------------
+
+    def _videos(self, latents: Float[Array, "B T H W C"], size: Size, output_type: OutputType) -> Any:
+        """Latents as asked for; videos are decoded one after another."""
+        if output_type == "latent":
+            return np.asarray(jnp.moveaxis(latents, -1, 1))
+        videos = []
+        for index in range(latents.shape[0]):
+            decoded = self.autoencoder.decode(latents[index : index + 1])
+            check_finite("decoding", decoded, self.made)
+            frames = resize_and_crop(np.asarray(decoded, np.float32)[0], *size.requested)
+            videos.append(np.clip(frames / 2 + 0.5, 0.0, 1.0))
+        self._leave(AUTOENCODER)
+        if output_type == "np":
+            return np.stack(videos)
+        return [[to_pil(frame) for frame in video] for video in videos]
+
+    def _result(self, watch: Stopwatch, frames: Any, size: Size) -> SanaVideoPipelineOutput:
+        return SanaVideoPipelineOutput(
+            frames,
+            self.fps,
+            watch.compile_seconds,
+            sum(seconds for stage, seconds in watch.seconds.items() if stage != "text"),
+            watch.device_bytes,
+            dict(watch.seconds),
+            size.sampled,
+        )
+
+
+def frames_of_seconds(seconds: float, fps: float, temporal_factor: int, say: Callable[[str], None] = print) -> int:
+    """The number of frames that a model makes, 1 + temporal_factor·k, nearest to so many seconds; prints it.
+
+    SANA-Video's 81 frames are 5 seconds at 16 frames per second: the first frame stands at 0.
+
+    Raises:
+        UserError: a time that is not above 0.
+    """
+    if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
+        raise UserError(f"seconds {seconds!r} is not allowed; choose more than 0")
+    blocks = max(0, round(seconds * fps / temporal_factor))
+    frames = 1 + temporal_factor * blocks
+    say(f"{seconds:g} seconds at {fps:g} frames per second: {frames} frames (1 + {temporal_factor} x {blocks})")
+    return frames

@@ -1,0 +1,409 @@
+"""``LongSanaVideoPipeline``: blocks, prompts that change, files that grow, going on after an end, what is refused."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sana_jax import LongSanaVideoPipeline, SanaPipeline, SanaVideoPipeline, generate
+from sana_jax.diffusion.samplers import FlowEuler, LongSanaSampler
+from sana_jax.errors import UserError, run_command_line
+from sana_jax.models.sana_video import init_state
+from sana_jax.pipelines.long_video_run import _START, _STEPS
+from sana_jax.pipelines.long_video_state import ResumeFolder
+from sana_jax.pipelines.prompt_schedule import PromptSwitch, parse_prompts, prompts_of_blocks
+from sana_jax.videos import count_frames, read_video
+from tests.pipelines.tiny_long_model import BLOCK, PROMPT, as_longsana, tiny_pipeline
+
+SWITCHES = [(0, "a handwritten zero"), (1.75, "a handwritten seven")]
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> LongSanaVideoPipeline:
+    return tiny_pipeline()
+
+
+@pytest.fixture(scope="module")
+def model(video_model, tmp_path_factory) -> pathlib.Path:
+    """A directory of LongSANA with a Wan autoencoder."""
+    return as_longsana(video_model, tmp_path_factory.mktemp("long") / "model")
+
+
+def latents(pipe, prompt=PROMPT, frames=10, **options) -> np.ndarray:
+    return pipe(prompt, frames=frames, output_type="latent", **options).frames
+
+
+def stop_after(blocks: int):
+    return lambda pipeline, block, values: block + 1 < blocks
+
+
+# -- what comes out --------------------------------------------------------------------------------------------------
+
+
+def test_what_comes_out(pipe, capsys):
+    seen = []
+    result = pipe(
+        PROMPT, seed=3, output_type="np", callback_on_block_end=lambda p, b, v: seen.append((b, v["latents"]))
+    )
+    assert result.frames.shape == (1, 7, 8, 8, 1)
+    assert (result.frame_count, result.finished, result.path, result.fps) == (7, True, None, 4.0)
+    assert (len(result.block_seconds), result.sampled_size) == (2, (8, 8))
+    assert list(result.seconds) == ["text", "denoise", "decode", "write"]
+    assert [(block, array.shape) for block, array in seen] == [(0, (1, 1, 4, 8, 8)), (1, (1, 1, 3, 8, 8))]
+    said = capsys.readouterr().out
+    for part in (
+        "7 latent frames in 2 blocks, the first of 4, then 1 of 3",
+        "block 2 of 2: latent frames 4 to 6",
+        "kB per",
+    ):
+        assert part in said
+    whole = latents(pipe, frames=7, seed=3)
+    np.testing.assert_array_equal(whole, np.concatenate([array for _, array in seen], axis=2))
+    np.testing.assert_allclose(np.clip(whole[0, 0] / 2 + 0.5, 0, 1), result.frames[0, ..., 0], atol=1e-6)
+    (pictures,) = pipe(PROMPT, seed=3, frames=7).frames
+    assert [picture.size for picture in pictures] == [(8, 8)] * 7
+
+
+@pytest.mark.parametrize("window", [None, 1])
+def test_every_pass_by_hand(pipe, window):
+    """Blocks, steps, noise, positions, captions and the state that the clean pass leaves."""
+    config = pipe.transformer.config
+    run = jax.jit(lambda *a, state, first_frame: pipe.transformer.apply(*a, state=state, first_frame=first_frame))
+    texts = [text for _, text in SWITCHES]
+    embeds, mask = map(np.asarray, pipe.text_encoder.encode(texts))
+    state, found = init_state(config, 1, (8, 8), window), []
+    schedule = pipe.sampler.schedule()
+    for block, (first, end) in enumerate(itertools.pairwise((0, 4, 7, 10, 13))):
+        keys = [jax.random.fold_in(jax.random.fold_in(jax.random.key(5), stream), block) for stream in (_START, _STEPS)]
+        row = slice(0, 1) if block < 2 else slice(1, 2)
+
+        def velocity(x, timestep, state=state, row=row, first=first):
+            inputs = ({"params": pipe.params}, x, embeds[row], jnp.full(1, timestep, jnp.float32), mask[row])
+            return run(*inputs, state=state, first_frame=jnp.int32(first))
+
+        x = jax.random.normal(keys[0], (1, end - first, 8, 8, 1))
+        for step, timestep in enumerate((1000, 960, 889, 727)):
+            clean = x - schedule.sigmas[step] * velocity(x, timestep)[0]
+            noise = jax.random.normal(jax.random.fold_in(keys[1], step), x.shape)
+            after = schedule.sigmas[step + 1]
+            x = (1 - after) * clean + after * noise
+        found.append(clean)
+        state = velocity(clean, 0)[1]
+    expected = np.moveaxis(np.concatenate(found, axis=1), -1, 1)
+    np.testing.assert_allclose(
+        latents(pipe, SWITCHES, 13, seed=5, num_cached_blocks=window or 0), expected, atol=2e-4 * np.abs(expected).max()
+    )
+
+
+def test_videos_begin_alike_whatever_their_length(pipe):
+    short, long = latents(pipe, frames=7), latents(pipe, PROMPT, frames=13)
+    np.testing.assert_array_equal(long[:, :, :7], short)
+    switched = latents(pipe, [(0, PROMPT), (2.5, "a handwritten one")], frames=13)
+    np.testing.assert_array_equal(switched[:, :, :10], long[:, :, :10])
+    assert np.abs(switched[:, :, 10:] - long[:, :, 10:]).max() > 1e-3
+    assert np.abs(latents(pipe, frames=7, seed=1) - short).max() > 0.1
+
+
+def test_a_program_for_the_first_block_and_one_for_the_others():
+    fresh = tiny_pipeline()
+    for frames in (13, 7, 25):
+        latents(fresh, frames=frames)
+    assert len(fresh.programs) == 2
+    latents(fresh, frames=9)  # the first block is as the others
+    assert len(fresh.programs) == 2
+
+
+def test_given_noise_and_embeddings(pipe):
+    noise = np.random.default_rng(0).standard_normal((1, 1, 7, 8, 8)).astype(np.float32)
+    found = latents(pipe, frames=None, latents=noise)
+    assert found.shape == noise.shape
+    assert np.abs(found - latents(pipe, frames=7)).max() > 0.1
+    embeds, mask = pipe.text_encoder.encode([PROMPT])
+    again = latents(pipe, None, None, latents=noise, prompt_embeds=embeds, prompt_attention_mask=mask)
+    np.testing.assert_array_equal(again, found)
+
+
+def test_memory_does_not_grow(pipe, tmp_path):
+    """Arrays on the device after every block, of videos 2 and 8 times as long; and what the program needs."""
+    found = {}
+    for blocks in (3, 6, 24):
+        held: list[int] = []
+
+        def note(pipeline, block, values, held=held):
+            held.append(sum(array.nbytes for array in jax.live_arrays()))
+
+        result = pipe(
+            PROMPT, frames=1 + BLOCK * blocks, output_path=tmp_path / f"{blocks}.mp4", callback_on_block_end=note
+        )
+        found[blocks] = (max(held[2:]), result.device_bytes)
+        assert len(set(held[1:])) == 1, held
+    assert len(set(found.values())) == 1, found
+
+
+# -- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def test_prompts_with_times():
+    expected = (PromptSwitch(0, "a fox: asleep"), PromptSwitch(10.5, "it wakes up"))
+    assert parse_prompts(["0s: a fox: asleep", "10.5 s : it wakes up"]) == expected
+    assert parse_prompts([(0, "a fox: asleep"), (10.5, "it wakes up")]) == expected
+    assert parse_prompts("a fox") == parse_prompts(["a fox"]) == (PromptSwitch(0, "a fox"),)
+    said: list[str] = []
+    assert prompts_of_blocks(expected, [0, 2.5, 5, 7.5, 10, 12.5], 15, said.append) == (0, 0, 0, 0, 1, 1)
+    assert said == ["from 0 s (block 1): 'a fox: asleep'", "from 10 s, asked for at 10.5 s (block 5): 'it wakes up'"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "part"),
+    [
+        (["a zero", "a one"], "2 prompts, 0 of them with a time"),
+        (["0s: a zero", "a one"], "2 prompts, 1 of them with a time"),
+        ([], "0 prompts"),
+        (["0s: a", "2s: b", "1s: c"], "must ascend, and 1 s comes after 2 s"),
+        (["0s: a", "0s: b"], "must ascend"),
+        (["1s: a", "2s: b"], "the first must begin at 0 s"),
+        (["-1s: a", "2s: b"], "the first must begin at 0 s"),
+        ([(0, "a"), (float("nan"), "b")], "must begin at 0 s"),
+        (["0s: a", "2.5s: b"], "begins at 2.5 s, and the video has 2.5 s"),
+        (["0s: a", "0.4s: b"], "fall into one block .block 1, from 0 s"),
+        (["0s: a", "1s: "], "the prompt at 1 s is empty"),
+        ([(0, "a"), 3], "prompt 3 is not allowed"),
+        (None, "prompt and prompt_embeds: neither given"),
+        ("", "the prompt at 0 s is empty"),
+    ],
+)  # fmt: skip
+def test_prompts_that_are_refused(pipe, prompt, part):
+    with pytest.raises(UserError, match=part) as caught:
+        latents(pipe, prompt)
+    assert "\n" not in str(caught.value)
+
+
+# -- files, and going on with them -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
+def test_the_file_grows_and_the_video_can_be_gone_on_with(pipe, tmp_path, name, capsys):
+    grown = []
+
+    def note(pipeline, block, values):
+        grown.append(count_frames(tmp_path / "straight" / name))
+
+    options = {"frames": 13, "seed": 2, "enlarge": 2}
+    straight = pipe(SWITCHES, **options, output_path=tmp_path / "straight" / name, callback_on_block_end=note)
+    assert (straight.frames, straight.frame_count, straight.finished) == (None, 13, True)
+    assert all(there >= frames - 1 for there, frames in zip(grown, (4, 7, 10, 13), strict=True)), grown
+    assert [path.name for path in (tmp_path / "straight").iterdir()] == [name]
+    path = tmp_path / name
+    for blocks in (1, 3):
+        part = pipe(SWITCHES, **options, output_path=path, resume=blocks > 1, callback_on_block_end=stop_after(blocks))
+        assert (part.finished, part.frame_count) == (False, {1: 4, 3: 10}[blocks])
+        assert read_video(path).frames.shape == (part.frame_count, 16, 16, 3)
+    with pytest.raises(UserError, match="was not finished|something in it already"):
+        pipe(SWITCHES, **options, output_path=path)
+    capsys.readouterr()
+    pipe(SWITCHES, **options, output_path=path, resume=True)
+    assert "resuming after block 3 of 4: " in capsys.readouterr().out
+    np.testing.assert_array_equal(read_video(path).frames, read_video(straight.path).frames)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted([name, "straight"])
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        pipe(SWITCHES, **options, output_path=path, resume=True)
+
+
+def test_a_file_that_was_lost_or_cut_is_made_again(pipe, tmp_path):
+    straight = pipe(PROMPT, frames=13, output_path=tmp_path / "straight.mp4")
+    for index, harm in enumerate([pathlib.Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 40)]):
+        path = tmp_path / f"{index}.mp4"
+        pipe(PROMPT, frames=13, output_path=path, callback_on_block_end=stop_after(3))
+        harm(path)
+        pipe(PROMPT, frames=13, output_path=path, resume=True)
+        np.testing.assert_array_equal(read_video(path).frames, read_video(straight.path).frames)
+
+
+def test_going_on_with_other_settings_is_refused(pipe, tmp_path):
+    path = tmp_path / "a.mp4"
+    pipe(PROMPT, frames=13, output_path=path, callback_on_block_end=stop_after(2))
+    for options, part in [
+        ({"seed": 1}, "seed 0 there and 1 here"),
+        ({"frames": 16}, "frames 13 there and 16 here"),
+        ({"num_cached_blocks": 1}, "num_cached_blocks None there and 1 here"),
+        ({"prompt": "a handwritten one"}, "prompts .*seven.* there and .*one.* here"),
+        ({"fps": 8.0}, "fps 4.0 there and 8.0 here"),
+    ]:
+        with pytest.raises(UserError, match=part):
+            pipe(**{"prompt": PROMPT, "frames": 13, **options}, output_path=path, resume=True)
+    (path.with_name("a.mp4.resume") / "state.npz").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="is damaged"):
+        pipe(PROMPT, frames=13, output_path=path, resume=True)
+
+
+def test_a_state_in_bfloat16_comes_back(tmp_path):
+    state = {"a": jnp.linspace(-3, 3, 7).astype(jnp.bfloat16), "b": (jnp.ones((2, 3)), jnp.int32(4))}
+    folder = ResumeFolder(tmp_path / "a.mp4", {"seed": 1})
+    folder.save(0, np.zeros((1, 2, 3, 3, 4)), state)
+    done, again = folder.load(jax.eval_shape(lambda: state))
+    assert done == 1
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert [leaf.dtype for leaf in jax.tree.leaves(again)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    with pytest.raises(UserError, match="a state of another shape"):
+        folder.load(jax.eval_shape(lambda: {**state, "a": jnp.zeros(7)}))
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"guidance_scale": 4.0}, "guidance_scale 4: this model was distilled with guidance"),
+        ({"num_inference_steps": 20}, "distilled to the 4 steps"),
+        ({"block_frames": 10}, "block_frames 10 does not fit this model, .* blocks of 3 latent frames"),
+        ({"frames": 1025}, "1025 latent frames.* positions for 1024 .* at most 1024 frames, 256 seconds"),
+        ({"seconds": 300.0, "frames": None}, "1201 latent frames.*make it shorter, or make several videos"),
+        ({"seconds": 2.0}, "seconds beside frames"),
+        ({"num_cached_blocks": -1}, "num_cached_blocks -1"),
+        ({"height": 9}, "height 9|binning"),
+        ({"fps": 0}, "fps 0"),
+        ({"seed": -1}, "seed -1"),
+        ({"latents": np.zeros((2, 1, 10, 8, 8))}, "latents of 2 videos"),
+        ({"latents": np.full((1, 1, 10, 8, 8), np.nan)}, "block 1 of 3 gave values that are not finite"),
+        ({"output_path": "a.mp4"}, "output_type 'latent' would not be used"),
+        ({"output_path": "a.gif", "output_type": None}, "frames come one after another"),
+        ({"resume": True}, "resume would not be used without output_path"),
+        ({"enlarge": 0}, "enlarge 0"),
+        ({"height": 4096, "width": 4096, "binning": "off", "frames": 1024}, "give an output_path"),
+    ],
+)  # fmt: skip
+def test_mistakes(pipe, options, part, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=part) as caught:
+        pipe(**{"prompt": PROMPT, "frames": 10, "output_type": "latent", **options})
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_components_that_are_refused(pipe):
+    parts = (pipe.transformer, pipe.params)
+    rest = (pipe.text_encoder, pipe.autoencoder, pipe.defaults)
+    with pytest.raises(UserError, match="allowed is LongSanaSampler"):
+        LongSanaVideoPipeline(*parts, FlowEuler(3.0), *rest)
+    with pytest.raises(UserError, match="--low-memory"):
+        LongSanaVideoPipeline(*parts, pipe.sampler, *rest, residency="one_at_a_time")
+    with pytest.raises(UserError, match="allowed are DPMSolver and FlowEuler"):
+        SanaVideoPipeline(*parts, pipe.sampler, *rest)
+
+
+# -- a model's directory, and the command line ------------------------------------------------------------------------
+
+
+def test_a_directory_says_what_it_is(model, video_model, tmp_path):
+    pipe = LongSanaVideoPipeline.from_pretrained(model)
+    assert pipe.sampler == LongSanaSampler(block_frames=BLOCK)
+    assert pipe.transformer.attention_epsilon == 1e-8
+    assert pipe.contract.family.startswith("LongSANA")
+    defaults = pipe.defaults
+    assert (defaults.guidance_scale, defaults.num_inference_steps, defaults.frames, defaults.fps) == (1, 4, 81, 16)
+    pipe.save_pretrained(tmp_path / "saved")
+    again = LongSanaVideoPipeline.from_pretrained(tmp_path / "saved")
+    assert (again.sampler, again.defaults, again.contract) == (pipe.sampler, pipe.defaults, pipe.contract)
+    for pipeline, directory, use in [
+        (SanaVideoPipeline, model, "use LongSanaVideoPipeline"),
+        (LongSanaVideoPipeline, video_model, "use SanaVideoPipeline"),
+        (SanaPipeline, model, "or use LongSanaVideoPipeline"),
+    ]:
+        with pytest.raises(UserError, match=use):
+            pipeline.from_pretrained(directory)
+    path = tmp_path / "saved" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "base_chunk_frames": 0}))
+    with pytest.raises(UserError, match="block_frames=0"):
+        LongSanaVideoPipeline.from_pretrained(tmp_path / "saved")
+
+
+def words(model, output, *more) -> list[str]:
+    own = ("--max-sequence-length", 8, "--instruction", "none", "--enlarge", 1, "--seed", 3, "--seconds", 5)
+    size = ("--height", 16, "--width", 32, "--binning", "off")
+    prompts = ("--prompt", "0s: a red panda", "3s: a tram in the rain")
+    return [str(word) for word in ("--model", model, "--output", output, *prompts, *own, *size, *more)]
+
+
+def call(*options) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run_command_line(lambda: generate.main(list(options)))
+    return caught.value.code
+
+
+def test_killed_and_resumed_from_the_command_line(model, tmp_path, capsys):
+    """SIGKILL in the middle of a block; the file that comes out is the one of a call that was left in peace."""
+    straight, path = tmp_path / "straight.mp4", tmp_path / "killed.mp4"
+    assert call(*words(model, straight)) == 0
+    said = capsys.readouterr().out
+    assert "5 seconds at 16 frames per second: 81 frames (1 + 4 x 20)" in said
+    assert "from 3.0625 s, asked for at 3 s (block 5): 'a tram in the rain'" in said
+    assert said.splitlines()[-1] == f"video: {straight}, 81 frames, 5.06 seconds"
+    assert read_video(straight).frames.shape == (81, 16, 32, 3)
+
+    command = [sys.executable, "-u", "-m", "sana_jax.generate", *words(model, path)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            if line.startswith("block 3 of 7"):
+                process.send_signal(signal.SIGKILL)
+                break
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "killed.mp4.resume" / "state.npz").is_file()
+    assert 0 < len(read_video(path).frames) < 81
+    assert call(*words(model, path, "--resume")) == 0
+    assert "resuming after block " in capsys.readouterr().out
+    np.testing.assert_array_equal(read_video(path).frames, read_video(straight).frames)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["killed.mp4", "straight.mp4"]
+
+
+def test_frames_of_blocks_are_those_of_the_whole(model):
+    """The autoencoder's state carries over from block to block."""
+    pipe = LongSanaVideoPipeline.from_pretrained(model, residency="all")
+    options = {"frames": 37, "height": 16, "width": 32, "binning": "off", "max_sequence_length": 8}
+    whole = pipe("a red panda", **options, output_type="latent").frames
+    decoded = pipe.autoencoder.decode(np.moveaxis(whole, 1, -1))
+    found = pipe("a red panda", **options, output_type="np").frames
+    assert found.std() > 0.05
+    np.testing.assert_allclose(found, np.asarray(decoded) / 2 + 0.5, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        (("--guidance-scale", "4"), "guidance_scale 4: this model was distilled"),
+        (("--steps", "20"), "distilled to the 4 steps"),
+        (("--num-videos", "2"), "--num-videos 2: .* one long video at a time"),
+        (("--low-memory",), "--low-memory"),
+        (("--sampler", "flow_euler"), "--sampler and --flow-shift would not be used by LongSanaVideoPipeline"),
+        (("--apg-eta", "1"), "--apg-eta, .* would not be used by LongSanaVideoPipeline"),
+        (("--negative-prompt", "blurry"), "--negative-prompt would not be used"),
+        (("--image", "a.png"), "--image would not be used"),
+        (("--resume",), "nothing to resume"),
+        (("--block-frames", "10"), "block_frames 10 does not fit this model"),
+        (("--output", "a.gif"), "a.gif"),
+    ],
+)
+def test_mistakes_on_the_command_line(model, tmp_path, capsys, more, part):
+    assert call(*words(model, tmp_path / "a.mp4", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(part, error), error
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_option_of_long_videos_is_refused_elsewhere(video_model, tmp_path, capsys):
+    options = ("--model", video_model, "--prompt", "a red panda", "--output", tmp_path / "a.mp4", "--resume")
+    assert call(*map(str, options)) == 2
+    assert "--resume would not be used by SanaVideoPipeline" in capsys.readouterr().err
