@@ -20,6 +20,7 @@ PRESETS = {
     "controlnet": "configs.presets.controlnet",
     "digits_sprint": "configs.presets.digits_sprint",
     "sprint": "configs.presets.sprint",
+    "moving_digits": "configs.presets.moving_digits",
     "sana_600m_512": "configs.presets.sana_600m_512",
     "sana_1600m_512": "configs.presets.sana_1600m_512",
     "sana_1600m_1024": "configs.presets.sana_1600m_1024",
@@ -31,6 +32,11 @@ PRESETS = {
     "finetune_8x80gb": "configs.presets.finetune_8x80gb",
     "finetune_multihost": "configs.presets.finetune_multihost",
     "sana_1600m_controlnet": "configs.presets.sana_1600m_controlnet",
+    "lora_video": "configs.presets.lora_video",
+    "tom_and_jerry_lora": "configs.presets.tom_and_jerry_lora",
+    "finetune_video": "configs.presets.finetune_video",
+    "sana_video_2b_480p": "configs.presets.sana_video_2b_480p",
+    "sana_video_2b_720p": "configs.presets.sana_video_2b_720p",
 }
 DEFAULT_PRESET = "digits"
 

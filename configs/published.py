@@ -1,4 +1,4 @@
-"""Every published SANA image transformer: its shape, its size, and how it is meant to be sampled.
+"""Every published SANA and SANA-Video transformer: its shape, its size, and how it is meant to be sampled.
 
 Names are those of the Hub repositories (``Efficient-Large-Model/<name>``).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sana_jax.models.sana import SanaConfig
+from sana_jax.models.sana_video import SanaVideoConfig
 
 
 @dataclass(frozen=True)
@@ -46,5 +47,36 @@ PUBLISHED_TRANSFORMERS = {
     "Sana_Sprint_0.6B_1024px_diffusers": PublishedTransformer(SanaConfig.sprint_600m(), 593_501_216, "bfloat16", None),
     "Sana_Sprint_1.6B_1024px_diffusers": PublishedTransformer(
         SanaConfig.sprint_1600m(), 1_610_237_472, "bfloat16", None
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PublishedVideoTransformer:
+    """One published video transformer.
+
+    Attributes:
+        config: its shape.
+        parameters: the exact number of parameters.
+        spatial_factor: pixels per latent of its autoencoder.
+        temporal_factor: frames per latent frame.
+        flow_shift: of its sampler; it was trained with 3.
+        dtype: the compute dtype it was published for.
+    """
+
+    config: SanaVideoConfig
+    parameters: int
+    spatial_factor: int
+    temporal_factor: int
+    flow_shift: float = 8.0
+    dtype: str = "bfloat16"
+
+
+PUBLISHED_VIDEO_TRANSFORMERS = {
+    "SANA-Video_2B_480p_diffusers": PublishedVideoTransformer(
+        SanaVideoConfig.sana_video_2b_480p(), 2_056_862_144, spatial_factor=8, temporal_factor=4
+    ),
+    "SANA-Video_2B_720p_diffusers": PublishedVideoTransformer(
+        SanaVideoConfig.sana_video_2b_720p(), 2_057_148_928, spatial_factor=32, temporal_factor=8
     ),
 }

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.controlnet import ControlNetConfig
-from configs.data import ImageDataConfig
+from configs.data import ClipPicturesConfig, ImageDataConfig, MovingDigitsDataConfig, VideoDataConfig
 from configs.lora import LoraConfig
 from configs.optimizer import OptimizerConfig, check_optimizer
 from configs.prior import PriorConfig
@@ -19,6 +19,7 @@ from configs.sprint import SprintConfig
 from configs.tokens import TokensConfig
 from sana_jax.errors import UserError
 from sana_jax.models.sana import SanaConfig
+from sana_jax.models.sana_video import SanaVideoConfig
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,31 @@ class FlowConfig:
     """Scale of the mode density; 1.29 in its paper."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the encoding of no text, which classifier-free guidance needs."""
+
+    @property
+    def sampling_shift(self) -> float | None:
+        """The shift in sampling."""
+        return self.flow_shift
+
+
+@dataclass(frozen=True)
+class VideoFlowConfig(FlowConfig):
+    """The flow-matching objective of videos (SANA-Video, arXiv 2509.24695)."""
+
+    flow_shift: float | None = 3.0
+    """Bends the noise levels towards noise in training; 1 leaves them alone. None takes the base model's, which is
+    that of its sampler."""
+    sampling_flow_shift: float | None = None
+    """The shift in sampling, in previews and of the run's directory; None takes the base model's, and flow_shift
+    without a base model. The published models are trained with 3 and sampled with 8."""
+    image_to_video: float = 0.0
+    """Share of clips whose first latent frame is given, as the image of image to video: clean, at timestep 0, and not
+    counted in the loss."""
+
+    @property
+    def sampling_shift(self) -> float | None:
+        """The shift in sampling."""
+        return self.flow_shift if self.sampling_flow_shift is None else self.sampling_flow_shift
 
 
 @dataclass(frozen=True)
@@ -187,9 +213,9 @@ class RunConfig:
     """Where everything of the run goes."""
     steps: int
     """Optimizer steps in all."""
-    transformer: SanaConfig | None
+    transformer: SanaConfig | SanaVideoConfig | None
     """The network's shape; None where it is the base model's."""
-    data: DigitsDataConfig | ImageDataConfig
+    data: DigitsDataConfig | ImageDataConfig | VideoDataConfig | MovingDigitsDataConfig
     """What it is trained on."""
     model: str | None = None
     """The model that training starts from: a published, converted or trained model's directory, or its name on the
@@ -222,7 +248,8 @@ class RunConfig:
     max_nonfinite: int = 20
     """How many steps may be left out."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
+    flow: FlowConfig | VideoFlowConfig = field(default_factory=FlowConfig)
+    """The objective."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -260,9 +287,7 @@ class RunConfig:
         _require("max-nonfinite", self.max_nonfinite, self.max_nonfinite >= 0, "0 or more")
         check_optimizer(self.optimizer)
         context = self.mesh.context
-        _require(
-            "mesh.context", context, context == 1, "1 for networks of pictures, which do not cut a sample's tokens"
-        )
+        _require("mesh.context", context, context == 1, "1, for these networks do not cut a sample's tokens")
         _require("tokens", "without --lora", self.tokens is None or self.lora is not None, "tokens beside a LoRA")
         scm = self.preview.sampler == "scm"
         allowed = "scm for Sprint training" if self.sprint else "dpm_solver or flow_euler"
@@ -276,9 +301,38 @@ class RunConfig:
         _require("validation.sigmas", " ".join(map(str, v.sigmas)), levels, "one or more above 0 and below 1")
         at = " ".join(map(str, self.preview.at))
         _require("preview.at", at, self.preview.every > 0 or not at, "none where --preview.every is 0")
-        if isinstance(self.data, DigitsDataConfig) and self.transformer is not None:
+        if isinstance(self.data, DigitsDataConfig | MovingDigitsDataConfig) and self.transformer is not None:
             width, wanted = self.data.embedding_dim, self.transformer.caption_channels
             _require("data.embedding-dim", width, width == wanted, f"--transformer.caption-channels, which is {wanted}")
+        if isinstance(self.flow, VideoFlowConfig):
+            share, shift = self.flow.image_to_video, self.flow.sampling_flow_shift
+            _require("flow.image-to-video", share, 0 <= share <= 1, "0 to 1")
+            _require("flow.sampling-flow-shift", shift, shift is None or shift > 0, "above 0")
+        self._check_kind()
+
+    @property
+    def trains_on_clips(self) -> bool:
+        """Whether the data is clips, or pictures as clips of one frame, for a video model."""
+        return isinstance(self.data, VideoDataConfig | ClipPicturesConfig | MovingDigitsDataConfig)
+
+    def _check_kind(self) -> None:
+        """Clips are for video models, and pictures for the others."""
+        clips, network = self.trains_on_clips, self.transformer
+        wanted = SanaVideoConfig if clips else SanaConfig
+        if network is not None and not isinstance(network, wanted):
+            kinds = ("clips", "a model of pictures") if clips else ("pictures", "a video model")
+            which = "its network" if self.model is None else f"--model {self.model}"
+            use = "finetune, lora" if clips else "finetune_video, lora_video"
+            raise UserError(
+                f"the preset {self.preset} trains on {kinds[0]}, and {which} is {kinds[1]}; choose a model for "
+                f"{kinds[0]}, or a preset that trains on {'pictures' if clips else 'clips'}: {use}"
+            )
+        if isinstance(self.flow, VideoFlowConfig) and not clips:
+            raise UserError(f"the preset {self.preset} trains on pictures with the objective of videos; use FlowConfig")
+        names = ("tokens", "controlnet", "sprint", "prior")
+        unused = [name for name in names if clips and getattr(self, name) is not None]
+        if unused:
+            raise UserError(f"--{unused[0]} is for models of pictures, and this run trains on clips; leave it out")
 
 
 def _require(option: str, value, condition: bool, allowed: str) -> None:

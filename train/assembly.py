@@ -11,10 +11,11 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from configs.data import ImageDataConfig
+from configs.data import ImageDataConfig, MovingDigitsDataConfig, VideoDataConfig
 from configs.schema import DigitsDataConfig, RunConfig
 from kernels.typing import Float, Int
-from sana_jax.autoencoders import Autoencoder
+from sana_jax.autoencoders import Autoencoder, VideoAutoencoder
+from sana_jax.autoencoders.base import pixel_frames
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.opening import find_model
@@ -24,10 +25,15 @@ from train.base_model import BaseModel, absolute, open_base_model, open_encoders
 from train.data import CachedData, Dataset, DigitsData
 from train.data.conditions import KINDS
 from train.data.prior import WithPrior, draw_prior_pictures
+from train.data.video.joint import JointData
+from train.data.video.moving_digits import MovingDigitsData
 from train.distributed import on_first_process
 from train.precompute import precompute
 from train.preemption import StopRequest
 from train.recipes import Recipe, make_recipe
+from train.video_data import open_video_data
+
+_DIGITS_FPS = 4.0  # slow enough to follow a digit of 8 pixels
 
 
 class TrainingData(Dataset, Protocol):
@@ -39,8 +45,8 @@ class TrainingData(Dataset, Protocol):
         ...
 
     @property
-    def preview_shape(self) -> tuple[int, int, int]:
-        """(H, W, C) of the latents that previews draw."""
+    def preview_shape(self) -> tuple[int, ...]:
+        """([T,] H, W, C) of the latents that previews draw."""
         ...
 
     def caption_of(self, index: int) -> str:
@@ -69,7 +75,7 @@ class RunParts(NamedTuple):
     dataset: TrainingData
     recipe: Recipe
     text_encoder: TextEncoder
-    autoencoder: Autoencoder
+    autoencoder: Autoencoder | VideoAutoencoder
     encoders: BaseModel | None = None
     """The model that these two are of; None where they are the data's."""
 
@@ -78,7 +84,30 @@ class RunParts(NamedTuple):
         """The pipeline that samples what the run trains."""
         if self.recipe.kind in ("controlnet", "sprint"):
             return {"controlnet": "SanaControlNetPipeline", "sprint": "SanaSprintPipeline"}[self.recipe.kind]
-        return "SanaPipeline" if self.base is None else self.base.pipeline
+        if self.base is not None:
+            return self.base.pipeline
+        return "SanaVideoPipeline" if self.config.trains_on_clips else "SanaPipeline"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of what previews draw."""
+        factor = self.autoencoder.spatial_factor
+        height, width = self.dataset.preview_shape[-3:-1]
+        return height * factor, width * factor
+
+    @property
+    def frames(self) -> int | None:
+        """Frames of the clips that previews draw; None for pictures."""
+        if not self.config.trains_on_clips:
+            return None
+        return pixel_frames(self.dataset.preview_shape[0], self.autoencoder.temporal_factor)
+
+    @property
+    def fps(self) -> float | None:
+        """Frames per second of clips; None for pictures."""
+        if isinstance(self.config.data, VideoDataConfig):
+            return self.config.data.clip_fps
+        return _DIGITS_FPS if self.config.trains_on_clips else None
 
     @property
     def trained_from(self) -> BaseModelFile | None:
@@ -127,7 +156,18 @@ def assemble(
     if isinstance(config.data, DigitsDataConfig):
         dataset = DigitsData(config.data)
         return RunParts(config, base, dataset, make_recipe(config), dataset.text_encoder, dataset.autoencoder)
+    if isinstance(config.data, MovingDigitsDataConfig):
+        dataset = MovingDigitsData(config.data)
+        return RunParts(config, base, dataset, make_recipe(config), dataset.text_encoder, dataset.autoencoder)
     encoders = base or open_encoders(config)
+    if isinstance(config.data, VideoDataConfig):
+        dataset = open_video_data(config, encoders.parts, say, stop)
+        if dataset is None:
+            return None
+        recipe = make_recipe(config)
+        _check_conditions(recipe.conditions, dataset)
+        parts = encoders.parts
+        return RunParts(config, base, dataset, recipe, parts.text_encoder, parts.autoencoder, encoders)
     directory = on_first_process(lambda: precompute(config, encoders.parts, say=say, stop=stop))
     if directory is None:
         return None
@@ -143,7 +183,7 @@ def assemble(
     return RunParts(config, base, dataset, recipe, encoders.parts.text_encoder, encoders.parts.autoencoder, encoders)
 
 
-def _check_conditions(wanted: Sequence[str], dataset: CachedData | WithPrior) -> None:
+def _check_conditions(wanted: Sequence[str], dataset: CachedData | JointData | WithPrior) -> None:
     """Raises ``UserError`` unless the data has just the conditions that the recipe reads."""
     there = set(dataset.condition_shapes(dataset.preview_shape))
     if missing := sorted(set(wanted) - there):

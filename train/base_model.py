@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from configs.schema import RunConfig
+from configs.schema import RunConfig, VideoFlowConfig
 from kernels.typing import PyTree
 from sana_jax.errors import UserError
-from sana_jax.models.sana import SanaConfig, SanaTransformer
-from sana_jax.models.sharding_rules import SANA
+from sana_jax.pipelines.families import TransformerConfig, abstract_params, make_transformer
 from sana_jax.pipelines.model_directory import ModelDirectory, pipeline_of, read_model_directory
-from sana_jax.pipelines.opening import abstract_params, find_model, model_weights_id, open_transformer_weights
+from sana_jax.pipelines.opening import find_model, model_weights_id, open_transformer_weights
 from sana_jax.weights.components import Resident
+from train.networks import sharding_rules
 from train.sharding import parameter_shardings
 
 
@@ -50,10 +50,10 @@ class BaseModel(NamedTuple):
         return resident
 
 
-def abstract_transformer(config: SanaConfig, mesh: Mesh | AbstractMesh, dtype: str) -> PyTree:
+def abstract_transformer(config: TransformerConfig, mesh: Mesh | AbstractMesh, dtype: str) -> PyTree:
     """Shapes of a transformer's parameters in a dtype, with where they lie on a mesh."""
-    shapes = abstract_params(SanaTransformer(config), jnp.dtype(dtype))
-    shardings, _ = parameter_shardings(shapes, SANA, mesh)
+    shapes = abstract_params(make_transformer(config), jnp.dtype(dtype))
+    shardings, _ = parameter_shardings(shapes, sharding_rules(config), mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
@@ -67,8 +67,11 @@ def open_base_model(name: str, variant: str | None = None) -> BaseModel:
     """
     directory = find_model(name, variant)
     pipeline = pipeline_of(directory)
-    if pipeline == "SanaControlNetPipeline":
-        pipeline = "SanaPipeline"
+    # a run's network alone, as it is trained and as previews draw
+    pipeline = {
+        "SanaControlNetPipeline": "SanaPipeline",
+        "SanaImageToVideoPipeline": "SanaVideoPipeline",
+    }.get(pipeline, pipeline)
     parts = read_model_directory(directory, pipeline, variant=variant)
     if parts.trained_from is not None and parts.trained_from.kind == "sprint":
         raise UserError(
@@ -84,8 +87,8 @@ def open_base_model(name: str, variant: str | None = None) -> BaseModel:
 
 
 def open_encoders(config: RunConfig) -> BaseModel:
-    """The model whose text encoder and autoencoder prepare the pictures of a settled run: its base model, or the one
-    that ``encoders`` names, as if it had the run's own network.
+    """The model whose text encoder and autoencoder prepare the data of a settled run: its base model, or the one that
+    ``encoders`` names, as if it had the run's own network.
 
     Raises:
         UserError: neither is named.
@@ -128,13 +131,14 @@ def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
             "leave --model out (--encoders takes its text encoder and autoencoder alone), or choose a preset that "
             "starts from a model: finetune or lora"
         )
-    shift = config.flow.flow_shift
-    if shift is None:
-        shift = getattr(base.parts.sampler, "flow_shift", None) or 1.0
+    own_shift = float(getattr(base.parts.sampler, "flow_shift", None) or 1.0)
+    shift = own_shift if config.flow.flow_shift is None else float(config.flow.flow_shift)
     preview = config.preview
     if preview.guidance_scale is None:
         preview = dataclasses.replace(preview, guidance_scale=base.parts.defaults.guidance_scale)
-    flow = dataclasses.replace(config.flow, flow_shift=float(shift))
+    flow = dataclasses.replace(config.flow, flow_shift=shift)
+    if isinstance(flow, VideoFlowConfig) and flow.sampling_flow_shift is None:
+        flow = dataclasses.replace(flow, sampling_flow_shift=own_shift)
     return dataclasses.replace(config, transformer=network, flow=flow, preview=preview)
 
 

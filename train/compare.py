@@ -1,5 +1,7 @@
 """Draws checkpoints x prompts x seeds x guidance (x LoRA files x their weights) as one HTML page and one CSV table.
 
+Of video models it shows clips, which move on the page; strips and sheets have some of their frames.
+
     python -m train.compare runs/digits --prompts "a handwritten seven" "a handwritten two" --seeds 0 1 --output seen
     python -m train.compare runs/digits --previews     # joins the run's own previews into one strip
 
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from sana_jax.command_line import parse
 from sana_jax.compilation import enable_compilation_cache
@@ -38,6 +41,7 @@ from train.evaluation.comparison_plan import (
 )
 from train.evaluation.comparison_results import frames_of_one_size, write_results
 from train.evaluation.drawing import NO_PICTURE, Opener, is_training_run, read_prompts, remove_temporaries
+from train.preview_clips import clip_table, write_moving
 
 _PREVIEW = re.compile(r"step_(\d+)\.png")
 
@@ -180,7 +184,14 @@ def _draw(config: CompareConfig, opener: Opener, pipeline: ImagePipeline, pictur
         "software": "sana_jax",
     }
     folder = output / "pictures"
-    save_png(folder / f"{picture.name}.png", result.images[0], metadata=settings)
+    if hasattr(result, "frames"):
+        frames = [np.asarray(frame).reshape(frame.height, frame.width, -1) for frame in result.frames[0]]
+        clip = np.stack(frames)[None] / np.float32(255)
+        write_moving(folder / picture.name, clip, 1, [picture.prompt], result.fps, settings, print)
+        image = clip_table(clip, [f"seed {picture.seed}"])
+    else:
+        image = result.images[0]
+    save_png(folder / f"{picture.name}.png", image, metadata=settings)
     drawn = {name: value for name, value in settings.items() if value is not None}
     seconds = round(sum(result.seconds.values()), 4)
     write_json(folder / f"{picture.name}.json", {"settings": picture.settings, "drawn": drawn, "seconds": seconds})

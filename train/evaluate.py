@@ -3,6 +3,7 @@
     python -m train.evaluate digits --model runs/digits
     python -m train.evaluate fid kid --model runs/digits --reference digits --features pixels:8 --samples 1000
     python -m train.evaluate kid diversity --pictures drawn/ --reference photos/ --features siglip:SigLIP_DIRECTORY
+    python -m train.evaluate score --model runs/lora --prompts "a red panda" --scorer SigLIP_DIRECTORY
 
 Several metrics share the pictures that are drawn. Every result is one printed line and one JSON record with all that it
 depends on, added to ``evaluations.jsonl``.
@@ -48,6 +49,7 @@ from train.evaluation.reference import (
     save_features,
 )
 from train.evaluation.similarity import count_copies, mean_distance, most_similar, nearest, nearest_other
+from train.evaluation.text_score import TextScorer, texts_of_pictures
 from train.run_directory import CONFIG_NAME, read_config
 
 PROG = "python -m train.evaluate"
@@ -61,6 +63,7 @@ _READ_BY = {
     "save_reference": ("fid", "kid", "similarity", "diversity"),
     "subsets": ("kid",),
     "subset_size": ("kid",),
+    "scorer": ("score",),
 }
 _FOR_A_MODEL = (
     *("prompts", "prompts_file", "negative_prompt", "samples", "seed", "guidance_scale", "num_inference_steps"),
@@ -75,7 +78,7 @@ class EvaluateConfig:
     fid: Fréchet distance to the reference; lower is better. kid: kernel distance, unbiased, for few samples.
     similarity: greatest cosine similarity of each picture to a reference. diversity: spread of the pictures of one
     prompt, nearest reference, copies. digits: whether a run's digits are read as those asked for. score: how well
-    pictures fit their texts.
+    pictures fit their texts, the mean cosine of SigLIP's vectors of both; higher is better.
     """
 
     metrics: tuple[Metric, ...] = ()
@@ -88,6 +91,8 @@ class EvaluateConfig:
     """What they are compared with: a folder of pictures, the word digits, or a .npy or .npz file of features."""
     features: str | None = None
     """What is compared of pictures: pixels:SIZE (None: pixels:32), or siglip:DIRECTORY."""
+    scorer: str | None = None
+    """What score is computed with: directory of a SigLIP with both towers and its tokenizer."""
     save_reference: str | None = None
     """Also write the reference's features to this .npz file, for the next time."""
     samples: int = 200
@@ -136,11 +141,8 @@ class EvaluateConfig:
     def __post_init__(self) -> None:
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
             raise UserError(f"metrics {' '.join(self.metrics) or '(none)'}; name each once: {PROG} fid kid --model ...")
-        if "score" in self.metrics:
-            raise UserError(
-                "score needs a text tower beside the vision tower (CLIP's or SigLIP's), and only SigLIP's vision tower "
-                "is here; use similarity with --features siglip:DIRECTORY, which compares pictures with pictures"
-            )
+        if "score" in self.metrics and self.scorer is None:
+            raise UserError("score needs --scorer: the directory of a SigLIP with both towers and its tokenizer")
         if (self.model is None) == (self.pictures is None):
             raise UserError("give either --model, which draws the pictures, or --pictures, a folder that has them")
         default = {field.name: field.default for field in dataclasses.fields(self)}
@@ -178,6 +180,10 @@ class Samples(NamedTuple):
 
     features: Float[np.ndarray, "N D"] | None
     arrays: Float[np.ndarray, "N H W C"] | None
+    vectors: Float[np.ndarray, "N E"] | None
+    """What the scorer's vision tower sees."""
+    texts: list[str] | None
+    """Of each picture; None where no metric needs them."""
     groups: np.ndarray
     """Which prompt each is of; all 0 for a folder."""
     settings: dict[str, Any]
@@ -217,6 +223,7 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
     source = None if config.model is None else _open_source(config)
     compares = any(metric in _READ_BY["features"] for metric in config.metrics)
     function = load_features(config.features or "pixels") if compares else None
+    scorer = None if config.scorer is None else TextScorer.from_directory(config.scorer)
     reference = None
     if config.reference is not None:
         reference = load_reference(config.reference, function, source.digits if source else _ALL_DIGITS)
@@ -226,11 +233,15 @@ def evaluate(config: EvaluateConfig) -> list[dict[str, Any]]:
                 raise UserError(f"{metric} needs features, and {reference.name} has only their mean and covariance")
         if config.save_reference is not None:
             save_features(Path(config.save_reference), reference, function)
-    samples = _draw_samples(config, source, function) if source else _read_samples(config, function)
+    samples = _draw_samples(config, source, function, scorer) if source else _read_samples(config, function, scorer)
     records = []
     for metric in config.metrics:
-        result = _MEASURES[metric](config, samples, reference, source)
-        settings = {**samples.settings, **_comparison_settings(metric, function, reference)}
+        if metric == "score":
+            result, compared = _score(scorer, samples), _scorer_settings(config, scorer)
+        else:
+            result = _MEASURES[metric](config, samples, reference, source)
+            compared = _comparison_settings(metric, function, reference)
+        settings = {**samples.settings, **compared}
         record = make_record(metric, result.value, result.details, settings)
         append_record(Path(config.output), record)
         print(f"{metric} {result.text} | {_describe(record)}", flush=True)
@@ -284,7 +295,9 @@ def _open_source(config: EvaluateConfig) -> Source:
     return Source(directory, prompts, digits, is_digits)
 
 
-def _draw_samples(config: EvaluateConfig, source: Source, function: FeatureFunction | None) -> Samples:
+def _draw_samples(
+    config: EvaluateConfig, source: Source, function: FeatureFunction | None, scorer: TextScorer | None
+) -> Samples:
     request = GenerateConfig(
         model=str(source.directory),
         prompt=(source.prompts[0],),
@@ -304,13 +317,15 @@ def _draw_samples(config: EvaluateConfig, source: Source, function: FeatureFunct
     opener = Opener()
     pipeline = opener.open(request)
     groups = np.sort(np.arange(config.samples) % len(source.prompts))
-    features, arrays = [], []
+    features, arrays, vectors = [], [], []
     started, sampled_size = time.perf_counter(), None
     for first, images, size in _batches(config, request, source, groups, opener, pipeline):
         sampled_size = size
         pictures = [to_pil(image) for image in images]
         if function is not None:
             features.append(function(pictures))
+        if scorer is not None:
+            vectors.append(scorer.encode_pictures(pictures))
         if "digits" in config.metrics:
             arrays.append(images)
         if config.keep is not None:
@@ -328,9 +343,8 @@ def _draw_samples(config: EvaluateConfig, source: Source, function: FeatureFunct
         "negative_prompt": config.negative_prompt or None,
         "sampled_size": "x".join(map(str, sampled_size)),
     }
-    return Samples(
-        np.concatenate(features) if features else None, np.concatenate(arrays) if arrays else None, groups, settings
-    )
+    joined = (np.concatenate(parts) if parts else None for parts in (features, arrays, vectors))
+    return Samples(*joined, [source.prompts[group] for group in groups], groups, settings)
 
 
 def _batches(
@@ -366,13 +380,20 @@ def batch_seed(seed: int, index: int) -> int:
     return seed if index == 0 else int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
-def _read_samples(config: EvaluateConfig, function: FeatureFunction) -> Samples:
-    features = function(FolderPictures(Path(config.pictures)))
-    if len(features) < 2:
-        raise UserError(f"--pictures {config.pictures} has {len(features)} picture; 2 or more are needed")
+def _read_samples(config: EvaluateConfig, function: FeatureFunction | None, scorer: TextScorer | None) -> Samples:
+    pictures, features, vectors, texts = FolderPictures(Path(config.pictures)), None, None, None
+    if scorer is not None:
+        known = dict(zip(pictures.paths, texts_of_pictures(pictures.paths)))
+        vectors = scorer.encode_pictures(pictures)
+        texts = [known[path] for path in pictures.read]
+    if function is not None:
+        features = function(pictures)
+    count = len(pictures.read)
+    if count < 2:
+        raise UserError(f"--pictures {config.pictures} has {count} picture; 2 or more are needed")
     seed = config.seed if "kid" in config.metrics else None
-    settings = {"pictures": config.pictures, "samples": len(features), "seed": seed}
-    return Samples(features, None, np.zeros(len(features), int), settings)
+    settings = {"pictures": config.pictures, "samples": count, "seed": seed}
+    return Samples(features, None, vectors, texts, np.zeros(count, int), settings)
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------
@@ -439,6 +460,23 @@ def _digits(config: EvaluateConfig, samples: Samples, reference: Reference | Non
     return Result(figures.recognised, details, f"{text}, {figures.copies} copies")
 
 
+def _score(scorer: TextScorer, samples: Samples) -> Result:
+    scores = scorer.score(samples.vectors, samples.texts)
+    scale, bias = scorer.scale_and_bias
+    cosine, probability = scores.cosine, float(scores.probability.mean())
+    details = {
+        "probability": probability,
+        "least": float(cosine.min()),
+        "greatest": float(cosine.max()),
+        "median": float(np.median(cosine)),
+        "texts": len(set(samples.texts)),
+        "scale": scale,
+        "bias": bias,
+    }
+    text = f"{cosine.mean():.4f} (cosine, {cosine.min():.4f} to {cosine.max():.4f}), probability {probability:.4f}"
+    return Result(float(cosine.mean()), details, text)
+
+
 _MEASURES = {"fid": _fid, "kid": _kid, "similarity": _similarity, "diversity": _diversity, "digits": _digits}
 
 
@@ -451,6 +489,11 @@ def _comparison_settings(metric: str, function: FeatureFunction | None, referenc
     return settings
 
 
+def _scorer_settings(config: EvaluateConfig, scorer: TextScorer) -> dict[str, Any]:
+    dtype = np.dtype(scorer.texts.dtype).name
+    return {"scorer": config.scorer, "scorer_id": scorer.name, "scorer_dtype": dtype}
+
+
 def _describe(record: dict[str, Any]) -> str:
     """What a value depends on, in one line."""
     parts = [f"{record.get('model') or record.get('pictures')}"]
@@ -460,6 +503,8 @@ def _describe(record: dict[str, Any]) -> str:
     if "features" in record:
         against = f" against {record['reference']}" if "reference" in record else ""
         parts.append(f"{record['features']}{against}")
+    if "scorer" in record:
+        parts.append(f"{record['scorer_id']} of {record['scorer']} in {record['scorer_dtype']}")
     if "sampler" in record:
         parts.append(f"{record['steps']} steps of {record['sampler'].partition('(')[0]}")
         parts.append(f"guidance {record['guidance_scale']:g}")

@@ -249,7 +249,8 @@ class Run:
         self.writer: MetricsWriter | None = None
         self.nonfinite = 0
         self.unchecked: list[tuple[int, StepMetrics]] = []
-        self.images_per_second: list[float] = []
+        self.kind = "clips" if self.config.trains_on_clips else "images"
+        self.samples_per_second: list[float] = []
         self.waited = 0.0  # seconds for data, since the last row
 
     def loop(self, state: TrainState, train_step, to_devices) -> int:
@@ -258,7 +259,7 @@ class Run:
         config, step = self.config, int(state.step)
         first = step
         self.writer = MetricsWriter(Path(config.run_dir), config.logging, to_dict(config), step, self.stop.writing)
-        progress = self.progress = Progress(step, config.steps)
+        progress = self.progress = Progress(step, config.steps, self.kind)
         self.say = progress.say
         if self.previewer.missing(step):  # at step 0, or where the run was interrupted before it
             self.preview(state, step)
@@ -327,15 +328,15 @@ class Run:
 
     def row(self, step: int, window: list[StepMetrics], seconds: float, validation: dict[str, float]) -> None:
         """Writes and shows a row, with the validation losses where they were measured."""
-        values = summarise(window, len(window) * self.config.batch_size, seconds)
+        values = summarise(window, len(window) * self.config.batch_size, seconds, self.kind)
         values |= validation | {"data_wait_share": self.waited / seconds}
         self.waited = 0.0
         self.writer.write(step, values)
         self.progress.row(step, values)
         if validation:
             self.say(f"validation loss {validation['validation_loss']:.4f} at step {step}")
-        if "images_per_second" in values:
-            self.images_per_second.append(values["images_per_second"])
+        if (speed := values.get(f"{self.kind}_per_second")) is not None:
+            self.samples_per_second.append(speed)
 
     def check_finite(self) -> None:
         """Stops at steps that were not finite, or says that they were left out. Before every save.
@@ -407,19 +408,20 @@ class Run:
                 + "".join(f"; {note}" for note in notes)
             )
         else:
-            speed = sorted(self.images_per_second)[len(self.images_per_second) // 2]
+            speed = sorted(self.samples_per_second)[len(self.samples_per_second) // 2]
             seconds = time.perf_counter() - self.started
             self.say(
-                f"trained {step - first} steps in {clock(seconds)}, median {speed:.0f} images/s"
+                f"trained {step - first} steps in {clock(seconds)}, median {speed:.0f} {self.kind}/s"
                 + "".join(f"; {note}" for note in notes)
             )
         model, prompt = shlex.quote(config.run_dir), shlex.quote(self.previewer.example_prompt)
         control = " --control-image PICTURE" if self.parts.recipe.kind == "controlnet" else ""
         if self.parts.recipe.kind == "lora":
             control = "".join(f" --condition {name}=VALUE" for name in self.parts.recipe.conditions)
+        what, out = ("clips", "clip.gif") if config.trains_on_clips else ("pictures", "picture.png")
         self.say(
-            f"everything is in {config.run_dir} (pictures in {config.run_dir}/samples); draw one with:\n"
-            f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt}{control} --out picture.png"
+            f"everything is in {config.run_dir} ({what} in {config.run_dir}/samples); draw one with:\n"
+            f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt}{control} --out {out}"
         )
 
 

@@ -133,11 +133,12 @@ def _open_wandb(run_dir: Path, config: LoggingConfig, run_config: dict[str, Any]
     )
 
 
-def summarise(window: Sequence[StepMetrics], images: int, seconds: float) -> dict[str, float]:
+def summarise(window: Sequence[StepMetrics], samples: int, seconds: float, kind: str = "images") -> dict[str, float]:
     """A row from the steps since the last one.
 
     ``loss``, norms and learning rate are the last step's own, so that a resumed run repeats them; ``loss_mean`` and
-    the losses by noise level (``loss_sigma_a_b``, where samples fell into that bin) are over the window.
+    the losses by noise level (``loss_sigma_a_b``, where samples fell into that bin) are over the window. ``kind`` is
+    what samples are: images or clips.
     """
     steps = [jax.tree.map(np.asarray, metrics) for metrics in window]
     last = steps[-1]
@@ -157,14 +158,18 @@ def summarise(window: Sequence[StepMetrics], images: int, seconds: float) -> dic
         row[name] = float(np.mean([step.figures[name] for step in finite if name in step.figures]))
     row["nonfinite_steps"] = float(len(steps) - len(finite))
     if seconds > 0:
-        row["images_per_second"] = images / seconds
+        row[f"{kind}_per_second"] = samples / seconds
     return row
 
 
 class Progress:
-    """A bar with loss, images/s and time left on a terminal; a line per row elsewhere. Process 0 only."""
+    """A bar with loss, images/s and time left on a terminal; a line per row elsewhere. Process 0 only.
 
-    def __init__(self, first: int, total: int):
+    ``kind`` is what samples are, as in ``summarise``.
+    """
+
+    def __init__(self, first: int, total: int, kind: str = "images"):
+        self._kind = kind
         self._bar = None
         self._total, self._first, self._started = total, first, time.perf_counter()
         self._paused = 0.0
@@ -187,13 +192,13 @@ class Progress:
         """Shows the newest numbers."""
         if not self._shown:
             return
-        loss, speed = values.get("loss_mean", values["loss"]), values.get("images_per_second", float("nan"))
+        loss, speed = values.get("loss_mean", values["loss"]), values.get(f"{self._kind}_per_second", float("nan"))
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} images/s")
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {speed:.0f} {self._kind}/s")
             return
         taken = step - self._first
         left = (time.perf_counter() - self._started - self._paused) / max(taken, 1) * (self._total - step)
-        self.say(f"step {step}/{self._total}  loss {loss:.4f}  {speed:.0f} images/s  ETA {clock(left)}")
+        self.say(f"step {step}/{self._total}  loss {loss:.4f}  {speed:.0f} {self._kind}/s  ETA {clock(left)}")
 
     def say(self, line: str) -> None:
         """Prints a line without tearing the bar."""

@@ -15,7 +15,8 @@ from sana_jax.lora.reading import FILE_NAME
 
 NAME = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_PIPELINES = ("SanaPipeline", "SanaSprintPipeline", "SanaControlNetPipeline")
+_VIDEO = "SanaVideoPipeline"
+_PIPELINES = ("SanaPipeline", "SanaSprintPipeline", "SanaControlNetPipeline", _VIDEO)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +105,9 @@ def _front_matter(card: LoraCard, prompt: str | None) -> list[str]:
     if card.license:
         short = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", card.license)
         lines += [f"license: {card.license}"] if short else ["license: other", f"license_name: {_yaml(card.license)}"]
-    lines += ["library_name: diffusers", "pipeline_tag: text-to-image"]
-    lines += ["tags:", *(f"- {tag}" for tag in ("sana", "sana_jax", "lora", "diffusers", "text-to-image"))]
+    task = "text-to-video" if card.pipeline == _VIDEO else "text-to-image"
+    lines += ["library_name: diffusers", f"pipeline_tag: {task}"]
+    lines += ["tags:", *(f"- {tag}" for tag in ("sana", "sana_jax", "lora", "diffusers", task))]
     if prompt is not None:
         lines += [f"instance_prompt: {_yaml(prompt)}"]
     if card.preview is not None:
@@ -116,6 +118,9 @@ def _front_matter(card: LoraCard, prompt: str | None) -> list[str]:
 def _usage(card: LoraCard, prompt: str | None) -> list[str]:
     base = card.base_model if _is_hub_name(card.base_model) else "DIRECTORY_OF_THE_BASE_MODEL"
     text = json.dumps(prompt or "your prompt", ensure_ascii=False)
+    call = f"image = pipe({text}).images[0]"
+    if card.pipeline == _VIDEO:
+        call = f"frames = pipe({text}).frames[0]"
     return [
         "With diffusers:",
         "",
@@ -125,7 +130,7 @@ def _usage(card: LoraCard, prompt: str | None) -> list[str]:
         "",
         f'pipe = {card.pipeline}.from_pretrained("{base}", torch_dtype=torch.bfloat16).to("cuda")',
         f'pipe.load_lora_weights("DIRECTORY_OF_THIS_FILE", weight_name="{FILE_NAME}")',
-        f"image = pipe({text}).images[0]",
+        call,
         "```",
         "",
         "With sana_jax:",
@@ -135,7 +140,7 @@ def _usage(card: LoraCard, prompt: str | None) -> list[str]:
         "",
         f'pipe = {card.pipeline}.from_pretrained("{base}")',
         'pipe.load_lora_weights("DIRECTORY_OF_THIS_FILE")',
-        f"image = pipe({text}).images[0]",
+        call,
         "```",
         "",
         "or",

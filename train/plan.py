@@ -20,17 +20,20 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from configs.data import MovingDigitsDataConfig
 from configs.lora import LoraConfig
 from configs.optimizer import READS, OptimizerConfig
-from configs.published import PUBLISHED_TRANSFORMERS
+from configs.published import PUBLISHED_TRANSFORMERS, PUBLISHED_VIDEO_TRANSFORMERS, PublishedVideoTransformer
 from configs.schema import DigitsDataConfig, RunConfig
 from kernels.typing import PyTree
+from sana_jax.autoencoders.base import latent_frames
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
-from sana_jax.models.sana import SanaConfig
+from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.nn.remat import REMAT_POLICIES
+from sana_jax.pipelines.families import FAMILIES, IMAGE_TRANSFORMER, TransformerConfig
 from sana_jax.pipelines.model_directory import pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
 from train.assembly import RunParts
@@ -38,6 +41,8 @@ from train.base_model import abstract_transformer, settle
 from train.batch import Batch
 from train.data.buckets import size_table
 from train.data.digits import DigitsData
+from train.data.video.moving_digits import MovingDigitsData
+from train.data.video.sizes import clip_sizes
 from train.memory import Choice, Memory, compiled_bytes, fixed_memory, traced_activations
 from train.objectives.flow_matching import FlowMatching
 from train.optimizers import stop_frozen
@@ -62,13 +67,15 @@ _PRICES = {
 class ModelShapes(NamedTuple):
     """What is to be known of a model before its weights and data are."""
 
-    network: SanaConfig | None
+    network: TransformerConfig | None
     """The base model's; None where training starts from nothing."""
     factor: int
     """Pixels per latent, along each axis."""
     tokens: int
     """Of an encoded prompt, padding included."""
     prompt_dtype: str
+    temporal_factor: int | None = None
+    """Frames per latent frame; None for models of pictures."""
 
 
 class PlannedRun(NamedTuple):
@@ -128,19 +135,21 @@ def settled(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
 
 def _model_shapes(config: RunConfig) -> ModelShapes:
     name = config.model or config.encoders
-    if isinstance(config.data, DigitsDataConfig) and name is None:
-        return ModelShapes(None, 1, DigitsData(config.data).text_encoder.max_length, "float32")
+    if (digits := _digits(config)) is not None and name is None:
+        temporal = getattr(digits.autoencoder, "temporal_factor", None)
+        return ModelShapes(None, 1, digits.text_encoder.max_length, "float32", temporal)
     if name is None:
         if config.transformer is None or (config.lora or config.controlnet or config.sprint) is not None:
+            example = "SANA-Video_2B_480p_diffusers" if config.trains_on_clips else "Sana_1600M_1024px_BF16_diffusers"
             raise UserError(
                 f"the preset {config.preset} starts from a model, whose shape the plan needs; name its directory with "
                 "--model, or a published one, which is not downloaded for that: --model "
-                "Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers"
+                f"Efficient-Large-Model/{example}"
             )
-        return _published(None)
-    published = PUBLISHED_TRANSFORMERS.get(name.rpartition("/")[2])
+        return _published(None, config.transformer)
+    published = {**PUBLISHED_TRANSFORMERS, **PUBLISHED_VIDEO_TRANSFORMERS}.get(name.rpartition("/")[2])
     if published is not None and not Path(name).exists():
-        return _published(published.config)
+        return _published(published.config, published.config)
     directory = find_model(name, config.model_variant)
     try:
         parts = read_model_directory(directory, pipeline_of(directory))
@@ -148,14 +157,31 @@ def _model_shapes(config: RunConfig) -> ModelShapes:
         path = directory / "transformer" / "config.json"
         if not path.is_file():
             raise
-        return _published(SanaConfig.from_dict(read_json(path)))
+        values = read_json(path)
+        family = FAMILIES.get(values.get("_class_name"), FAMILIES[IMAGE_TRANSFORMER])
+        network = family.config.from_dict(values)
+        return _published(network, network)
     encoder = parts.text_encoder
     dtype = jnp.dtype(getattr(encoder, "dtype", jnp.float32)).name
-    return ModelShapes(parts.transformer_config, parts.autoencoder.spatial_factor, encoder.max_length, dtype)
+    temporal = getattr(parts.autoencoder, "temporal_factor", None)
+    return ModelShapes(parts.transformer_config, parts.autoencoder.spatial_factor, encoder.max_length, dtype, temporal)
 
 
-def _published(network: SanaConfig | None) -> ModelShapes:
-    return ModelShapes(network, _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE)
+def _digits(config: RunConfig) -> DigitsData | MovingDigitsData | None:
+    """The digits that a run trains on, which are their own autoencoder; None for other data."""
+    if isinstance(config.data, DigitsDataConfig):
+        return DigitsData(config.data)
+    return MovingDigitsData(config.data) if isinstance(config.data, MovingDigitsDataConfig) else None
+
+
+def _published(base: TransformerConfig | None, network: TransformerConfig) -> ModelShapes:
+    """A network with the autoencoder and the text encoder of the published models of its kind."""
+    found = ModelShapes(base, _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE)
+    kinds = {video.config.in_channels: video for video in PUBLISHED_VIDEO_TRANSFORMERS.values()}
+    if isinstance(network, SanaVideoConfig):
+        kind: PublishedVideoTransformer = kinds.get(network.in_channels) or next(iter(kinds.values()))
+        return found._replace(factor=kind.spatial_factor, temporal_factor=kind.temporal_factor)
+    return found
 
 
 def planned_run(config: RunConfig, model: ModelShapes, mesh: Mesh | AbstractMesh) -> PlannedRun:
@@ -177,19 +203,15 @@ def planned_run(config: RunConfig, model: ModelShapes, mesh: Mesh | AbstractMesh
 def _abstract_batch(config: RunConfig, model: ModelShapes, recipe: Recipe, mesh: Mesh | AbstractMesh) -> Batch:
     """A batch of the largest size that the run has."""
     rows, network, sharding = config.batch_size, config.transformer, batch_sharding(mesh)
-    if isinstance(config.data, DigitsDataConfig):
-        height, width, _ = DigitsData(config.data).preview_shape
+    if (digits := _digits(config)) is not None:
+        sizes = digits.preview_shape[:-1]
     else:
-        table = size_table(
-            network.sample_size, model.factor, config.data.resolution, aspect_buckets=config.data.aspect_buckets
-        )
-        largest = max(table, key=lambda size: (size.height * size.width, -abs(size.height - size.width)))
-        height, width = largest.height // model.factor, largest.width // model.factor
+        sizes = _largest_latents(config, model)
 
     def array(shape: tuple[int, ...], dtype: str = "float32") -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), jnp.dtype(dtype), sharding=sharding)
 
-    latents = (height, width, network.in_channels)
+    latents = (*sizes, network.in_channels)
     names = [*recipe.conditions, *(["loss_weight"] if config.prior is not None and config.prior.caption else [])]
     return Batch(
         array(latents),
@@ -197,6 +219,18 @@ def _abstract_batch(config: RunConfig, model: ModelShapes, recipe: Recipe, mesh:
         array((model.tokens,), "int32"),
         {name: array(_condition_shape(name, config, latents)) for name in names},
     )
+
+
+def _largest_latents(config: RunConfig, model: ModelShapes) -> tuple[int, ...]:
+    """([T,] H, W) of the largest pictures or clips of a run."""
+    data, network, frames = config.data, config.transformer, ()
+    if config.trains_on_clips:
+        table = clip_sizes(data, network.sample_size, model.factor, network.patch_size[-1])
+        frames = (latent_frames(data.clip_frames, model.temporal_factor),)
+    else:
+        table = size_table(network.sample_size, model.factor, data.resolution, aspect_buckets=data.aspect_buckets)
+    largest = max(table, key=lambda size: (size.height * size.width, -abs(size.height - size.width)))
+    return *frames, largest.height // model.factor, largest.width // model.factor
 
 
 def _condition_shape(name: str, config: RunConfig, latents: tuple[int, ...]) -> tuple[int, ...]:
@@ -341,7 +375,8 @@ def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh |
     if run.recipe.kind == "whole" and config.model is not None:
         ema = change(config.ema, enabled=False)
         lora = change(config, lora=LoraConfig(), ema=ema)
-        yield "the preset lora instead", "trains a low-rank change alone", lora, mesh
+        preset = "lora_video" if config.trains_on_clips else "lora"
+        yield f"the preset {preset} instead", "trains a low-rank change alone", lora, mesh
     for size in (2, 4, 8, 16):
         if size > mesh.shape["fsdp"]:
             axes = tuple(size if axis == "fsdp" else mesh.shape[axis] for axis in AXES)

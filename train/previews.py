@@ -1,4 +1,4 @@
-"""Sample grids along the way: every caption, the same noise each time. A preview that fails never stops a run."""
+"""Samples along the way: every caption, the same noise each time. A preview that fails never stops a run."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sana_jax.images import automatic_enlargement, enlarge_image, image_grid, sa
 from sana_jax.pipelines.sampling_function import initial_latents
 from train.assembly import RunParts
 from train.metrics import MetricsWriter
+from train.preview_clips import clip_table, write_moving
 from train.recipes import Prompts
 from train.run_directory import run_sampler
 from train.sharding import replicated
@@ -28,6 +29,7 @@ from train.sharding import replicated
 class Previewer:
     """Draws ``samples/step_<step>.png``: one column per caption, one row per noise, below the control pictures if any.
 
+    Of clips it is a table of their frames, and the clips themselves are beside it as ``.gif`` and, in colour, ``.mp4``.
     ``writing`` is held while a file is written, so that nothing ends the process in between. ``frozen`` are the base
     model's parameters, where the recipe keeps them; they are set before the first preview is drawn.
     """
@@ -109,18 +111,19 @@ class Previewer:
         """Compiles sampling ahead of time; ``frozen`` as shapes."""
         preview, dataset = self._config.preview, self._parts.dataset
         rows = preview.per_caption * len(self.captions)
-        height, width, channels = dataset.preview_shape
+        *sizes, channels = dataset.preview_shape
         everywhere = replicated(self._mesh)
         prompts = Prompts(*dataset.encode(self.captions * preview.per_caption), *dataset.null_encoding())
         # Picture i has the noise that generate gives its picture i, in PyTorch's order.
-        latents = initial_latents(preview.seed, rows, (channels, height, width)).transpose(0, 2, 3, 1)
+        latents = jnp.moveaxis(initial_latents(preview.seed, rows, (channels, *sizes)), 1, -1)
         inputs = jax.device_put((np.asarray(latents), prompts, self._conditions()), everywhere)
         if self._parts.recipe.kind == "controlnet":
             self._control = inputs[2][self._parts.recipe.condition][: len(self.captions)]
         sampling = self._parts.recipe.sampling_function(
             run_sampler(self._config), preview.num_inference_steps, preview.guidance_scale
         )
-        name = f"sampling of {rows} previews ({height}x{width} latents, {preview.num_inference_steps} steps)"
+        shape = "x".join(map(str, sizes))
+        name = f"sampling of {rows} previews ({shape} latents, {preview.num_inference_steps} steps)"
         jitted = jax.jit(sampling, out_shardings=everywhere)
         compiled = compile_ahead(name, jitted, abstract_params, frozen, *inputs, say=say)
         self._sample = lambda params: compiled(params, self.frozen, *inputs)
@@ -132,7 +135,7 @@ class Previewer:
             latents = self._sample(params)
             if self._control is not None:  # as what the network is given shows them
                 latents = jnp.concatenate([self._control.astype(latents.dtype), latents])
-            images = np.asarray(self._parts.autoencoder.decode(latents))
+            images = self._decode(latents)
             if free := getattr(self._parts.autoencoder, "free", None):
                 free()  # until the next preview
             if jax.process_index() != 0:
@@ -140,10 +143,14 @@ class Previewer:
             finite = np.isfinite(images).all()
             if not finite:
                 raise FloatingPointError("samples are not finite")
-            path = self.path(step)
-            grid = self._grid((images / 2 + 0.5).clip(0, 1))
-            with self._writing:
-                save_png(path, grid, metadata={"step": step, "seed": self._config.preview.seed})
+            path, images = self.path(step), (images / 2 + 0.5).clip(0, 1)
+            metadata = {"step": step, "seed": self._config.preview.seed}
+            grid = self._grid(images) if images.ndim == 4 else clip_table(images, self._labels)
+            with self._writing:  # the picture last, since it says that the preview is there
+                if images.ndim == 5:
+                    where, columns, fps = path.with_suffix(""), len(self.captions), self._parts.fps
+                    write_moving(where, images, columns, self._labels, fps, metadata, say)
+                save_png(path, grid, metadata=metadata)
             writer.write_image(step, "samples", grid)
             say(f"preview: {path} ({time.perf_counter() - started:.1f} s)")
             return path
@@ -153,14 +160,25 @@ class Previewer:
             say(f"warning: the preview at step {step} failed, training goes on: {type(error).__name__}: {reason}")
             return None
 
-    def _grid(self, images):
-        captions = self.captions
+    def _decode(self, latents: jax.Array) -> np.ndarray:
+        """Pictures, or clips, which are decoded one after another as the pipelines do."""
+        decode = self._parts.autoencoder.decode
+        if latents.ndim == 4:
+            return np.asarray(decode(latents))
+        return np.concatenate([np.asarray(decode(latents[row : row + 1])) for row in range(len(latents))])
+
+    @property
+    def _labels(self) -> list[str]:
+        """Of every sample."""
+        return short_labels(self.captions) * self._config.preview.per_caption
+
+    def _grid(self, images: np.ndarray) -> Any:
         factor = automatic_enlargement(*images.shape[1:3]) // 2 or 1
         pictures = [enlarge_image(to_pil(image), factor) for image in images]
-        labels = short_labels(captions) * self._config.preview.per_caption
+        labels, columns = self._labels, len(self.captions)
         if self._control is not None:
-            labels = ["control"] * len(captions) + labels
-        return image_grid(pictures, columns=len(captions), labels=labels)
+            labels = ["control"] * columns + labels
+        return image_grid(pictures, columns=columns, labels=labels)
 
 
 def short_labels(captions: Sequence[str], longest: int = 24) -> list[str]:

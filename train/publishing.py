@@ -10,11 +10,9 @@ from kernels.typing import PyTree
 from sana_jax.condition_tokens_files import TOKENS, SavedTokens, save_condition_tokens
 from sana_jax.lora import save_lora_weights
 from sana_jax.lora.reading import FILE_NAME
-from sana_jax.models.sana import SanaTransformer
 from sana_jax.nn.linear import LORA
 from sana_jax.pipelines.conditions import describe_encoder
-from sana_jax.pipelines.opening import abstract_params
-from sana_jax.weights.tables.sana import transformer_rules
+from sana_jax.pipelines.families import abstract_params, make_transformer, rules_of
 from train.assembly import RunParts
 from train.model_card import LoraCard, write_model_card
 
@@ -39,13 +37,13 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
     tree = _on_host(trained)
     if jax.process_index() != 0:
         return None
-    abstract = abstract_params(SanaTransformer(config.transformer))
+    abstract = abstract_params(make_transformer(config.transformer))
     run_dir = Path(config.run_dir)
     notes = {"base_model": config.model, "steps": step, "targets": list(lora.targets)}
     save_lora_weights(
         run_dir,
         tree[LORA],
-        transformer_rules(config.transformer),
+        rules_of(config.transformer),
         abstract,
         alpha=lora.alpha,
         dropout=lora.dropout,
@@ -58,6 +56,9 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         "flow shift": config.flow.flow_shift,
         "seed": config.seed,
     }
+    if parts.frames is not None:
+        facts["clips"] = f"{parts.frames} frames of {'x'.join(map(str, parts.size))} pixels, {parts.fps:g} per second"
+        facts["flow shift in sampling"] = config.flow.sampling_shift
     if parts.recipe.encoders is not None:
         saved = SavedTokens(parts.recipe.encoders, tree[TOKENS], parts.recipe.image_encoders)
         save_condition_tokens(run_dir, saved)
@@ -67,7 +68,7 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         base_model=config.model,
         lora=lora,
         steps=step,
-        data=f"{len(parts.dataset):,} pictures",
+        data=f"{len(parts.dataset):,} {'pictures' if parts.frames is None else 'clips'}",
         prompt=getattr(config.data, "caption", None),
         license=parts.base.parts.defaults.license,
         pipeline=parts.pipeline,

@@ -183,7 +183,7 @@ def run_sampler(config: RunConfig) -> Sampler:
     """The sampler of previews, which is also the run's default for sampling."""
     if config.sprint is not None:
         return make_sampler(config.preview.sampler, sigma_data=config.sprint.sigma_data)
-    return make_sampler(config.preview.sampler, flow_shift=config.flow.flow_shift)
+    return make_sampler(config.preview.sampler, flow_shift=config.flow.sampling_shift)
 
 
 def check_parts(parts: RunParts) -> None:
@@ -202,8 +202,7 @@ def write(parts: RunParts) -> None:
         return
     config, base = parts.config, parts.base
     run_dir = Path(config.run_dir)
-    factor = parts.autoencoder.spatial_factor
-    height, width, _ = parts.dataset.preview_shape
+    height, width = parts.size
     try:
         # first of all, since it says whose directory this is
         with atomic_file(run_dir / CONFIG_NAME) as file:
@@ -217,9 +216,11 @@ def write(parts: RunParts) -> None:
             defaults=SamplingDefaults(
                 guidance_scale=config.preview.guidance_scale,
                 num_inference_steps=config.preview.num_inference_steps,
-                height=height * factor,
-                width=width * factor,
+                height=height,
+                width=width,
                 license=None if base is None else base.parts.defaults.license,
+                frames=parts.frames,
+                fps=parts.fps,
             ),
             pipeline=parts.pipeline,
             trained_from=parts.trained_from,

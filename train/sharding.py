@@ -101,6 +101,20 @@ def batch_stays_cut(batch_size: int) -> Iterator[None]:
         yield
 
 
+def kept_cut(x: jax.Array, batch_axis: int = 0) -> jax.Array:
+    """``x``, and its gradient, with the batch cut over the batch axes of the mesh in ``jax.set_mesh``.
+
+    For functions, as ``batch_stays_cut`` is for modules. A batch that does not divide is left alone.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if parts == 1 or x.shape[batch_axis] % parts:
+        return x
+    spec = [PartitionSpec.UNCONSTRAINED] * x.ndim
+    spec[batch_axis] = BATCH_AXES
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
 def parameter_paths(params: PyTree) -> dict[str, jax.ShapeDtypeStruct | jax.Array]:
     """The leaves of a nested dictionary by path, ``transformer_blocks/attn1/to_q/kernel``."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)

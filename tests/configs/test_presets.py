@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from configs import PRESETS, load_preset
-from configs.published import PUBLISHED_TRANSFORMERS
+from configs.published import PUBLISHED_TRANSFORMERS, PUBLISHED_VIDEO_TRANSFORMERS
 from sana_jax import UserError
 from tests.train.presets import abstract_mesh, needs_model, preset_run
 from train import main as trainer
@@ -21,7 +21,10 @@ FROM_SCRATCH = {
     "sana_1600m_4k": "Sana_1600M_4Kpx_BF16_diffusers",
     "sana15_1600m_1024": "SANA1.5_1.6B_1024px_diffusers",
     "sana15_4800m_1024": "SANA1.5_4.8B_1024px_diffusers",
+    "sana_video_2b_480p": "SANA-Video_2B_480p_diffusers",
+    "sana_video_2b_720p": "SANA-Video_2B_720p_diffusers",
 }
+PUBLISHED = {**PUBLISHED_TRANSFORMERS, **PUBLISHED_VIDEO_TRANSFORMERS}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -37,9 +40,9 @@ def test_the_step_of_every_preset_has_shapes(name):
 
 @pytest.mark.parametrize(("name", "published"), FROM_SCRATCH.items())
 def test_networks_from_scratch_are_the_published_ones(name, published):
-    config, published = load_preset(name), PUBLISHED_TRANSFORMERS[published]
+    config, published = load_preset(name), PUBLISHED[published]
     assert config.transformer == published.config
-    assert config.flow.flow_shift == published.flow_shift
+    assert config.flow.sampling_shift == published.flow_shift
     assert not needs_model(config)
     run = preset_run(name, abstract_mesh(fsdp=8))
     assert parameter_count(run.state.abstract.params) == published.parameters
@@ -69,3 +72,23 @@ def test_training_from_scratch_asks_for_encoders(tmp_path):
 def test_encoders_that_would_not_be_used_are_refused(words):
     with pytest.raises(UserError, match="--encoders b is not allowed"):
         trainer.read_command_line(words)
+
+
+def test_the_cartoon_lora_has_twelve_million_parameters():
+    run = preset_run("tom_and_jerry_lora", abstract_mesh())
+    attention, others = 20 * 8 * 16 * 2 * 2240, 543_744  # the others: embeddings and projections
+    assert parameter_count(run.state.abstract.params) == attention + others == 12_012_544
+    assert run.batch.latents.shape == (8, 21, 28, 28, 16)
+    config = run.config
+    assert (config.lora.scale, config.lora.dropout, config.optimizer.learning_rate) == (2.0, 0.1, 2e-4)
+    due = {step for step in range(config.steps + 1) if step % config.preview.every == 0 or step in config.preview.at}
+    assert due == {0, 100, 1000, 2000, 5000, 7500, 10000}
+
+
+def test_clips_are_for_video_models():
+    for words in (
+        ["finetune", "--model", "SANA-Video_2B_480p_diffusers", "--plan"],
+        ["lora_video", "--model", "Sana_1600M_1024px_BF16_diffusers", "--plan"],
+    ):
+        with pytest.raises(UserError, match=r"trains on (pictures|clips), and --model .* or a preset that trains on"):
+            trainer.main(words)

@@ -9,7 +9,11 @@ import shutil
 import jax
 import numpy as np
 
+from kernels.typing import PyTree
 from sana_jax.autoencoders import PixelVideoAutoencoder
+from sana_jax.autoencoders.wan import init_params
+from sana_jax.autoencoders.wan_autoencoder import WanAutoencoder
+from sana_jax.autoencoders.wan_config import WanConfig
 from sana_jax.diffusion.samplers import LongSanaSampler, to_scheduler_config
 from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer
 from sana_jax.pipelines.families import abstract_params
@@ -22,11 +26,23 @@ PROMPT = "a handwritten seven"
 BLOCK = 3
 
 
-def tiny_pipeline(**changes) -> LongSanaVideoPipeline:
-    """Gray videos of 8 x 8 pixels in blocks of three frames; ``changes`` are the sampler's."""
+def random_like(shapes: PyTree, seed: int) -> PyTree:
+    """Parameters of these shapes that are not at their initial values."""
+    leaves, structure = jax.tree.flatten(shapes)
+    draw = np.random.default_rng(seed)
+    return jax.tree.unflatten(structure, [0.3 * draw.standard_normal(x.shape, np.float32) for x in leaves])
+
+
+def tiny_pipeline(*, wan: bool = False) -> LongSanaVideoPipeline:
+    """Gray videos of 8 x 8 pixels in blocks of three frames; with ``wan`` of 16 x 16 in colour, from latents."""
+    autoencoder, side = PixelVideoAutoencoder(1), 8
+    if wan:
+        shape = WanConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+        params = random_like(jax.eval_shape(lambda: init_params(shape, jax.random.key(0))), 1)
+        autoencoder, side = WanAutoencoder.from_params(shape, params), 16
     config = SanaVideoConfig(
-        in_channels=1,
-        out_channels=1,
+        in_channels=autoencoder.latent_channels,
+        out_channels=autoencoder.latent_channels,
         num_attention_heads=2,
         attention_head_dim=8,
         num_layers=2,
@@ -38,16 +54,13 @@ def tiny_pipeline(**changes) -> LongSanaVideoPipeline:
         rope_max_seq_len=1024,
     )
     transformer = SanaVideoTransformer(config, attention_epsilon=1e-8)
-    leaves, structure = jax.tree.flatten(abstract_params(transformer))
-    draw = np.random.default_rng(0)
-    params = jax.tree.unflatten(structure, [0.3 * draw.standard_normal(x.shape, np.float32) for x in leaves])
     return LongSanaVideoPipeline(
         transformer,
-        params,
-        LongSanaSampler(**{"block_frames": BLOCK, **changes}),
+        random_like(abstract_params(transformer), 0),
+        LongSanaSampler(block_frames=BLOCK),
         WordEncoder(WORDS, embedding_dim=12, max_length=5),
-        PixelVideoAutoencoder(1),
-        SamplingDefaults(guidance_scale=1.0, num_inference_steps=4, height=8, width=8, frames=7, fps=4.0),
+        autoencoder,
+        SamplingDefaults(guidance_scale=1.0, num_inference_steps=4, height=side, width=side, frames=7, fps=4.0),
     )
 
 

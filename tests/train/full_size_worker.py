@@ -34,12 +34,12 @@ def main() -> None:
     mesh = make_mesh(mesh_config(**AXES))
     jax.set_mesh(mesh)
     run = preset_run(sys.argv[2], mesh, int(WORDS.get("width", 1)), WORDS.get("remat"))
-    (step,) = run.jitted_steps()
     started = time.perf_counter()
-    compiled = step.lower(run.state.abstract, run.frozen, run.batch).compile()
+    arguments = run.state.abstract, run.frozen, run.batch
+    steps = [step.lower(*arguments).compile() for step in run.jitted_steps()]  # Sprint has two
     report = {
         "seconds": time.perf_counter() - started,
-        "exchanges": exchanges(compiled.as_text()),
+        "exchanges": [exchange for compiled in steps for exchange in exchanges(compiled.as_text())],
         "parameters": {
             path: [leaf.shape, leaf.sharding.shard_shape(leaf.shape)]
             for path, leaf in parameter_paths(run.frozen or run.state.abstract.params).items()
@@ -49,8 +49,8 @@ def main() -> None:
             for path, leaf in parameter_paths(run.state.abstract._replace(step=None)).items()
         },
         "layers": run.config.transformer.num_layers,
-        "bytes": compiled_bytes(compiled),
-        "estimated": estimated_memory(run).total,
+        "bytes": max(compiled_bytes(compiled) for compiled in steps),
+        "estimated": estimated.total if (estimated := estimated_memory(run)) else None,
     }
     with open(sys.argv[1], "w") as file:
         json.dump(report, file)

@@ -7,12 +7,13 @@ import dataclasses
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs import load_preset
+from configs.data import MovingDigitsDataConfig
 from configs.schema import DigitsDataConfig, RunConfig
 from sana_jax.models.sana import SanaConfig
 from train.plan import ModelShapes, PlannedRun, planned_run, settled
 from train.sharding import AXES
 
-MODEL = "Sana_1600M_1024px_BF16_diffusers"
+MODEL, VIDEO_MODEL = "Sana_1600M_1024px_BF16_diffusers", "SANA-Video_2B_480p_diffusers"
 
 
 def abstract_mesh(**axes: int) -> AbstractMesh:
@@ -27,7 +28,7 @@ def needs_model(config: RunConfig) -> bool:
 
 
 def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: str | None = None) -> PlannedRun:
-    """The step of a preset, with the published 1.6B model where it starts from one.
+    """The step of a preset, with the published 1.6B model, or 2B video model, where it starts from one.
 
     Args:
         name: of the preset.
@@ -37,7 +38,7 @@ def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: s
     """
     config = load_preset(name)
     if needs_model(config):
-        config = dataclasses.replace(config, model=MODEL)
+        config = dataclasses.replace(config, model=VIDEO_MODEL if config.trains_on_clips else MODEL)
     parts = config.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
     config = dataclasses.replace(config, batch_size=max(parts, config.batch_size // parts * parts))
     if config.sprint is not None:
@@ -50,7 +51,7 @@ def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: s
         config = dataclasses.replace(config, transformer=narrow(config.transformer, narrower), batch_size=parts)
         network = model.network and narrow(model.network, narrower)
         model = model._replace(network=network, tokens=16)
-        if not isinstance(config.data, DigitsDataConfig):
+        if not isinstance(config.data, DigitsDataConfig | MovingDigitsDataConfig):
             config = dataclasses.replace(
                 config, data=dataclasses.replace(config.data, resolution=256, aspect_buckets=False)
             )

@@ -14,11 +14,13 @@ from sana_jax import SanaPipeline
 from sana_jax.errors import run_command_line
 from sana_jax.images import save_png, to_pil
 from sana_jax.weights.identity import weights_id
+from tests.parity.test_siglip_text import whole_siglip
 from tests.train.evaluation.models import DIGITS, SEVEN, THREE, digits_run, lora_file
 from train import evaluate, evaluate_digits
 from train.data.digits import load_images
 from train.evaluation.distances import fit_gaussian, frechet_distance, kernel_distance
 from train.evaluation.features import pixel_features
+from train.evaluation.text_score import TextScorer
 
 PIXELS = ("--features", "pixels:8")
 
@@ -166,6 +168,38 @@ def test_features_of_an_image_encoder(tmp_path):
     np.testing.assert_allclose(function([Image.open(path) for path in pictures]), encoder.encode(pictures), rtol=1e-5)
 
 
+def test_score_of_pictures_with_their_texts(run, tmp_path, capsys):
+    siglip = tmp_path / "siglip"
+    whole_siglip(siglip)
+    size = ("--height", 16, "--width", 16, "--binning", "off")
+    drawn = ("score", "kid", "--model", run, "--reference", "digits", *PIXELS, "--samples", 6, *size)
+    assert call(*drawn, "--scorer", siglip, "--keep", "kept") == 0
+    score = records()[0]
+    scorer = TextScorer.from_directory(siglip)
+    pictures = [Image.open(path) for path in sorted(Path("kept").glob("*.png"))]
+    expected = scorer.score(scorer.encode_pictures(pictures), [THREE] * 3 + [SEVEN] * 3)
+    assert score["value"] == pytest.approx(expected.cosine.mean(), abs=1e-6)
+    assert score["details"]["probability"] == pytest.approx(expected.probability.mean(), abs=1e-6)
+    assert np.ptp(expected.cosine) > 1e-3
+    settings = {
+        "metric": "score", "samples": 6, "dtype": "float32", "scorer": str(siglip), "scorer_id": scorer.name,
+        "scorer_dtype": "float32",
+    }  # fmt: skip
+    assert settings.items() <= score.items()
+    assert "scorer" not in records()[1]
+    assert f"{scorer.name} of {siglip} in float32" in capsys.readouterr().out
+
+    # pictures that were drawn here carry their prompts; a text beside one counts before it
+    assert call("score", "--pictures", "kept", "--scorer", siglip) == 0
+    assert records()[2]["value"] == pytest.approx(score["value"], abs=1e-6)
+    Path("kept/000000.txt").write_text(f"{SEVEN}\n")
+    assert call("score", "--pictures", "kept", "--scorer", siglip) == 0
+    assert records()[3]["value"] != pytest.approx(score["value"], abs=1e-6)
+    save_png(tmp_path / "kept" / "000006.png", pictures[0])
+    assert call("score", "--pictures", "kept", "--scorer", siglip) == 2
+    assert "1 of 7 pictures have no text" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -173,7 +207,9 @@ def test_features_of_an_image_encoder(tmp_path):
         (("fid", "fid", "--model", "RUN"), "name each once"),
         (("fid",), "give either --model"),
         (("fid", "--model", "RUN", "--pictures", "x"), "give either --model"),
-        (("score", "--model", "RUN"), "score needs a text tower"),
+        (("score", "--model", "RUN"), "score needs --scorer"),
+        (("score", "--model", "RUN", "--scorer", "nowhere"), "nowhere/config.json is missing"),
+        (("fid", "--model", "RUN", "--reference", "digits", "--scorer", "x"), "--scorer would not be used by fid"),
         (("fid", "--model", "RUN"), "fid needs --reference"),
         (("fid", "--model", "RUN", "--reference", "nowhere"), "neither a folder"),
         (("fid", "--model", "RUN", "--reference", "x.npz"), "is not a file"),

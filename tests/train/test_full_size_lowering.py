@@ -14,20 +14,23 @@ from tests.train.presets import abstract_mesh, preset_run
 from train.sharding import parameter_paths
 
 # What every device holds: vectors, tables, depthwise kernels (nine values per channel), a LoRA's factors beside uncut
-# axes, the optimizers' sums along cut axes, and the heads of Sprint's discriminator.
+# axes, the optimizers' sums along cut axes, and small parts of Sprint's losses.
 WHOLE = (
     r"(^|/)(bias|scale|\w*table|null|attention_weight)(/|$)|conv_depth/|lora/.*/(up|down)|"
     r"(block_scales|block_minimums|residual_per_\w+|second_per_\w+)$"
 )
-HEADS = r"(^|/)(heads|vectors|logvar)/"
+OF_SPRINT = r"(^|/)(vectors|logvar)/"
 # Of everything that a device holds.
 LARGEST_WHOLE_SHARE = 0.02
 # One of each kind; `make prove` lowers all of them.
-LOWERED = [("sana_600m_512", 8), ("sana15_4800m_1024", 64), ("lora_24gb", 8), ("sana_1600m_controlnet", 64)]
-ON_PICTURES = [name for name in PRESETS if not name.startswith("digits")]
+LOWERED = [
+    *[("sana_600m_512", 8), ("sana15_4800m_1024", 64), ("lora_24gb", 8), ("sana_1600m_controlnet", 64)],
+    *[("tom_and_jerry_lora", 8), ("sana_video_2b_480p", 64)],
+]
+FULL_SIZE = [name for name in PRESETS if "digits" not in name]
 
 
-@pytest.mark.parametrize("name", ON_PICTURES)
+@pytest.mark.parametrize("name", FULL_SIZE)
 def test_the_state_of_every_preset_is_cut_over_eight_devices(name):
     run = preset_run(name, abstract_mesh(fsdp=8))
     state = parameter_paths(run.state.abstract._replace(step=None))
@@ -36,7 +39,7 @@ def test_the_state_of_every_preset_is_cut_over_eight_devices(name):
     for path, leaf in everything.items():
         part = leaf.sharding.shard_shape(leaf.shape)
         if part == leaf.shape:
-            if re.search(HEADS, path):
+            if re.search(OF_SPRINT, path):
                 continue
             whole += leaf.size
             assert leaf.ndim <= 1 or re.search(WHOLE, path), f"{path} of {leaf.shape} is whole"
@@ -48,7 +51,7 @@ def test_the_state_of_every_preset_is_cut_over_eight_devices(name):
 
 def all_lowered():
     """`make test` lowers one preset of each kind, `make prove` all of them for 8 and for 64 devices."""
-    for name in ON_PICTURES:
+    for name in FULL_SIZE:
         for devices in (8, 64):
             marks = () if (name, devices) in LOWERED else pytest.mark.prove
             yield pytest.param(name, devices, marks=marks)
@@ -63,9 +66,9 @@ def test_the_full_size_step_lowers_for_gpus(name, devices):
         for step in run.jitted_steps():
             text = step.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
             assert f"mhlo.num_partitions = {devices}" in text
-            # every argument that is cut says so
+            # every argument that is cut says so; DreamBooth has the fewest, 18 of LoRA and optimizer and 17 frozen
             cut = sum("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(arguments[:2]))
-            assert text.count('{"fsdp"}') >= cut > 40
+            assert text.count('{"fsdp"}') >= cut >= 35
 
 
 @pytest.fixture(scope="module")

@@ -132,7 +132,10 @@ def _table(page: Page, folder: Path) -> str:
 def _cell(cell: Cell, folder: Path) -> str:
     if cell.file is None:
         return '<td class="missing">not drawn</td>'
-    source, width, height, small = thumbnail(folder / cell.file)
+    if cell.file.endswith(".gif"):
+        source, (width, height), small = _moving(folder, cell.file), _size(folder / cell.file), True
+    else:
+        source, width, height, small = thumbnail(folder / cell.file)
     pixels = ' class="pixels"' if small else ""
     description = _text(cell.description, newline=", ")
     image = f'<img src="{source}" width="{width}" height="{height}" alt="{description}"{pixels}>'
@@ -144,16 +147,25 @@ def _strips(page: Page, folder: Path) -> list[str]:
         return []
     lines = ['<div class="strips">']
     for what, file in page.strips.items():
-        path = folder / file
-        if file.endswith(".png"):
-            source = thumbnail(path, _LONGEST_STRIP)[0]
-        elif path.stat().st_size <= _LARGEST_GIF:
-            source = f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}"
-        else:
-            source = _address(file)  # it moves only where its file lies beside the page
+        source = thumbnail(folder / file, _LONGEST_STRIP)[0] if file.endswith(".png") else _moving(folder, file)
         lines.append(f'<p><a href="{_address(file)}">{_text(what)}</a></p>')
         lines.append(f'<img src="{source}" alt="{_text(what)}">')
     return [*lines, "</div>"]
+
+
+def _moving(folder: Path, file: str) -> str:
+    """A GIF in the page; a large one moves only where its file lies beside it."""
+    path = folder / file
+    if path.stat().st_size > _LARGEST_GIF:
+        return _address(file)
+    return f"data:image/gif;base64,{base64.b64encode(path.read_bytes()).decode()}"
+
+
+def _size(path: Path) -> tuple[int, int]:
+    from PIL import Image
+
+    with Image.open(path) as picture:
+        return picture.size
 
 
 def thumbnail(path: Path, side: int = LONGEST_SIDE) -> tuple[str, int, int, bool]:

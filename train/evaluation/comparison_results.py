@@ -48,7 +48,7 @@ def write_results(
             cells = []
             for column, label in zip(columns, labels):
                 found = drawn.get((column, prompt, seed))
-                file = None if found is None else f"pictures/{found[0].name}.png"
+                file = None if found is None else _shown(found[0], output)
                 cells.append(Cell(file, f"{prompt}, seed {seed}, {label}"))
             rows.append((f"seed {seed}", cells))
         groups.append(Group(prompt, rows))
@@ -65,6 +65,12 @@ def write_results(
     with atomic_file(path) as file:
         file.write(text.encode())
     return path
+
+
+def _shown(picture: Picture, output: Path) -> str:
+    """What the page shows of a picture: where it is a clip, that."""
+    moving = f"pictures/{picture.name}.gif"
+    return moving if (output / moving).is_file() else f"pictures/{picture.name}.png"
 
 
 def _write_table(config: CompareConfig, drawn: Drawn, path: Path) -> None:

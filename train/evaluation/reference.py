@@ -78,7 +78,8 @@ def digit_pictures(digits: Sequence[int]) -> list[Image.Image]:
 class FolderPictures:
     """The pictures of a folder and of the folders in it, in the order of their names, each read when it comes.
 
-    One that can't be read is named and counted; more than a tenth of them is an error.
+    One that can't be read is named and counted; more than a tenth of them is an error. After they were read, ``read``
+    has the paths of those that could be.
 
     Raises:
         UserError: no pictures, or too many that can't be read.
@@ -89,12 +90,15 @@ class FolderPictures:
         self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
         if not self.paths:
             raise UserError(f"{folder} has no pictures; allowed are {', '.join(PICTURES)}: name a folder with some")
+        self.read: list[Path] = []
 
     def __iter__(self) -> Iterator[Image.Image]:
-        unreadable = 0
+        unreadable, self.read = 0, []
         for path in self.paths:
             try:
-                yield _read(path)
+                picture = _read(path)
+                self.read.append(path)
+                yield picture
             except (UserError, OSError) as error:
                 unreadable += 1
                 print(f"skipped {path}: {error}")

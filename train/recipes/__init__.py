@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from configs.schema import RunConfig
 from sana_jax.errors import UserError
 from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig
 from sana_jax.models.sana import SanaTransformer
+from train.networks import make_network
 from train.recipes.base import Prompts, Recipe
 from train.recipes.controlnet import ControlNetTraining
 from train.recipes.lora import LoraTransformer
@@ -21,10 +20,7 @@ __all__ = ["Prompts", "Recipe", "make_recipe", "student_config"]
 
 def make_recipe(config: RunConfig) -> Recipe:
     """The recipe of a settled configuration."""
-    compute = config.compute
-    transformer = SanaTransformer(
-        config.transformer, jnp.dtype(compute.dtype), remat=compute.remat, scan_blocks=compute.scan_blocks
-    )
+    transformer = make_network(config.transformer, config.compute)
     if config.sprint is not None:
         shape = dataclasses.replace(config.transformer, guidance_embeds=False)
         return SprintTraining(transformer, transformer.clone(config=shape), config.sprint)

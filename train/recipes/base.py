@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 from configs.schema import RunConfig
 from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
-from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sharding_rules import Rule
+from sana_jax.pipelines.families import Transformer
 from train.step import StepFunction
 
 
@@ -23,7 +23,7 @@ class Prompts(NamedTuple):
 
 
 NullEncoding = tuple[Float[Array, "1 L C"], Int[Array, "1 L"]]
-SamplingFunction = Callable[[PyTree, PyTree, Float[Array, "B H W C"], Prompts, Mapping[str, Array]], Array]
+SamplingFunction = Callable[[PyTree, PyTree, Float[Array, "B *X C"], Prompts, Mapping[str, Array]], Array]
 
 
 class Recipe(Protocol):
@@ -37,7 +37,7 @@ class Recipe(Protocol):
         conditions: names of further arrays that a batch must have.
     """
 
-    transformer: SanaTransformer
+    transformer: Transformer
     rules: tuple[Rule, ...]
     keeps_base: ClassVar[bool]
     kind: ClassVar[str]

@@ -17,11 +17,12 @@ from sana_jax.diffusion.samplers import Sampler
 from sana_jax.image_encoders import SiglipImageEncoder
 from sana_jax.lora import init_lora, scaled_lora, target_table, with_dropout
 from sana_jax.models.condition_tokens import ConditionEncoders, apply_tokens, draw_dropped, init_tokens, null_tokens
-from sana_jax.models.sana import SanaTransformer
-from sana_jax.models.sharding_rules import CONDITION_TOKENS, SANA, Rule, lora_rules
+from sana_jax.models.sharding_rules import CONDITION_TOKENS, Rule, lora_rules
 from sana_jax.nn.linear import LORA
-from sana_jax.pipelines.sampling_function import is_guided, make_sampling_fn, transformer_variables
+from sana_jax.pipelines.families import Transformer
+from sana_jax.pipelines.sampling_function import is_guided, make_sampling_fn
 from train.batch import Batch
+from train.networks import predicted_velocity, sharding_rules
 from train.randomness import stream
 from train.recipes.base import SamplingFunction
 from train.recipes.flow import FlowRecipe
@@ -38,14 +39,18 @@ class LoraTransformer(FlowRecipe):
         sources: where the data has the conditions from, as its configuration declares them.
     """
 
-    transformer: SanaTransformer
+    transformer: Transformer
     config: LoraConfig
     encoders: ConditionEncoders | None = None
     sources: tuple[str, ...] = ()
 
-    rules: ClassVar[tuple[Rule, ...]] = (*lora_rules(SANA), *CONDITION_TOKENS)
     keeps_base: ClassVar[bool] = True
     kind: ClassVar[str] = "lora"
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Those of the network's layers, and of the tokens."""
+        return (*lora_rules(sharding_rules(self.transformer.config)), *CONDITION_TOKENS)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -96,7 +101,7 @@ class LoraTransformer(FlowRecipe):
 
     def velocity(
         self, trained: PyTree, frozen: PyTree, noisy: Array, timestep: Array, batch: Batch, draws: PyTree
-    ) -> Float[Array, "B H W C"]:
+    ) -> Float[Array, "B *X C"]:
         """The prediction of the base transformer with the LoRA and the tokens."""
         draws = draws or {}
         lora = scaled_lora(trained[LORA], self.config.scale)
@@ -105,14 +110,7 @@ class LoraTransformer(FlowRecipe):
         tokens = None
         if self.encoders is not None:
             tokens = apply_tokens(self.encoders, trained[TOKENS], batch.conditions, draws.get(TOKENS))
-        return self.transformer.apply(
-            transformer_variables(frozen, lora),
-            noisy,
-            batch.prompt_embeds,
-            timestep * self.transformer.config.timestep_scale,
-            encoder_attention_mask=batch.prompt_attention_mask,
-            condition_tokens=tokens,
-        )
+        return predicted_velocity(self.transformer, frozen, noisy, timestep, batch, lora, tokens)
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Guided sampling with the LoRA."""

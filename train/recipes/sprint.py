@@ -23,11 +23,11 @@ from train.recipes.base import NullEncoding, Prompts, SamplingFunction
 from train.sprint_step import SprintOptimizers, averaged, make_sprint_optimizers, make_sprint_steps
 from train.step import StepFunction
 
-# The heads are small beside the networks: everything of them is on every device.
-_WHOLE: tuple[Rule, ...] = (
+# Kernels are (heads, taps, inputs, outputs), cut by their inputs: the last convolution has one output.
+_BESIDE: tuple[Rule, ...] = (
     (r"logvar/kernel", (None, None)),
     (r"logvar/bias", (None,)),
-    (r"heads/\w+/kernel", (None, None, None, None)),
+    (r"heads/\w+/kernel", (None, None, "fsdp", None)),
     (r"heads/\w+/(bias|scale)", (None, None)),
     (r"vectors/\w+/left", (None, None)),
     (r"vectors/\w+/right", (None, None, None)),
@@ -48,7 +48,7 @@ class SprintTraining:
     teacher: SanaTransformer
     config: SprintConfig
 
-    rules: ClassVar[tuple[Rule, ...]] = (*((f"transformer/({path})", axes) for path, axes in SANA), *_WHOLE)
+    rules: ClassVar[tuple[Rule, ...]] = (*((f"transformer/({path})", axes) for path, axes in SANA), *_BESIDE)
     keeps_base: ClassVar[bool] = True
     kind: ClassVar[str] = "sprint"
     conditions: ClassVar[tuple[str, ...]] = ()

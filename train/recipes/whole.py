@@ -10,10 +10,11 @@ import jax.numpy as jnp
 
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
-from sana_jax.models.sana import SanaTransformer, init_params
-from sana_jax.models.sharding_rules import SANA, Rule
+from sana_jax.models.sharding_rules import Rule
+from sana_jax.pipelines.families import Transformer, family_of
 from sana_jax.pipelines.sampling_function import make_sampling_fn
 from train.batch import Batch
+from train.networks import predicted_velocity, sharding_rules
 from train.recipes.base import SamplingFunction
 from train.recipes.flow import FlowRecipe
 
@@ -22,12 +23,16 @@ from train.recipes.flow import FlowRecipe
 class WholeTransformer(FlowRecipe):
     """``trained`` is the transformer's parameters; the base model, if there is one, is only where they begin."""
 
-    transformer: SanaTransformer
+    transformer: Transformer
 
-    rules: ClassVar[tuple[Rule, ...]] = SANA
     keeps_base: ClassVar[bool] = False
     kind: ClassVar[str] = "whole"
     conditions: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """Those of the network."""
+        return sharding_rules(self.transformer.config)
 
     def settings(self) -> dict[str, Any]:
         """A whole transformer needs none."""
@@ -40,7 +45,7 @@ class WholeTransformer(FlowRecipe):
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
         """Random parameters, or a copy of the base model's in float32."""
         if base is None:
-            return init_params(self.transformer, key)
+            return family_of(self.transformer.config).init_params(self.transformer, key)
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), base)
 
     def draw(self, seed, step, drop_caption) -> PyTree:
@@ -49,15 +54,9 @@ class WholeTransformer(FlowRecipe):
 
     def velocity(
         self, trained: PyTree, frozen: None, noisy: Array, timestep: Array, batch: Batch, draws: PyTree
-    ) -> Float[Array, "B H W C"]:
+    ) -> Float[Array, "B *X C"]:
         """The transformer's prediction."""
-        return self.transformer.apply(
-            {"params": trained},
-            noisy,
-            batch.prompt_embeds,
-            timestep * self.transformer.config.timestep_scale,
-            encoder_attention_mask=batch.prompt_attention_mask,
-        )
+        return predicted_velocity(self.transformer, trained, noisy, timestep, batch)
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Guided sampling."""

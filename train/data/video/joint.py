@@ -91,6 +91,6 @@ class JointData:
     def describe(self) -> str:
         """One line for the start of a run."""
         return (
-            f"{self.clips.describe()}; in every {self.interval}th step pictures as clips of one frame: "
+            f"{self.clips.describe()}; one step in {self.interval} has pictures as clips of one frame: "
             f"{self.pictures.describe()}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from configs.data import ClipPicturesConfig, ImageDataConfig, VideoDataConfig
 from sana_jax.errors import UserError
-from sana_jax.pipelines.resolution import VIDEO_BINS, Bin
+from sana_jax.pipelines.resolution import Bin, video_bins
 
 
 def clip_sizes(data: ImageDataConfig, sample_size: int, factor: int, patch: int = 1) -> tuple[Bin, ...]:
@@ -27,7 +27,7 @@ def clip_sizes(data: ImageDataConfig, sample_size: int, factor: int, patch: int 
     if exact is not None:
         _check("clip-size", exact, multiple)
         return (Bin(exact[0] / exact[1], *exact),)
-    table = VIDEO_BINS.get(sample_size, ()) if multiple in (16, 32) else ()
+    table = video_bins(sample_size, multiple) or ()
     square = next((each.height for each in table if each.height == each.width), sample_size * multiple)
     side = square if data.resolution is None else data.resolution
     if data.resolution is not None:
