@@ -141,7 +141,7 @@ class LongSanaVideoPipeline(VideoPipeline):
         """
         _check_call(output_path, output_type, resume, enlarge, seed)
         self._check_distilled(guidance_scale, num_inference_steps, block_frames)
-        texts = _texts(prompt, prompt_embeds, motion_score)
+        texts = _texts(prompt, prompt_embeds)
         plan = self._plan(texts, seconds, frames, (height, width), binning, fps, num_cached_blocks, latents, say)
         if output_path is None:
             _check_memory(plan, self.autoencoder.image_channels)
@@ -304,7 +304,7 @@ class LongSanaVideoPipeline(VideoPipeline):
         return watch.compiled(self.programs.get(name, ("long video", sampler), run, *arguments, donate=(2,)))
 
 
-def _texts(prompt: Any, embeds: Any, motion_score: int | None) -> tuple[PromptSwitch, ...] | None:
+def _texts(prompt: Any, embeds: Any) -> tuple[PromptSwitch, ...] | None:
     if (prompt is None) == (embeds is None):
         given = "neither" if prompt is None else "both"
         raise UserError(f"prompt and prompt_embeds: {given} given; exactly one is allowed: give one of them")

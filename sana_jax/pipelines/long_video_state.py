@@ -74,8 +74,8 @@ class ResumeFolder:
                 np.savez(file, notes=np.array(json.dumps(notes)), **arrays)
         except OSError as error:
             raise UserError(
-                f"writing {self.path} failed ({error.strerror or error}) after block {block + 1}; the video is there as "
-                "far as it has come: make room on the disk and go on with --resume (resume=True)"
+                f"writing {self.path} failed ({error.strerror or error}) after block {block + 1}; the video is there "
+                "as far as it has come: make room on the disk and go on with --resume (resume=True)"
             ) from error
 
     def load(self, abstract_state: PyTree) -> Progress:
