@@ -1,9 +1,9 @@
 """How long a training step takes on a CPU, beside its own matrix products and beside the same step in PyTorch.
 
 ``python -m tests.benchmarks.train_cpu`` times a tiny, a medium and a wide network: forward, backward, gradient norm,
-clipping and AdamW, in float32, without remat and without averaged weights, on the same batch and with as many threads. PyTorch
-runs diffusers' network and its own AdamW (fused). The products are those of the forward and of the backward pass alone:
-for each product of two arrays also the two that their gradients are.
+clipping and AdamW, in float32, without remat and without averaged weights, on the same batch and with as many threads.
+PyTorch runs diffusers' network and its own AdamW (fused). The products are those of the forward and of the backward
+pass alone: for each product of two arrays also the two that their gradients are.
 """
 
 from __future__ import annotations
