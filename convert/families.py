@@ -79,7 +79,7 @@ def network_of(config: Mapping[str, Any], where: str, names: Collection[str] = (
         seen = looks_like(names)
         raise UserError(
             f"{where} is of class {class_name!r}{f', {seen}' if seen else ''}; allowed are {', '.join(_NETWORKS)}: "
-            "choose a component of a SANA image model"
+            "choose a component of a SANA model"
         )
     try:
         return _NETWORKS[class_name](dict(config), names)

@@ -137,7 +137,8 @@ def test_other_families_are_recognised(tmp_path, capsys):
         caption_channels=16,
     )
     video.save_pretrained(tmp_path / "video")
-    with pytest.raises(UserError, match=r"SanaVideoTransformer3DModel.*looks like SANA-Video: has patch_embedding"):
+    (tmp_path / "video" / "config.json").write_text('{"_class_name": "OtherTransformer"}')
+    with pytest.raises(UserError, match=r"OtherTransformer.*looks like SANA-Video: has patch_embedding"):
         main(["inspect", str(tmp_path / "video")])
     config = transformer().config
     (tmp_path / "video" / "config.json").write_text(json.dumps({**config, "_class_name": "SanaTransformer2DModel"}))
