@@ -119,6 +119,7 @@ def test_in_bfloat16_ours_is_measured_by_pytorchs_own(published, check):
     assert whole["relative"] <= 1.5 * whole["pytorch_error"]
 
 
+@pytest.mark.prove
 def test_converted_and_original_weights_and_single_components(published, check, tmp_path, tiny_widths):
     source = published("sana-1.0")
     import_model(source, tmp_path / "converted", report=lambda line: None)

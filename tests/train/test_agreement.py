@@ -118,6 +118,7 @@ def assert_same_to_rounding(got: Path, want: Path, step: int) -> None:
         assert difference.max() <= 1, f"the preview of step {drawn}"
 
 
+@pytest.mark.prove  # two minutes; whole models are moved so with every commit
 def test_lora_on_8_devices_then_in_2_processes_then_on_one(cache, base, pictures, tmp_path, capfd):
     straight, moving = tmp_path / "straight", tmp_path / "moving"
     run(cache, *lora(base, pictures, straight))
@@ -143,7 +144,7 @@ def test_lora_on_8_devices_then_in_2_processes_then_on_one(cache, base, pictures
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.prove  # two minutes; the walk over devices and processes above runs the same code with every commit
+@pytest.mark.prove  # two minutes
 @pytest.mark.parametrize("kind", [lora, sprint])
 def test_two_processes_from_the_beginning(kind, cache, base, pictures, tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"

@@ -126,6 +126,7 @@ def test_two_processes_with_half_the_batch_each(one_process, tmp_path):
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["2", "4"]
 
 
+@pytest.mark.prove  # half the batch each runs with every commit
 def test_two_processes_with_half_the_parameters_each(one_process, tmp_path):
     run_dir = tmp_path / "run"
     mesh = ["--mesh.data", "1", "--mesh.fsdp", "2"]

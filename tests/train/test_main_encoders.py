@@ -6,6 +6,7 @@ import json
 import shutil
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from sana_jax.generate import main as generate
@@ -34,6 +35,7 @@ def words(preset: str, options: dict) -> list[str]:
     return [preset, *(f"--{name}={value}" for name, value in options.items())]
 
 
+@pytest.mark.prove
 def test_from_scratch_with_anothers_encoders_then_a_lora(tmp_path, tmp_path_factory, capfd):
     write_pictures([str(tmp_path / "pictures"), "--digits", "7", "--count", "4"])
     config = tiny_config(patch_size=2)

@@ -126,6 +126,7 @@ def test_the_directory_draws_in_one_two_and_four_steps(cache, student, tmp_path,
         (("--accumulation", "2"), 1, "mesh of one device"),
     ],
 )
+@pytest.mark.prove  # two minutes
 def test_devices_and_accumulation_change_only_rounding(cache, teacher, student, tmp_path, changes, devices, said):
     run_dir = tmp_path / "run"
     out, _ = run(cache, *distil(teacher, run_dir, *changes), devices=devices)

@@ -249,6 +249,7 @@ def test_diffusers_loads_the_lora(tuned):
     assert len(changed) == 2 * 8 + 6  # two blocks' attentions; embeddings, projections and the output
 
 
+@pytest.mark.prove
 def test_a_whole_model_with_pictures_between_clips(place, tmp_path, capfd):
     whole = {name: value for name, value in lora(place).items() if not name.startswith("lora.")}
     values = {
