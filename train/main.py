@@ -120,7 +120,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     cache = enable_compilation_cache()
     say = _print_line if jax.process_index() == 0 else (lambda line: None)
     mesh = make_mesh(config.mesh)
-    held.enter_context(jax.set_mesh(mesh))
+    jax.set_mesh(mesh)
     check_batch(config.batch_size, config.accumulation, mesh)
     run_directory.check_writable(config)
     say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")
