@@ -14,18 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from convert.renames import RenamedSource
-from convert.tables.sana_video_original import DROPPED, video_transformer_table
-from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer, init_params, init_state
-from sana_jax.weights.rules import read_params
-from sana_jax.weights.safetensors_files import TensorInfo
-from sana_jax.weights.tables.sana_video import transformer_rules
+from sana_jax.models.sana_video import SanaVideoTransformer, init_state
 from tests.golden.golden_files import assert_golden, load_golden
+from tests.golden.video_networks import channels_last, recorded_params, recorded_slots, recorded_transformer
 
 WHOLE_MODEL = 5e-5
 CACHE = 5e-5
-# The training code's; diffusers has 1e-15.
-EPSILON = 1e-8
 # Only values are wanted, not speed.
 QUICK_COMPILE = {"xla_backend_optimization_level": 0}
 
@@ -36,19 +30,6 @@ def _exact_products():
         yield
 
 
-class RecordedWeights:
-    """The recorded weights as a source of tensors under their original names."""
-
-    def __init__(self, golden) -> None:
-        self.location = "longsana"
-        self._golden = golden
-        names = [name.removeprefix("w/") for name in golden.names("w/")]
-        self.tensors = {name: TensorInfo(golden[f"w/{name}"].dtype, golden[f"w/{name}"].shape) for name in names}
-
-    def read(self, name: str) -> np.ndarray:
-        return self._golden[f"w/{name}"]
-
-
 @pytest.fixture(scope="module")
 def golden():
     return load_golden("longsana")
@@ -56,35 +37,13 @@ def golden():
 
 @functools.cache
 def transformer() -> SanaVideoTransformer:
-    """The network of the recorded hyperparameters."""
-    hparams = load_golden("longsana").hparams
-    net = hparams["net"]
-    width, channels = net["hidden_size"], net["in_channels"]
-    config = SanaVideoConfig(
-        in_channels=channels,
-        out_channels=channels,
-        num_attention_heads=width // net["linear_head_dim"],
-        attention_head_dim=net["linear_head_dim"],
-        num_layers=net["depth"],
-        num_cross_attention_heads=net["num_heads"],
-        cross_attention_head_dim=width // net["num_heads"],
-        cross_attention_dim=width,
-        caption_channels=net["caption_channels"],
-        mlp_ratio=net["mlp_ratio"],
-        patch_size=tuple(net["patch_size"]),
-        qk_norm="rms_norm_across_heads" if hparams["qk_norm"] else None,
-    )
-    return SanaVideoTransformer(config, attention_epsilon=EPSILON)
+    return recorded_transformer(load_golden("longsana").hparams)
 
 
 @pytest.fixture(scope="module")
 def params(golden):
     """Read through the table of original names and the table of published ones."""
-    config = transformer().config
-    abstract = jax.eval_shape(lambda: init_params(transformer(), jax.random.key(0)))
-    source = RenamedSource(RecordedWeights(golden), video_transformer_table(), DROPPED)
-    assert list(source.dropped) == ["y_embedder.y_embedding"]
-    return jax.tree.map(jnp.asarray, read_params(source, transformer_rules(config), abstract))
+    return recorded_params(golden, "w/", transformer())
 
 
 @functools.cache
@@ -103,10 +62,6 @@ def compiled_block():
         return transformer().apply(*inputs, state=state, first_frame=first_frame)
 
     return jax.jit(run, compiler_options=QUICK_COMPILE)
-
-
-def channels_last(video: np.ndarray) -> np.ndarray:
-    return np.moveaxis(video, 1, -1)
 
 
 def inputs(golden, timestep: str) -> tuple[np.ndarray, ...]:
@@ -136,15 +91,6 @@ def test_all_blocks_at_once(golden, params, timestep):
     assert_golden(np.moveaxis(found, -1, 1), expected, WHOLE_MODEL, timestep)
 
 
-def recorded_slots(golden, prefix: str, layer: int) -> tuple[np.ndarray, ...]:
-    """A block's three slots in our layout: (key, value) sums, key sums, the last frame (B, h, w, D)."""
-    key_value, key, frame = (golden[f"{prefix}/block{layer}/slot{slot}"] for slot in range(3))
-    patch, (height, width) = transformer().config.patch_size, golden["in/x"].shape[-2:]
-    grid = (height // patch[1], width // patch[2])
-    frame = frame[:, :, -1].swapaxes(1, 2).reshape(len(frame), *grid, -1)
-    return key_value.swapaxes(-1, -2), key[:, :, 0], frame
-
-
 @pytest.mark.parametrize("window", load_golden("longsana").hparams["num_cached_blocks"])
 def test_one_block_after_another(golden, params, window):
     """Outputs, what every block is given and what it leaves, with all earlier blocks in sight and with a window."""
@@ -161,7 +107,7 @@ def test_one_block_after_another(golden, params, window):
         before = state
         if block:
             for layer in range(config.num_layers):
-                key_value, key, frame = recorded_slots(golden, f"{prefix}/cache_in", layer)
+                key_value, key, frame = recorded_slots(golden, f"{prefix}/cache_in/block{layer}", grid)
                 where = f"{prefix}/cache_in/block{layer}"
                 assert_golden(before.attention.key_value[layer].sum(0), key_value, CACHE, where)
                 assert_golden(before.attention.key[layer].sum(0), key, CACHE, where)
@@ -170,7 +116,7 @@ def test_one_block_after_another(golden, params, window):
         velocity, state = compiled_block()(params, *arguments, state, jnp.int32(start))
         outputs.append(velocity)
         for layer in range(config.num_layers):
-            key_value, key, frame = recorded_slots(golden, f"{prefix}/cache_saved", layer)
+            key_value, key, frame = recorded_slots(golden, f"{prefix}/cache_saved/block{layer}", grid)
             where = f"{prefix}/cache_saved/block{layer}"
             if num_cached_blocks is None:  # they keep every block's own sums, we their sum
                 key_value = key_value + before.attention.key_value[layer, 0]

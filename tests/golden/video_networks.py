@@ -82,6 +82,7 @@ def recorded_params(golden: GoldenFile, prefix: str, transformer: SanaVideoTrans
     """The weights below ``prefix``, read through the tables of original and of published names."""
     abstract = jax.eval_shape(lambda: init_params(transformer, jax.random.key(0)))
     source = _renamed({name.removeprefix(prefix): golden[name] for name in golden.names(prefix)})
+    assert list(source.dropped) == ["y_embedder.y_embedding"]
     return jax.tree.map(jnp.asarray, read_params(source, transformer_rules(transformer.config), abstract))
 
 
