@@ -1,7 +1,8 @@
-"""Reads one component's ``config.json`` and makes what its ``_class_name`` (or transformers' ``model_type``) names."""
+"""Reads one component's ``config.json``: its fields, and what its ``_class_name`` (or ``model_type``) names."""
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -32,3 +33,22 @@ def load_from_config(directory: str | pathlib.Path, loaders: Mapping[str, Callab
             f"{path} has {key} {name!r}; allowed here: {', '.join(sorted(loaders))}; choose a model made of these"
         )
     return loaders[name](config)
+
+
+def known_fields(cls: type, values: Mapping[str, Any], what: str, whose: str = "allowed") -> dict[str, Any]:
+    """What a published ``config.json`` gives a configuration class, without what the library that wrote it notes.
+
+    Args:
+        cls: a dataclass whose fields are the file's.
+        values: the parsed file.
+        what: "transformer", "autoencoder", for the message.
+        whose: whose fields they are, for the message.
+
+    Raises:
+        UserError: a field that the class does not have.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    if unknown := sorted(set(given) - known):
+        raise UserError(f"{what} config has unknown fields {unknown}; {whose} are {sorted(known)}: remove the others")
+    return given

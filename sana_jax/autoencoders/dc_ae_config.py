@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from sana_jax.component_config import known_fields
 from sana_jax.errors import UserError
 
 CLASS_NAME = "AutoencoderDC"
@@ -135,13 +136,7 @@ class DCAEConfig:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> DCAEConfig:
         """Reads a published ``config.json``: keys that are missing keep the default, unknown ones are an error."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
-        if unknown := sorted(set(given) - known):
-            raise UserError(
-                f"autoencoder config has unknown fields {unknown}; allowed are {sorted(known)}: remove the others"
-            )
-        return cls(**given)
+        return cls(**known_fields(cls, values, "autoencoder"))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a published ``config.json`` has them."""

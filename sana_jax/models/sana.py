@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from sana_jax.component_config import known_fields
 from sana_jax.errors import UserError
 from sana_jax.models.condition_tokens import ConditionTokens, append_tokens, bias_with_tokens
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
@@ -145,13 +146,7 @@ class SanaConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SanaConfig:
         """Reads a published ``config.json``: keys that are missing keep the default, unknown ones are an error."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
-        if unknown := sorted(set(given) - known):
-            raise UserError(
-                f"transformer config has unknown fields {unknown}; SANA's are {sorted(known)}: remove the others"
-            )
-        return cls(**given)
+        return cls(**known_fields(cls, values, "transformer", "SANA's"))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a published ``config.json`` has them."""

@@ -18,6 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.block_linear_attention import BlockSums, init_block_sums
 from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
+from sana_jax.component_config import known_fields
 from sana_jax.errors import UserError
 from sana_jax.models.sana import CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, QK_NORM, check_field
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
@@ -145,13 +146,7 @@ class SanaVideoConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> SanaVideoConfig:
         """Reads a published ``config.json``: keys that are missing keep the default, unknown ones are an error."""
-        known = {field.name for field in dataclasses.fields(cls)}
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
-        if unknown := sorted(set(given) - known):
-            raise UserError(
-                f"transformer config has unknown fields {unknown}; SANA-Video's are {sorted(known)}: remove the others"
-            )
-        return cls(**given)
+        return cls(**known_fields(cls, values, "transformer", "SANA-Video's"))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a published ``config.json`` has them."""

@@ -7,6 +7,7 @@ that an export gives it back.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from sana_jax.weights.layouts import CONV, DEPTHWISE, POINTWISE, grouped_pointwise
