@@ -21,6 +21,9 @@ PRESETS = {
     "digits_sprint": "configs.presets.digits_sprint",
     "sprint": "configs.presets.sprint",
     "moving_digits": "configs.presets.moving_digits",
+    "moving_digits_ode": "configs.presets.moving_digits_ode",
+    "moving_digits_self_forcing": "configs.presets.moving_digits_self_forcing",
+    "moving_digits_longsana": "configs.presets.moving_digits_longsana",
     "sana_600m_512": "configs.presets.sana_600m_512",
     "sana_1600m_512": "configs.presets.sana_1600m_512",
     "sana_1600m_1024": "configs.presets.sana_1600m_1024",
@@ -37,6 +40,10 @@ PRESETS = {
     "finetune_video": "configs.presets.finetune_video",
     "sana_video_2b_480p": "configs.presets.sana_video_2b_480p",
     "sana_video_2b_720p": "configs.presets.sana_video_2b_720p",
+    "longsana_chunk_causal": "configs.presets.longsana_chunk_causal",
+    "longsana_ode": "configs.presets.longsana_ode",
+    "longsana_self_forcing": "configs.presets.longsana_self_forcing",
+    "longsana": "configs.presets.longsana",
 }
 DEFAULT_PRESET = "digits"
 

@@ -95,6 +95,9 @@ class SelfForcingConfig:
     Steps alternate: one of the generator, then ``critic_steps`` of the fake score.
     """
 
+    generator: str | None = None
+    """The model that the generator begins as, usually a run of ODE initialisation, or of self-forcing before streaming;
+    None: as the base model. The base model is the real score, and the fake score begins as it."""
     timesteps: tuple[int, ...] = DENOISING_STEPS
     """The steps of the generator."""
     flow_shift: float = FLOW_SHIFT
@@ -114,6 +117,8 @@ class SelfForcingConfig:
     """After the exit step go on to the last, without gradients, for the state that the next block sees."""
     critic_steps: int = 5
     """Steps of the fake score for each of the generator."""
+    critic_learning_rate: float | None = None
+    """Peak learning rate of the fake score; None for the generator's, which is --optimizer.learning-rate."""
     guidance: float = 3.0
     """The real score is cond + guidance·(cond - uncond): 3 is a classifier-free guidance scale of 4."""
     timestep_shift: float = 5.0
@@ -135,6 +140,8 @@ class SelfForcingConfig:
         cached = self.num_cached_blocks
         require("self-forcing.num-cached-blocks", cached, cached is None or cached >= 1, "1 or more, or None for all")
         require("self-forcing.critic-steps", self.critic_steps, self.critic_steps >= 1, "1 or more")
+        rate = self.critic_learning_rate
+        require("self-forcing.critic-learning-rate", rate, rate is None or 0 < rate < 1, "above 0 and below 1, or None")
         require("self-forcing.guidance", self.guidance, self.guidance >= 0, "0 or more")
         least, greatest = self.least_timestep, self.greatest_timestep
         require("self-forcing.least-timestep", least, 0 <= least < greatest, "0 or more and below the greatest")
@@ -144,3 +151,8 @@ class SelfForcingConfig:
         require("self-forcing.state-from-last-step", "", not (self.state_from_last_step and last), allowed)
         allowed = "left out without --self-forcing.same-exit-step"
         require("self-forcing.above-exit-step", "", self.same_exit_step or not self.above_exit_step, allowed)
+
+    @property
+    def cycle(self) -> tuple[str, ...]:
+        """The kinds of step, in turn."""
+        return ("generator", *("critic",) * self.critic_steps)

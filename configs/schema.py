@@ -12,6 +12,8 @@ from typing import Literal
 
 from configs.controlnet import ControlNetConfig
 from configs.data import ClipPicturesConfig, ImageDataConfig, MovingDigitsDataConfig, VideoDataConfig
+from configs.longsana import ChunkCausalConfig, OdeInitializationConfig, SelfForcingConfig
+from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
 from configs.lora import LoraConfig
 from configs.optimizer import OptimizerConfig, check_optimizer
 from configs.prior import PriorConfig
@@ -107,6 +109,8 @@ class EmaConfig:
     """Share of the average that stays at each step."""
     warmup: bool = True
     """Let the decay start at 0.1 and rise as (1 + step) / (10 + step), so that early weights are forgotten."""
+    start: int = 0
+    """Step from which there is an average; until then it is the newest weights."""
 
 
 @dataclass(frozen=True)
@@ -155,8 +159,9 @@ class PreviewConfig:
     """What to draw; without any, captions of the data."""
     captions: int = 8
     """How many captions of the data are drawn at most, where no prompts are given."""
-    sampler: Literal["dpm_solver", "flow_euler", "scm"] = "dpm_solver"
-    """Sampler; the run's directory takes it as its default for sampling."""
+    sampler: Literal["dpm_solver", "flow_euler", "scm", "longsana"] = "dpm_solver"
+    """Sampler; the run's directory takes it as its default for sampling. scm is SANA-Sprint's, longsana that of ODE
+    initialisation and self-forcing."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -215,7 +220,14 @@ class RunConfig:
     """Optimizer steps in all."""
     transformer: SanaConfig | SanaVideoConfig | None
     """The network's shape; None where it is the base model's."""
-    data: DigitsDataConfig | ImageDataConfig | VideoDataConfig | MovingDigitsDataConfig
+    data: (
+        DigitsDataConfig
+        | ImageDataConfig
+        | VideoDataConfig
+        | MovingDigitsDataConfig
+        | TrajectoriesDataConfig
+        | PromptsDataConfig
+    )
     """What it is trained on."""
     model: str | None = None
     """The model that training starts from: a published, converted or trained model's directory, or its name on the
@@ -235,6 +247,12 @@ class RunConfig:
     """Distils the base model to a few steps."""
     prior: PriorConfig | None = None
     """Prior preservation, for pictures of one subject."""
+    chunk_causal: ChunkCausalConfig | None = None
+    """Trains a video model on with causal blocks of frames, each at a noise level of its own."""
+    ode: OdeInitializationConfig | None = None
+    """Trains a video model with causal blocks to end its teacher's trajectories in a few steps (LongSANA, stage 1)."""
+    self_forcing: SelfForcingConfig | None = None
+    """Trains such a model on the videos that it makes itself (LongSANA, stages 2 and 3)."""
     batch_size: int = 64
     """Samples per optimizer step, over all devices."""
     accumulation: int = 1
@@ -280,6 +298,9 @@ class RunConfig:
         averages = self.optimizer.name != "schedule_free_adamw" or self.ema.enabled
         _require("ema.enabled", self.ema.enabled, averages, "True with schedule_free_adamw, whose average it keeps")
         _require("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "0 up to, not including, 1")
+        own = self.optimizer.name != "schedule_free_adamw" or not self.ema.start
+        _require("ema.start", self.ema.start, self.ema.start >= 0, "0 or more")
+        _require("ema.start", self.ema.start, own, "0 with schedule_free_adamw, whose average it keeps")
         steps = self.preview.num_inference_steps
         _require("preview.num-inference-steps", steps, steps >= 1, "1 or more")
         _require("preview.guidance-scale", scale, scale is None or scale >= 0, "0 or more")
@@ -289,12 +310,11 @@ class RunConfig:
         context = self.mesh.context
         _require("mesh.context", context, context == 1, "1, for these networks do not cut a sample's tokens")
         _require("tokens", "without --lora", self.tokens is None or self.lora is not None, "tokens beside a LoRA")
-        scm = self.preview.sampler == "scm"
-        allowed = "scm for Sprint training" if self.sprint else "dpm_solver or flow_euler"
-        _require("preview.sampler", self.preview.sampler, scm == (self.sprint is not None), allowed)
+        self._check_few_steps()
         v = self.validation
-        flow_only = self.sprint is None or not v.every
-        _require("validation.every", v.every, flow_only, "0 for Sprint training, whose loss is not flow matching's")
+        few = self.sprint or self.ode or self.self_forcing
+        allowed = "0 where the loss is not flow matching's: for Sprint, ODE initialisation and self-forcing"
+        _require("validation.every", v.every, not few or not v.every, allowed)
         _require("validation.every", v.every, v.every >= 0, "0 (none) or more")
         _require("validation.samples", v.samples, v.samples >= 1, "1 or more")
         levels = bool(v.sigmas) and all(0 < sigma < 1 for sigma in v.sigmas)
@@ -309,11 +329,53 @@ class RunConfig:
             _require("flow.image-to-video", share, 0 <= share <= 1, "0 to 1")
             _require("flow.sampling-flow-shift", shift, shift is None or shift > 0, "above 0")
         self._check_kind()
+        self._check_longsana()
 
     @property
     def trains_on_clips(self) -> bool:
-        """Whether the data is clips, or pictures as clips of one frame, for a video model."""
-        return isinstance(self.data, VideoDataConfig | ClipPicturesConfig | MovingDigitsDataConfig)
+        """Whether the data is for a video model: clips, pictures as clips of one frame, trajectories, or prompts."""
+        return isinstance(self.data, VideoDataConfig | ClipPicturesConfig | MovingDigitsDataConfig | _FOR_LONGSANA)
+
+    @property
+    def few_steps(self) -> OdeInitializationConfig | SelfForcingConfig | None:
+        """What says how the model of ODE initialisation or self-forcing is sampled; None for other runs."""
+        return self.ode or self.self_forcing
+
+    def _check_few_steps(self) -> None:
+        """Previews of distilled models are drawn with their own sampler, LongSANA's in its own steps, unguided."""
+        wanted = "scm" if self.sprint else "longsana" if self.few_steps else None
+        sampler = self.preview.sampler
+        fits = sampler == wanted if wanted else sampler not in ("scm", "longsana")
+        names = {"scm": "scm for Sprint training", "longsana": "longsana for ODE initialisation and self-forcing"}
+        _require("preview.sampler", sampler, fits, names.get(wanted, "dpm_solver or flow_euler"))
+        if self.few_steps is not None:
+            steps, scale, count = (
+                self.preview.num_inference_steps,
+                self.preview.guidance_scale,
+                len(self.few_steps.timesteps),
+            )
+            _require("preview.num-inference-steps", steps, steps == count, f"{count}, as the timesteps are")
+            _require("preview.guidance-scale", scale, scale == 1, "1: the model learns guided predictions")
+            unread = "left alone: this training reads none of --flow, but its own settings"
+            _require("flow", "with changes", self.flow == VideoFlowConfig(), unread)
+
+    def _check_longsana(self) -> None:
+        """One way of training at a time, and the data that it reads."""
+        ways = ("lora", "chunk_causal", "ode", "self_forcing")
+        chosen = [name.replace("_", "-") for name in ways if getattr(self, name) is not None]
+        if len(chosen) > 1:
+            raise UserError(f"--{chosen[0]} and --{chosen[1]} are two ways of training; choose one of them")
+        if chosen and chosen[0] != "lora" and not self.trains_on_clips:
+            raise UserError(f"--{chosen[0]} is for video models, and the preset {self.preset} trains on pictures")
+        data, allowed = self.data, "ODE initialisation (--ode), and nothing else trains on them"
+        _require("data", "trajectories", isinstance(data, TrajectoriesDataConfig) == (self.ode is not None), allowed)
+        prompts = isinstance(data, PromptsDataConfig) and self.self_forcing is None
+        _require("data", "prompts without videos", not prompts, "self-forcing (--self-forcing)")
+        if self.self_forcing is None:
+            return
+        stream = self.self_forcing.stream
+        parts, one = self.accumulation, "1 with --self-forcing.stream, whose windows follow one another"
+        _require("accumulation", parts, stream is None or parts == 1, one)
 
     def _check_kind(self) -> None:
         """Clips are for video models, and pictures for the others."""
@@ -333,6 +395,9 @@ class RunConfig:
         unused = [name for name in names if clips and getattr(self, name) is not None]
         if unused:
             raise UserError(f"--{unused[0]} is for models of pictures, and this run trains on clips; leave it out")
+
+
+_FOR_LONGSANA = TrajectoriesDataConfig | PromptsDataConfig
 
 
 def _require(option: str, value, condition: bool, allowed: str) -> None:

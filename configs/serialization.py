@@ -43,8 +43,8 @@ def from_dict(config_class: type, values: dict[str, Any], source: str, prefix: s
 
 def _value(hint: Any, value: Any, source: str, prefix: str) -> Any:
     options = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    # of several dataclasses the one that has most of these fields
-    options = sorted(options, key=lambda option: -_known_fields(option, value))
+    # of several dataclasses the one that has most of these fields, and fewest others
+    options = sorted(options, key=lambda option: (-_known_fields(option, value), _count_fields(option)))
     for option in options:
         if dataclasses.is_dataclass(option) and isinstance(value, dict):
             # a class whose fields are of the preset's choosing, as those of token encoders, is made for their names
@@ -65,6 +65,10 @@ def _known_fields(option: Any, value: Any) -> int:
     if not dataclasses.is_dataclass(option) or not isinstance(value, dict):
         return 0
     return len({field.name for field in dataclasses.fields(option)} & set(value))
+
+
+def _count_fields(option: Any) -> int:
+    return len(dataclasses.fields(option)) if dataclasses.is_dataclass(option) else 0
 
 
 def _fits(option: Any, value: Any) -> bool:

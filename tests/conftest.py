@@ -8,7 +8,8 @@ import tempfile
 
 # Before JAX looks for devices. `JAX_PLATFORMS=cuda pytest` runs on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# One cache of compiled programs for a whole session: its workers and the programs that tests start share it.
+# One cache of compiled programs for a whole session, for the programs that tests start. Test processes read it and, see
+# below, do not write it.
 _OWN_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _OWN_CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sana-jax-tests-")
@@ -23,6 +24,9 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+# XLA has died in test processes that had compiled for half an hour, while it put one more program into the cache.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

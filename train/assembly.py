@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+import jax
 import numpy as np
 
 from configs.data import ImageDataConfig, MovingDigitsDataConfig, VideoDataConfig
+from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
 from configs.schema import DigitsDataConfig, RunConfig
 from kernels.typing import Float, Int
 from sana_jax.autoencoders import Autoencoder, VideoAutoencoder
@@ -28,9 +30,10 @@ from train.data.prior import WithPrior, draw_prior_pictures
 from train.data.video.joint import JointData
 from train.data.video.moving_digits import MovingDigitsData
 from train.distributed import on_first_process
+from train.longsana_data import open_prompts_data, open_trajectories
 from train.precompute import precompute
 from train.preemption import StopRequest
-from train.recipes import Recipe, make_recipe
+from train.recipes import DataShapes, Recipe, make_recipe
 from train.video_data import open_video_data
 
 _DIGITS_FPS = 4.0  # slow enough to follow a digit of 8 pixels
@@ -82,6 +85,8 @@ class RunParts(NamedTuple):
     @property
     def pipeline(self) -> str:
         """The pipeline that samples what the run trains."""
+        if self.config.few_steps is not None:
+            return "LongSanaVideoPipeline"
         if self.recipe.kind in ("controlnet", "sprint"):
             return {"controlnet": "SanaControlNetPipeline", "sprint": "SanaSprintPipeline"}[self.recipe.kind]
         if self.base is not None:
@@ -105,8 +110,10 @@ class RunParts(NamedTuple):
     @property
     def fps(self) -> float | None:
         """Frames per second of clips; None for pictures."""
-        if isinstance(self.config.data, VideoDataConfig):
+        if isinstance(self.config.data, VideoDataConfig | PromptsDataConfig):
             return self.config.data.clip_fps
+        if self.base is not None and self.base.parts.defaults.fps is not None:
+            return self.base.parts.defaults.fps
         return _DIGITS_FPS if self.config.trains_on_clips else None
 
     @property
@@ -125,15 +132,38 @@ def open_base(config: RunConfig) -> tuple[RunConfig, BaseModel | None]:
     Raises:
         UserError, FileNotFoundError, CheckpointError: one line about what does not fit.
     """
-    learners = {"a LoRA": config.lora, "a ControlNet": config.controlnet, "a student": config.sprint}
+    learners = {
+        "a LoRA beside": config.lora,
+        "a ControlNet beside": config.controlnet,
+        "a student beside": config.sprint,
+        "causal blocks from": config.chunk_causal,
+        "a few-step generator from": config.few_steps,
+    }
     wanted = [name for name, settings in learners.items() if settings is not None]
     if wanted and config.model is None:
         raise UserError(
-            f"the preset {config.preset} trains {wanted[0]} beside a model; name one with --model DIRECTORY (a "
+            f"the preset {config.preset} trains {wanted[0]} a model; name one with --model DIRECTORY (a "
             "published or converted model, or a training run such as runs/digits)"
         )
     base = None if config.model is None else open_base_model(config.model, config.model_variant)
     return settle(config, base), base
+
+
+def open_start(config: RunConfig) -> BaseModel | None:
+    """The model that the generator of self-forcing begins as; None where it begins as the base model.
+
+    Raises:
+        UserError, FileNotFoundError, CheckpointError: one line about what does not fit.
+    """
+    if config.self_forcing is None or config.self_forcing.generator is None:
+        return None
+    start = open_base_model(config.self_forcing.generator)
+    if start.parts.transformer_config != config.transformer:
+        raise UserError(
+            f"--self-forcing.generator {start.name} has another network than --model {config.model}; both must be of "
+            "one shape, as a generator made from that model is"
+        )
+    return start
 
 
 def assemble(
@@ -158,16 +188,11 @@ def assemble(
         return RunParts(config, base, dataset, make_recipe(config), dataset.text_encoder, dataset.autoencoder)
     if isinstance(config.data, MovingDigitsDataConfig):
         dataset = MovingDigitsData(config.data)
-        return RunParts(config, base, dataset, make_recipe(config), dataset.text_encoder, dataset.autoencoder)
+        recipe = make_recipe(config, _data_shapes(config, dataset, dataset.autoencoder))
+        return RunParts(config, base, dataset, recipe, dataset.text_encoder, dataset.autoencoder)
     encoders = base or open_encoders(config)
-    if isinstance(config.data, VideoDataConfig):
-        dataset = open_video_data(config, encoders.parts, say, stop)
-        if dataset is None:
-            return None
-        recipe = make_recipe(config)
-        _check_conditions(recipe.conditions, dataset)
-        parts = encoders.parts
-        return RunParts(config, base, dataset, recipe, parts.text_encoder, parts.autoencoder, encoders)
+    if config.trains_on_clips:
+        return _on_videos(config, base, encoders, say, stop)
     directory = on_first_process(lambda: precompute(config, encoders.parts, say=say, stop=stop))
     if directory is None:
         return None
@@ -181,6 +206,47 @@ def assemble(
     recipe = make_recipe(config)
     _check_conditions(recipe.conditions, dataset)
     return RunParts(config, base, dataset, recipe, encoders.parts.text_encoder, encoders.parts.autoencoder, encoders)
+
+
+def _on_videos(
+    config: RunConfig, base: BaseModel | None, encoders: BaseModel, say: Callable[[str], None], stop: StopRequest
+) -> RunParts | None:
+    """The parts of a run on clips, on trajectories of a teacher, or on prompts without videos."""
+    model = encoders.parts
+    if isinstance(config.data, TrajectoriesDataConfig):
+        dataset = open_trajectories(config, model, say)
+    elif isinstance(config.data, PromptsDataConfig):
+        dataset = open_prompts_data(config, model, say, stop)
+    else:
+        dataset = open_video_data(config, model, say, stop)
+    if dataset is None:
+        return None
+    recipe = make_recipe(config, _data_shapes(config, dataset, model.autoencoder))
+    if isinstance(config.data, VideoDataConfig):
+        _check_conditions(recipe.conditions, dataset)
+    return RunParts(config, base, dataset, recipe, model.text_encoder, model.autoencoder, encoders)
+
+
+def _data_shapes(config: RunConfig, dataset: TrainingData, autoencoder: VideoAutoencoder) -> DataShapes | None:
+    """A batch as shapes, and the autoencoder, for training on windows of growing videos; None for other runs.
+
+    Raises:
+        UserError: clips of several sizes where windows follow one another, or of another length than the windows.
+    """
+    stream = None if config.self_forcing is None else config.self_forcing.stream
+    if stream is None:
+        return None
+    shapes = list(dataset.buckets)
+    if len(shapes) > 1 or shapes[0][0] != stream.window_frames:
+        found = ", ".join("x".join(map(str, shape[:-1])) for shape in shapes[:4])
+        raise UserError(
+            f"--self-forcing.stream has windows of {stream.window_frames} latent frames, all of one size, and the data "
+            f"has latents of {found}; give one size and that many frames, or set --self-forcing.stream.window-frames"
+        )
+    indices = next(iter(dataset.buckets.values()))
+    batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
+    batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), batch)
+    return DataShapes(batch, autoencoder)
 
 
 def _check_conditions(wanted: Sequence[str], dataset: CachedData | JointData | WithPrior) -> None:

@@ -136,6 +136,8 @@ def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
     preview = config.preview
     if preview.guidance_scale is None:
         preview = dataclasses.replace(preview, guidance_scale=base.parts.defaults.guidance_scale)
+    if config.few_steps is not None:  # which has levels of its own
+        return dataclasses.replace(config, transformer=network, preview=preview)
     flow = dataclasses.replace(config.flow, flow_shift=shift)
     if isinstance(flow, VideoFlowConfig) and flow.sampling_flow_shift is None:
         flow = dataclasses.replace(flow, sampling_flow_shift=own_shift)

@@ -26,10 +26,12 @@ from sana_jax.errors import UserError, run_command_line
 from sana_jax.files import atomic_file
 from sana_jax.images import to_pil
 from sana_jax.pipelines.image_to_video import SanaImageToVideoPipeline
+from sana_jax.pipelines.long_video import LongSanaVideoPipeline
+from sana_jax.pipelines.model_directory import pipeline_of
 from sana_jax.pipelines.text_to_video import SanaVideoPipeline
 from train.data.video.moving_digits import MovingDigitsData
 from train.evaluation.moving_digits import ClipFigures, describe, measure
-from train.run_directory import read_config
+from train.run_directory import CONFIG_NAME, read_config
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,7 @@ def evaluate(config: EvaluateConfig) -> Figures:
     Raises:
         FileNotFoundError, UserError: it is not a run on moving digits, or has no checkpoint.
     """
-    data = read_config(Path(config.model)).data
-    if not isinstance(data, MovingDigitsDataConfig):
-        raise UserError(f"--model {config.model} was not trained on moving digits; name a run that was")
-    dataset = MovingDigitsData(data)
+    dataset = MovingDigitsData(_data_of(config.model))
     captions = [caption for caption in dataset.captions for _ in range(config.per_caption)]
     options = {
         "seed": config.seed,
@@ -98,11 +97,32 @@ def evaluate(config: EvaluateConfig) -> Figures:
         pipeline = SanaImageToVideoPipeline.from_pretrained(config.model, weights=config.weights)
         clips = pipeline([to_pil(image) for image in images], captions, **options).frames
         first = float(np.abs(clips[:, 0] - images).max())
+    elif pipeline_of(config.model) == "LongSanaVideoPipeline":
+        pipeline = LongSanaVideoPipeline.from_pretrained(config.model, weights=config.weights)
+        clips = np.concatenate([_block_after_block(pipeline, text, options, row) for row, text in enumerate(captions)])
     else:
         clips = SanaVideoPipeline.from_pretrained(config.model, weights=config.weights)(captions, **options).frames
     digits, directions = zip(*map(dataset.meaning_of, captions))
     measured = measure(2 * np.asarray(clips) - 1, np.asarray(digits), directions, dataset.directions)
     return Figures(**dataclasses.asdict(measured), first_frame=first)
+
+
+def _data_of(model: str) -> MovingDigitsDataConfig:
+    """The clips that a run, or the model that it started from, was trained on."""
+    run = read_config(Path(model))
+    if isinstance(run.data, MovingDigitsDataConfig):
+        return run.data
+    if run.model is None or not (Path(run.model) / CONFIG_NAME).is_file():
+        raise UserError(f"--model {model} was not trained on moving digits; name a run that was")
+    return _data_of(run.model)
+
+
+def _block_after_block(pipeline: LongSanaVideoPipeline, caption: str, options: dict, row: int) -> np.ndarray:
+    """One clip (1, F, H, W, 1) of a model that makes one at a time; each has noise of its own."""
+    own = {**options, "seed": options["seed"] + row, "say": lambda line: None}
+    if own["frames"] is None:
+        own["frames"] = pipeline.defaults.frames
+    return np.asarray(pipeline(caption, **own).frames)
 
 
 def first_frames(dataset: MovingDigitsData, captions: Sequence[str]) -> Float[np.ndarray, "N H W 1"]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from configs.data import VideoDataConfig
 from sana_jax.errors import UserError
-from sana_jax.images import check_png_path, image_grid, save_png
+from sana_jax.images import image_grid, save_png
 from train.data.buckets import BucketPlan, assign_buckets
 from train.data.decoding import BadPicture
 from train.data.records import Problem, Record
@@ -19,19 +19,21 @@ from train.data.source import (
     IndexedSource,
     index_source,
     refuse_missing_captions,
-    refuse_no_pictures,
     refuse_too_many_bad,
 )
 from train.data.video.clips import Examined, examine, first_pixels
 from train.data.video.sizes import clip_sizes
 from train.data.video.source import ClipSource, refuse_no_clips
 from train.inspect_data import (
+    check_options,
     describe_captions,
     describe_columns,
     describe_groups,
     describe_sizes,
     picture_cell,
     say_choice,
+    say_head,
+    say_what_stops_training,
     short,
     spread,
 )
@@ -57,16 +59,11 @@ class InspectClipsConfig(VideoDataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size} is not allowed; choose 1 or more")
-        if self.cache is not None:
-            raise UserError(f"--cache {self.cache} is not used here, nothing is prepared; leave it out")
+        check_options(self)
         if self.joint_interval:
             raise UserError("--joint-pictures are not looked at here; inspect them by themselves, with --no-clips")
         if not self.clips:
             raise UserError("--no-clips beside options of clips; leave it out")
-        if self.contact_sheet is not None:
-            check_png_path(self.contact_sheet)
 
 
 def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print) -> None:
@@ -78,22 +75,12 @@ def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print
     """
     source = index_source(config)
     looked = _look_inside(source, config) if config.check_pixels else {}
-    say(f"{source.name}: {source.kind}")
-    say(f"usable: {len(source)} of {source.looked_at}")
-    for problem in source.problems:
-        say(f"unusable: {problem.name} {problem.reason}")
     damaged = [
         Problem(source.name_of(record), looked[record.key].problem)
         for record in source.records
         if record.key in looked and looked[record.key].problem is not None
     ]
-    for problem in damaged:
-        say(f"damaged: {problem.name} {problem.reason}; the frames before that can be used")
-    for note in source.notes:
-        say(f"note: {note}")
-    for same in source.duplicates:
-        say(f"same name: {', '.join(same)}")
-    refuse_no_pictures(source)
+    say_head(source, damaged, say)
     clips = ClipSource(source, config)
     for line in (*_describe_times(source, looked), *describe_sizes([record.size for record in source.records])):
         say(line)
@@ -106,16 +93,13 @@ def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print
             say(line.replace("pictures", "clips"))
     for line in (*describe_captions(source), *describe_columns(source), *describe_groups(source, config)):
         say(line)
-    for check in (
+    say_what_stops_training(
+        say,
         lambda: refuse_too_many_bad([*source.problems, *damaged], source.looked_at, config.max_bad_share),
         lambda: refuse_missing_captions(source, config),
         lambda: refuse_no_clips(clips),
         lambda: say_choice(source, config, say),
-    ):
-        try:
-            check()
-        except UserError as error:
-            say(f"training would stop: {str(error).replace('--data.', '--')}")
+    )
     if config.contact_sheet is not None:
         _draw_sheet(source, config)
         say(f"contact sheet: {config.contact_sheet}")

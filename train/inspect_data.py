@@ -64,12 +64,17 @@ class InspectConfig(ImageDataConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.batch_size < 1:
-            raise UserError(f"--batch-size {self.batch_size} is not allowed; choose 1 or more")
-        if self.cache is not None:
-            raise UserError(f"--cache {self.cache} is not used here, nothing is prepared; leave it out")
-        if self.contact_sheet is not None:
-            check_png_path(self.contact_sheet)
+        check_options(self)
+
+
+def check_options(config: Any) -> None:
+    """Refuses what neither kind of report can do; ``config`` is an InspectConfig or an InspectClipsConfig."""
+    if config.batch_size < 1:
+        raise UserError(f"--batch-size {config.batch_size} is not allowed; choose 1 or more")
+    if config.cache is not None:
+        raise UserError(f"--cache {config.cache} is not used here, nothing is prepared; leave it out")
+    if config.contact_sheet is not None:
+        check_png_path(config.contact_sheet)
 
 
 def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
@@ -82,15 +87,7 @@ def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
     source = index_source(config)
     if config.check_pixels:
         _check_pixels(source, config)
-    say(f"{source.name}: {source.kind}")
-    say(f"usable: {len(source)} of {source.looked_at}")
-    for problem in source.problems:
-        say(f"unusable: {problem.name} {problem.reason}")
-    for note in source.notes:
-        say(f"note: {note}")
-    for same in source.duplicates:
-        say(f"same name: {', '.join(same)}")
-    refuse_no_pictures(source)
+    say_head(source, (), say)
     pictures = [record for record in source.records if record.size is not None]
     plan = None
     if pictures:
@@ -105,20 +102,45 @@ def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
         say(line)
     for line in (*_describe_features(source), *_describe_conditions(source, config)):
         say(line)
-    for check in (
+    say_what_stops_training(
+        say,
         lambda: refuse_too_many_bad(source.problems, source.looked_at, config.max_bad_share),
         lambda: refuse_missing_captions(source, config),
         lambda: say_choice(source, config, say),
-    ):
-        try:
-            check()
-        except UserError as error:
-            say(f"training would stop: {str(error).replace('--data.', '--')}")
+    )
     if config.contact_sheet is not None:
         if plan is None:
             raise UserError(f"--contact-sheet {config.contact_sheet}: {source.name} has features and no pictures")
         _draw_sheet(source, pictures, plan, config)
         say(f"contact sheet: {config.contact_sheet}")
+
+
+def say_head(source: IndexedSource, damaged: Sequence[Problem], say: Callable[[str], None]) -> None:
+    """What there is, and every file with something wrong; ``damaged`` can be used up to where the damage is.
+
+    Raises:
+        UserError: nothing can be used.
+    """
+    say(f"{source.name}: {source.kind}")
+    say(f"usable: {len(source)} of {source.looked_at}")
+    for problem in source.problems:
+        say(f"unusable: {problem.name} {problem.reason}")
+    for problem in damaged:
+        say(f"damaged: {problem.name} {problem.reason}; the frames before that can be used")
+    for note in source.notes:
+        say(f"note: {note}")
+    for same in source.duplicates:
+        say(f"same name: {', '.join(same)}")
+    refuse_no_pictures(source)
+
+
+def say_what_stops_training(say: Callable[[str], None], *checks: Callable[[], None]) -> None:
+    """Makes the checks that training makes, and says which would end it."""
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            say(f"training would stop: {str(error).replace('--data.', '--')}")
 
 
 def _check_pixels(source: IndexedSource, config: InspectConfig) -> None:

@@ -34,8 +34,10 @@ from sana_jax.command_line import parse
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError, run_command_line
+from sana_jax.weights.components import Resident
 from train import run_directory
-from train.assembly import RunParts, assemble, open_base
+from train.assembly import RunParts, assemble, open_base, open_start
+from train.base_model import BaseModel
 from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
@@ -120,7 +122,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     cache = enable_compilation_cache()
     say = _print_line if jax.process_index() == 0 else (lambda line: None)
     mesh = make_mesh(config.mesh)
-    jax.set_mesh(mesh)
+    held.enter_context(jax.set_mesh(mesh))
     check_batch(config.batch_size, config.accumulation, mesh)
     run_directory.check_writable(config)
     say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")
@@ -134,18 +136,21 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     if continuing:
         held.enter_context(run_directory.hold(config))
     base_weights = None if base is None else base.abstract_weights(mesh, config.compute.dtype)
+    start = open_start(config)
     # Layers and patterns that are not there are found before the pictures are prepared, which may take hours.
     plan = plan_state(config, make_recipe(config), base_weights, mesh)
     parts = assemble(config, base, say, stop)
     if parts is None:
         return exit_status(stop.signal)
     dataset, recipe = parts.dataset, parts.recipe
+    if getattr(recipe, "batch", None) is not None:  # what is trained has the shape of the data
+        plan = plan_state(config, recipe, base_weights, mesh)
     loader = Loader(dataset, seed=config.seed, batch_size=config.batch_size, rows=rows)
     say(f"data: {dataset.describe()}")
     run_directory.check_parts(parts)
 
     # ---- model and state ---------------------------------------------------------------------------------------------
-    frozen = base_weights if recipe.keeps_base else None
+    frozen = recipe.frozen(base_weights, mesh)
     say(_model_line(config, plan, base_weights))
     for line in recipe.notes(config.optimizer.learning_rate, base_weights):
         say(line)
@@ -177,9 +182,8 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     else:
         if continuing:
             say(f"{config.run_dir} has no checkpoint yet: starting at step 0")
-        start = compile_ahead("the first state", plan.initialize, base_weights, say=say)
-        state = start(None if weights is None else weights.params)
-    frozen = weights.params if recipe.keeps_base else None
+        state = _first_state(plan, base_weights, weights, start, say)
+    frozen = recipe.frozen(weights.params, mesh) if recipe.keeps_base else None
     if weights is not None and not recipe.keeps_base:
         weights.free()
     with stop.writing:
@@ -201,20 +205,42 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
 def _compile_steps(
     compiled: dict, parts: RunParts, plan: StatePlan, frozen: PyTree | None, mesh: Mesh, say: Callable[[str], None]
 ) -> int:
-    """Fills ``compiled`` with a step by (shape of latents, kind), and returns how many kinds there are."""
+    """Fills ``compiled`` with a step by (shape of latents, number in the cycle), and returns the cycle's length."""
     config, dataset, sharding = parts.config, parts.dataset, batch_sharding(mesh)
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, plan.abstract), replicated(mesh))
     null_encoding = tuple(map(jnp.asarray, dataset.null_encoding()))
     functions = parts.recipe.step_functions(config, plan.optimizer, null_encoding)
+    distinct = list(dict.fromkeys(functions))
     for shape, indices in dataset.buckets.items():
         batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
         batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), batch)
-        for kind, function in enumerate(functions):
-            which = "the train step" if len(functions) == 1 else f"train step {kind + 1} of {len(functions)}"
+        programs = {}
+        for number, function in enumerate(distinct):
+            which = "the train step" if len(distinct) == 1 else f"train step {number + 1} of {len(distinct)}"
             name = f"{which} for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
             jitted = jax.jit(function, donate_argnums=0, out_shardings=shardings)
-            compiled[shape, kind] = compile_ahead(name, jitted, plan.abstract, frozen, batch, say=say)
+            programs[function] = compile_ahead(name, jitted, plan.abstract, frozen, batch, say=say)
+        compiled |= {(shape, kind): programs[function] for kind, function in enumerate(functions)}
     return len(functions)
+
+
+def _first_state(
+    plan: StatePlan,
+    abstract_base: PyTree | None,
+    base: Resident | None,
+    start: BaseModel | None,
+    say: Callable[[str], None],
+) -> TrainState:
+    """The state of step 0; the sampled network begins as ``start``, where that is not the base model."""
+    initialize = compile_ahead("the first state", plan.initialize, abstract_base, say=say)
+    state = initialize(None if base is None else base.params)
+    if start is None:
+        return state
+    own = start.weights(plan.abstract.params["transformer"]).params
+    say(f"the generator begins as {start.name}")
+    # of copies, since the step's buffers are donated
+    params, ema = ({**tree, "transformer": jax.tree.map(jnp.copy, own)} for tree in (state.params, state.ema or {}))
+    return state._replace(params=params, ema=None if state.ema is None else ema)
 
 
 def _model_line(config: RunConfig, plan: StatePlan, base: PyTree | None) -> str:

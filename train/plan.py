@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs.data import MovingDigitsDataConfig
+from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
 from configs.lora import LoraConfig
 from configs.optimizer import READS, OptimizerConfig
 from configs.published import PUBLISHED_TRANSFORMERS, PUBLISHED_VIDEO_TRANSFORMERS, PublishedVideoTransformer
@@ -41,10 +42,12 @@ from train.base_model import abstract_transformer, settle
 from train.batch import Batch
 from train.data.buckets import size_table
 from train.data.digits import DigitsData
+from train.data.trajectories import TrajectoriesData
 from train.data.video.moving_digits import MovingDigitsData
 from train.data.video.sizes import clip_sizes
 from train.memory import Choice, Memory, compiled_bytes, fixed_memory, traced_activations
 from train.objectives.flow_matching import FlowMatching
+from train.objectives.longsana.ode import TRAJECTORY
 from train.optimizers import stop_frozen
 from train.recipes import Recipe, make_recipe
 from train.sharding import AXES, BATCH_AXES, batch_sharding, check_batch, make_mesh, replicated
@@ -106,7 +109,8 @@ class PlannedRun(NamedTuple):
         """The kinds of step as the run compiles them; arguments: state, frozen, batch."""
         shardings = (jax.tree.map(lambda leaf: leaf.sharding, self.state.abstract), replicated(self.mesh))
         functions = self.recipe.step_functions(self.config, self.state.optimizer, self.null_encoding)
-        return [jax.jit(function, donate_argnums=0, out_shardings=shardings) for function in functions]
+        distinct = dict.fromkeys(functions)
+        return [jax.jit(function, donate_argnums=0, out_shardings=shardings) for function in distinct]
 
 
 def _batch_parts(mesh: Mesh | AbstractMesh) -> int:
@@ -139,7 +143,8 @@ def _model_shapes(config: RunConfig) -> ModelShapes:
         temporal = getattr(digits.autoencoder, "temporal_factor", None)
         return ModelShapes(None, 1, digits.text_encoder.max_length, "float32", temporal)
     if name is None:
-        if config.transformer is None or (config.lora or config.controlnet or config.sprint) is not None:
+        beside = (config.lora, config.controlnet, config.sprint, config.chunk_causal, config.few_steps)
+        if config.transformer is None or any(way is not None for way in beside):
             example = "SANA-Video_2B_480p_diffusers" if config.trains_on_clips else "Sana_1600M_1024px_BF16_diffusers"
             raise UserError(
                 f"the preset {config.preset} starts from a model, whose shape the plan needs; name its directory with "
@@ -191,12 +196,12 @@ def planned_run(config: RunConfig, model: ModelShapes, mesh: Mesh | AbstractMesh
         UserError: settings that do not fit one another.
     """
     check_batch(config.batch_size, config.accumulation, mesh)
-    recipe = make_recipe(config)
+    recipe = make_recipe(config)  # of a stream of windows without what a video leaves for the next: see ``report``
     base = None
     if config.model is not None:
         base = abstract_transformer(model.network, mesh, config.compute.dtype)
     state = plan_state(config, recipe, base, mesh)
-    frozen = base if recipe.keeps_base else None
+    frozen = recipe.frozen(base, mesh)
     return PlannedRun(config, model, recipe, mesh, frozen, state, _abstract_batch(config, model, recipe, mesh))
 
 
@@ -213,6 +218,7 @@ def _abstract_batch(config: RunConfig, model: ModelShapes, recipe: Recipe, mesh:
 
     latents = (*sizes, network.in_channels)
     names = [*recipe.conditions, *(["loss_weight"] if config.prior is not None and config.prior.caption else [])]
+    names += [] if config.ode is None else [TRAJECTORY]
     return Batch(
         array(latents),
         array((model.tokens, network.caption_channels), model.prompt_dtype),
@@ -224,6 +230,13 @@ def _abstract_batch(config: RunConfig, model: ModelShapes, recipe: Recipe, mesh:
 def _largest_latents(config: RunConfig, model: ModelShapes) -> tuple[int, ...]:
     """([T,] H, W) of the largest pictures or clips of a run."""
     data, network, frames = config.data, config.transformer, ()
+    if isinstance(data, TrajectoriesDataConfig):
+        if data.path is None:
+            raise UserError("--data.path is missing: the plan reads the size of the trajectories in their directory")
+        return max(TrajectoriesData(data.path).buckets, key=math.prod)[:-1]
+    if isinstance(data, PromptsDataConfig):
+        frames = latent_frames(data.clip_frames, model.temporal_factor)
+        return frames, *(length // model.factor for length in data.clip_size)
     if config.trains_on_clips:
         table = clip_sizes(data, network.sample_size, model.factor, network.patch_size[-1])
         frames = (latent_frames(data.clip_frames, model.temporal_factor),)
@@ -237,6 +250,8 @@ def _condition_shape(name: str, config: RunConfig, latents: tuple[int, ...]) -> 
     """Of one sample's further input: a control picture is encoded as the picture is, all else is small."""
     if config.controlnet is not None and name == config.controlnet.condition:
         return latents
+    if name == TRAJECTORY:
+        return (len(config.ode.timesteps), *latents)
     tokens = getattr(config, "tokens", None)
     encoder = tokens.encoders.get(name) if tokens is not None else None
     return (encoder.width,) if encoder is not None and encoder.kind == "vector" else ()
@@ -458,6 +473,8 @@ def report(run: PlannedRun, measured: Memory | None, changes: list[Choice], devi
         sizes = f"{readable_bytes(choice.total):>10}  {sign}{readable_bytes(abs(difference)):<10}"
         lines.append(f"  {choice.option:<44}{sizes} {choice.price}")
     lines.append("not in it: text encoder and autoencoder, which are in memory before training and for previews alone")
+    if config.self_forcing is not None and config.self_forcing.stream is not None:
+        lines.append("not in it either: what a video's windows leave for the next, and the autoencoder that they need")
     if device.platform == "cpu" and config.compute.dtype == "bfloat16":
         lines.append("a CPU computes bfloat16 in float32: on a GPU the activations are about half of these")
     return lines

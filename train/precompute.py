@@ -33,11 +33,12 @@ from train.data.cache import CacheIdentity, CacheWriter, read_identity
 from train.data.cache_plan import cache_directory, cache_identity, is_for_videos
 from train.data.conditions import Encoders, make_conditions
 from train.data.encoding import ClipEncoder, PictureEncoder
+from train.data.prompt_records import free
 from train.data.shard_filler import StoppedError
 from train.data.source import open_source
 from train.data.video.source import open_clips
 from train.precompute_clips import ClipRun
-from train.precompute_pictures import PictureRun, free
+from train.precompute_pictures import PictureRun
 from train.preemption import StopRequest, exit_status
 
 PROG = "python -m train.precompute"

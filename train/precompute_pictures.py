@@ -20,20 +20,19 @@ from sana_jax.errors import UserError
 from sana_jax.pipelines.model_directory import ModelDirectory
 from train.data.buckets import Bucket, assign_buckets
 from train.data.cache import LATENTS, PROMPTS, SAMPLES_FILE, CacheWriter, Name
-from train.data.cache_plan import NULL_PROMPT, signature, table_of, variants, view_of
+from train.data.cache_plan import signature, table_of, variants, view_of
 from train.data.check_picture import draw_check_picture
 from train.data.conditions import Condition, Sample, View
 from train.data.decoding import BadPicture, decode_picture
 from train.data.encoding import (
     PictureEncoder,
     count_tokens,
-    encode_prompts,
     latent_dtype,
     latents_of_features,
     prompt_dtype,
-    unpadded,
 )
 from train.data.progress import Meter, Moments
+from train.data.prompt_records import add_prompts, free
 from train.data.shard_filler import ShardFiller
 from train.data.source import IndexedSource, Problem, Record, refuse_too_many_bad
 from train.preemption import StopRequest
@@ -204,25 +203,8 @@ class PictureRun:
 
     def prompts(self) -> None:
         """Encodes the prompts that are missing, and then lets go of the text encoder."""
-        encoder, dtype = self.model.text_encoder, prompt_dtype(self.model.text_encoder)
-        filler = ShardFiller(self.cache, PROMPTS, self.stop)
-        meter = Meter("prompts", len(self.texts), self.say)
-        with filler:
-            if NULL_PROMPT not in self.cache.present(PROMPTS):
-                embeds, mask = encoder.null_encoding()
-                filler.add(NULL_PROMPT, {"tokens": unpadded(embeds[0], mask[0]).astype(dtype)})
-                filler.batch_ends()
-            for batch in encode_prompts(encoder, self.texts, self.say):
-                for prompt in batch:
-                    if not np.isfinite(prompt.tokens).all():
-                        raise UserError(
-                            f"the prompt {prompt.text[:80]!r} encodes to values that are not finite; see --model"
-                        )
-                    filler.add(("text", prompt.text), {"tokens": prompt.tokens.astype(dtype)})
-                meter.advance(len(batch))
-                filler.batch_ends()
-        meter.close()
-        free(encoder)
+        add_prompts(self.cache, self.model.text_encoder, self.texts, self.say, self.stop)
+        free(self.model.text_encoder)
 
     def pictures(self) -> None:
         """Encodes the pictures that are missing."""
@@ -436,12 +418,6 @@ class PictureRun:
                 "group": record.group,
                 "variants": sorted(there),
             }
-
-
-def free(part: Any) -> None:
-    """Lets go of a network's weights, where it has any."""
-    if hasattr(part, "weights"):
-        part.weights.free()
 
 
 def _some(names: set[str]) -> str:

@@ -144,15 +144,16 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tu
             problems.append(f"{name} matches {len(matches)} rules")
             return None
         axes = matches[0]
-        used = [axis for axis in axes if axis is not None]
+        used = [axis for entry in axes for axis in _names(entry)]
         if len(axes) != leaf.ndim or len(set(used)) != len(used):
             problems.append(f"{name} of rank {leaf.ndim} has the rule {axes}")
             return None
         if unknown := [axis for axis in used if axis not in mesh.shape]:
             problems.append(f"{name} has the rule {axes}: the mesh has no axis {unknown[0]}")
             return None
-        fitting = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, leaf.shape)]
-        if any(axis and axis != fit for axis, fit in zip(axes, fitting)):
+        parts = [math.prod(mesh.shape[axis] for axis in _names(entry)) for entry in axes]
+        fitting = [entry if size % count == 0 else None for entry, size, count in zip(axes, leaf.shape, parts)]
+        if any(entry != fit for entry, fit in zip(axes, fitting)):
             whole.append(name)
         return NamedSharding(mesh, PartitionSpec(*fitting))
 
@@ -160,6 +161,11 @@ def parameter_shardings(params: PyTree, rules: Sequence[Rule], mesh: Mesh) -> tu
     if problems:
         raise ValueError("sharding rules do not fit: " + "; ".join(problems))
     return shardings, whole
+
+
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes that cut one axis of an array."""
+    return () if entry is None else (entry,) if isinstance(entry, str) else entry
 
 
 def local_rows(sharding: NamedSharding, batch_size: int) -> tuple[int, int]:

@@ -2,74 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
-import optax
-
 from configs.schema import RunConfig
 from configs.sprint import SprintConfig
 from kernels.typing import PyTree
 from sana_jax.errors import UserError
-from train.batch import Batch
-from train.objectives.sprint import PhaseLosses, Sprint, vectors_after
-from train.optimizers import learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
-from train.sharding import batch_stays_cut
-from train.state import TrainState
-from train.step import StepFunction, StepMetrics, accumulate, ema_decay, sigma_bins
+from train.objectives.sprint import Sprint, vectors_after
+from train.phases import (
+    Phase,
+    PhaseOptimizers,
+    make_phase_optimizers,
+    make_phase_step,
+    optimizer_beside,
+    part,
+    steps_of,
+)
+from train.step import StepFunction
 
 # What each optimizer updates, of the tree of ``train.objectives.sprint``; "vectors" belong to none.
 STUDENT, DISCRIMINATOR = ("transformer", "logvar"), ("heads",)
-
-
-class SprintOptimizers(NamedTuple):
-    """An optimizer for each phase; its state is ``TrainState.opt_state`` under the phase's name."""
-
-    generator: optax.GradientTransformation
-    discriminator: optax.GradientTransformation | None
-
-    def init(self, trained: PyTree) -> dict[str, PyTree]:
-        """The states of step 0."""
-        states = {"generator": self.generator.init(part(trained, STUDENT))}
-        if self.discriminator is not None:
-            states["discriminator"] = self.discriminator.init(part(trained, DISCRIMINATOR))
-        return states
-
-
-def part(trained: PyTree, names: tuple[str, ...]) -> PyTree:
-    """Some of the trees in ``trained``."""
-    return {name: trained[name] for name in names}
+# What the moving average is kept of: the network that is sampled.
+AVERAGED = ("transformer",)
 
 
 def averaged(trained: PyTree) -> PyTree:
-    """What the moving average is kept of: the network that is sampled."""
-    return part(trained, ("transformer",))
+    """What the moving average is kept of."""
+    return part(trained, AVERAGED)
 
 
-def phases(config: SprintConfig) -> tuple[str, ...]:
+def cycle(config: SprintConfig) -> tuple[str, ...]:
     """The kinds of step, in turn."""
     return ("generator", "discriminator") if config.adversarial else ("generator",)
 
 
-def phase_steps(config: RunConfig, sprint: SprintConfig) -> int:
-    """How many steps of each kind a run has, rounded up."""
-    return -(-config.steps // len(phases(sprint)))
-
-
-def _optimizer_configs(config: RunConfig, sprint: SprintConfig) -> dict[str, Any]:
-    """The heads are trained as the student is, whole and at a rate of their own."""
-    rate = sprint.discriminator_learning_rate or config.optimizer.learning_rate
-    own = {"frozen": (), "trained": (), "learning_rates": (), "no_decay": type(config.optimizer).no_decay}
-    final = min(config.optimizer.final_learning_rate, rate)
-    return {
-        "generator": config.optimizer,
-        "discriminator": dataclasses.replace(config.optimizer, learning_rate=rate, final_learning_rate=final, **own),
-    }
-
-
-def make_sprint_optimizers(config: RunConfig, sprint: SprintConfig, trained: PyTree) -> SprintOptimizers:
+def make_sprint_optimizers(config: RunConfig, sprint: SprintConfig, trained: PyTree) -> PhaseOptimizers:
     """The optimizers of a run; schedules count the steps of their own kind.
 
     Args:
@@ -81,12 +46,13 @@ def make_sprint_optimizers(config: RunConfig, sprint: SprintConfig, trained: PyT
         UserError: settings that do not fit the parameters, or a batch that does not fit the heads.
     """
     check_batch_of_heads(sprint, config.batch_size, config.accumulation)
-    configs, steps = _optimizer_configs(config, sprint), phase_steps(config, sprint)
-    generator = make_optimizer(configs["generator"], steps, part(trained, STUDENT))
-    if not sprint.adversarial:
-        return SprintOptimizers(generator, None)
-    discriminator = make_optimizer(configs["discriminator"], steps, part(trained, DISCRIMINATOR))
-    return SprintOptimizers(generator, discriminator)
+    kinds = cycle(sprint)
+    # the heads are trained as the student is, whole and at a rate of their own
+    beside = optimizer_beside(config.optimizer, sprint.discriminator_learning_rate)
+    choices = {"generator": (STUDENT, config.optimizer), "discriminator": (DISCRIMINATOR, beside)}
+    return make_phase_optimizers(
+        [Phase(name, *choices[name], steps_of(config, kinds, name)) for name in kinds], trained
+    )
 
 
 def check_batch_of_heads(sprint: SprintConfig, batch_size: int, accumulation: int) -> None:
@@ -113,82 +79,30 @@ def check_batch_of_heads(sprint: SprintConfig, batch_size: int, accumulation: in
             )
 
 
-def make_sprint_steps(sprint: Sprint, optimizers: SprintOptimizers, config: RunConfig) -> tuple[StepFunction, ...]:
+def make_sprint_steps(sprint: Sprint, optimizers: PhaseOptimizers, config: RunConfig) -> tuple[StepFunction, ...]:
     """The step functions ``(state, frozen, batch) -> (state, metrics)``: step number n is made with ``n % len``.
 
     ``state.params`` is the tree of ``train.objectives.sprint``, ``state.ema`` that of ``averaged``, ``state.opt_state``
-    that of ``SprintOptimizers.init``; ``frozen`` is the teacher's parameters. Gradients are the mean over the whole
-    batch, whatever the accumulation. A step whose loss or gradient norm is not finite leaves everything as it was and
-    reports ``finite=False``.
+    that of ``PhaseOptimizers.init``; ``frozen`` is the teacher's parameters. See ``make_phase_step``.
     """
-    settings = _optimizer_configs(config, sprint.config)
-    kinds = phases(sprint.config)
+    kinds = cycle(sprint.config)
 
-    def make(phase: str, names: tuple[str, ...]):
-        draw = getattr(sprint, f"draw_{phase}")
-        optimizer = getattr(optimizers, phase)
-        options = settings[phase]
-        schedule = learning_rate_schedule(options, phase_steps(config, sprint.config))
+    def generator(trained, frozen, batch, draws, step):
+        return sprint.generator_losses(trained, frozen, batch, draws, step), ()
 
-        def losses_of(trained, frozen, batch, draws, step) -> PhaseLosses:
-            if phase == "generator":
-                return sprint.generator_losses(trained, frozen, batch, draws, step)
-            return sprint.discriminator_losses(trained, frozen, batch, draws)
+    def discriminator(trained, frozen, batch, draws, step):
+        return sprint.discriminator_losses(trained, frozen, batch, draws), ()
 
-        def step_function(state: TrainState, frozen: PyTree, batch: Batch) -> tuple[TrainState, StepMetrics]:
-            def mean_loss(own, batch, draws):
-                trained = {**state.params, **stop_frozen(own, options.frozen, options.trained)}
-                rows = batch.latents.shape[0]
-                # what the teacher sees twice, with and without captions, is twice as long
-                with batch_stays_cut(rows), batch_stays_cut(2 * rows):
-                    losses = losses_of(trained, frozen, batch, draws, state.step)
-                return losses.loss.mean(), losses
+    def vectors(before, carried):
+        return {"vectors": vectors_after(before)}
 
-            rows = _part_rows((batch, draw(config.seed, state.step, batch)), config.accumulation)
-            own, own_state = part(state.params, names), state.opt_state[phase]
-            loss, losses, grads = accumulate(
-                jax.value_and_grad(mean_loss, has_aux=True), own, *rows, config.accumulation
-            )
-            updates, new_state = optimizer.update(grads, own_state, own)
-            params = {**state.params, **optax.apply_updates(own, updates)}
-            ema = state.ema
-            if phase == "discriminator":
-                params["vectors"] = vectors_after(state.params)
-            elif ema is not None:
-                decay = ema_decay(state.step // len(kinds), config.ema.decay, config.ema.warmup)
-                ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, averaged(params))
-            grad_norm = optax.tree_utils.tree_norm(grads)
-            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-            new = TrainState(state.step + 1, params, ema, {**state.opt_state, phase: new_state})
-            kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-            bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
-            metrics = StepMetrics(
-                loss=loss,
-                grad_norm=grad_norm,
-                update_norm=optax.tree_utils.tree_norm(updates),
-                param_norm=optax.tree_utils.tree_norm(part(kept.params, names)),
-                learning_rate=jnp.asarray(schedule(updates_taken(own_state)), jnp.float32),
-                finite=finite,
-                bin_loss=losses.loss @ bins,
-                bin_count=bins.sum(0),
-                figures={f"{phase}/{name}": values.mean() for name, values in losses.figures.items()},
-            )
-            return kept._replace(step=new.step), metrics
+    special = {
+        "generator": (sprint.draw_generator, generator, {"averaged": AVERAGED, "steps_per_update": len(kinds)}),
+        "discriminator": (sprint.draw_discriminator, discriminator, {"replaced": vectors}),
+    }
 
-        return step_function
+    def make(phase: Phase) -> StepFunction:
+        draw, losses_of, more = special[phase.name]
+        return make_phase_step(phase, optimizers.transformations[phase.name], config, draw, losses_of, **more)
 
-    return tuple(make(phase, STUDENT if phase == "generator" else DISCRIMINATOR) for phase in kinds)
-
-
-def _part_rows(arrays: PyTree, parts: int) -> PyTree:
-    """Reorders rows so that the parts of ``accumulate``, every ``parts``-th row, are runs of the given order.
-
-    The heads normalise over runs of samples: these are then the same in parts as in the whole batch.
-    """
-    if parts == 1:
-        return arrays
-
-    def reorder(array):
-        return array.reshape(parts, -1, *array.shape[1:]).swapaxes(0, 1).reshape(array.shape)
-
-    return jax.tree.map(reorder, arrays)
+    return tuple(make(phase) for phase in optimizers.phases)

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from configs.schema import RunConfig
-from kernels.typing import Array, Bool, Float, PyTree
+from configs.schema import EmaConfig, RunConfig
+from kernels.typing import Array, Bool, Float, Int, PyTree
 from train.batch import Batch
 from train.objectives.base import Objective
 from train.optimizers import evaluation_params, learning_rate_schedule, stop_frozen, updates_taken
@@ -65,8 +65,7 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         if ema is not None and config.optimizer.name == "schedule_free_adamw":
             ema = evaluation_params(opt_state, params)  # which is an average already
         elif ema is not None:
-            decay = ema_decay(state.step, config.ema.decay, config.ema.warmup)
-            ema = jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), ema, params)
+            ema = moving_average(config.ema, ema, params, state.step, state.step)
         grad_norm = optax.tree_utils.tree_norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
         new = TrainState(state.step + 1, params, ema, opt_state)
@@ -107,6 +106,24 @@ def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: Py
     (loss, grads), losses = jax.lax.scan(body, zeros, jax.tree.map(split, (batch, draws)))
     loss, grads = jax.tree.map(lambda total: total / parts, (loss, grads))
     return loss, jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(-1), losses), grads
+
+
+def moving_average(
+    config: EmaConfig, average: PyTree, params: PyTree, step: Int[Array, ""], updates: Int[Array, ""]
+) -> PyTree:
+    """The average after an update of the parameters.
+
+    Args:
+        config: decay, warm-up, and the step from which there is an average; until then it is the parameters.
+        average: before the update.
+        params: after it.
+        step: of the run, before it.
+        updates: of these parameters, before it; the warm-up counts them.
+    """
+    decay = ema_decay(updates, config.decay, config.warmup)
+    if config.start:
+        decay = jnp.where(step < config.start, 0.0, decay)
+    return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, params)
 
 
 def ema_decay(step, decay: float, warmup: bool):

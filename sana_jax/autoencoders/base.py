@@ -59,6 +59,14 @@ class VideoAutoencoder(Protocol):
         """The next latent frames of a video to their frames; ``state`` is what the ones before gave, None to begin."""
         ...
 
+    def training_params(self) -> PyTree:
+        """The parameters that ``last_frame_encoded`` takes."""
+        ...
+
+    def last_frame_encoded(self, params: PyTree, latents: Float[Array, "B T h w C"]) -> Float[Array, "B 1 h w C"]:
+        """The last frame of a video, encoded as a picture: a pure function, for training on growing videos."""
+        ...
+
     def to_config(self) -> dict[str, Any]:
         """What ``vae/config.json`` holds, ``_class_name`` included."""
         ...

@@ -100,6 +100,14 @@ class PixelVideoAutoencoder(PixelAutoencoder):
         del state
         return self.decode(latents), ()
 
+    def training_params(self) -> tuple[()]:
+        """None: there is nothing to learn."""
+        return ()
+
+    def last_frame_encoded(self, params: tuple[()], latents: Float[Array, "B F H W C"]) -> Float[Array, "B 1 H W C"]:
+        """The last frame, which is its own picture."""
+        return latents[:, -1:]
+
     def _video(self, array: Any, name: str) -> Any:
         if len(array.shape) != 5:
             raise UserError(

@@ -228,6 +228,31 @@ class WanAutoencoder:
         frames, state = self._next("decoder", self._denormalised(latents), state, tiling)
         return jnp.clip(frames, -1, 1), state
 
+    # --- in training --------------------------------------------------------------------------------------------------
+
+    def training_params(self) -> PyTree:
+        """The parameters that ``last_frame_encoded`` takes."""
+        return self.weights.params
+
+    def last_frame_encoded(self, params: PyTree, latents: Float[Array, "B T h w C"]) -> Float[Array, "B 1 h w C"]:
+        """The last frame of a video, decoded and encoded again by itself: a pure function, without tiles.
+
+        One latent frame is decoded after another, so that memory does not depend on their number.
+        """
+        decoder, encoder = (network(self.config, self.dtype) for network in (WanDecoder, WanEncoder))
+
+        def decode(latents: Array, state: PyTree | None) -> tuple[Array, PyTree]:
+            frames, state = decoder.apply({"params": params["decoder"]}, latents, state)
+            return frames[:, -1:].astype(jnp.float32), state
+
+        latents = self._denormalised(latents)
+        last, state = decode(latents[:, :1], None)
+        if latents.shape[1] > 1:
+            rest = jnp.moveaxis(latents[:, 1:], 1, 0)[:, :, None]
+            (last, _), _ = jax.lax.scan(lambda carry, frame: (decode(frame, carry[1]), None), (last, state), rest)
+        moments, _ = encoder.apply({"params": params["encoder"]}, jnp.clip(last, -1, 1))
+        return self._normalised(mean_and_log_variance(moments.astype(jnp.float32))[0])
+
     # --- inside -----------------------------------------------------------------------------------------------------
 
     def _check(self, half: str, x: Array) -> None:

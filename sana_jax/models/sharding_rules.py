@@ -9,7 +9,7 @@ that hold the halves; and where the axis does not divide the number of heads (70
 
 from __future__ import annotations
 
-Rule = tuple[str, tuple[str | None, ...]]
+Rule = tuple[str, tuple[str | tuple[str, ...] | None, ...]]
 
 SANA: tuple[Rule, ...] = (
     (r"transformer_blocks/attn[12]/to_[qkv]/kernel", (None, "fsdp", "tensor")),

@@ -100,9 +100,14 @@ def open_model(
     transformer = make_transformer(model.transformer_config, compute_dtype, emulate_fp16_saturation)
     kind = "whole" if model.trained_from is None else model.trained_from.kind
     trained = None
+    if kind == "chunk_causal":
+        raise UserError(
+            f"{model.path} has been trained in causal blocks, for ODE initialisation to begin with, and no pipeline "
+            "samples it by itself: python -m train.main longsana_ode --model RUN"
+        )
     if kind != "whole":
         trained, step, which = _trained_part(model, weights, checkpoint_step)
-    if kind == "sprint":
+    if kind in ("sprint", "self_forcing"):
         params = jax.tree.map(lambda leaf: leaf.astype(compute_dtype), trained["transformer"])
         resident = Resident.of("transformer", params)
     else:
@@ -185,6 +190,8 @@ def open_transformer_weights(
     if checkpoints.is_dir():
         if variant is not None:
             raise UserError(f"{model.path} is a training run and has no variants; leave variant={variant!r} out")
+        if model.trained_from is not None and model.trained_from.kind == "self_forcing":
+            return _open_generator(checkpoints, abstract, weights, checkpoint_step)
         params, step, which = load_checkpoint_params(checkpoints, abstract, which=weights, step=checkpoint_step)
         return Resident.of("transformer", params), step, which
     if not (component / CONVERTED).is_dir() and not any(component.glob("*.safetensors*")):
@@ -200,6 +207,17 @@ def open_transformer_weights(
         )
     resident = open_component(component, rules_of(model.transformer_config), abstract, variant=variant)
     return resident, None, None
+
+
+def _open_generator(
+    checkpoints: pathlib.Path, abstract: PyTree, weights: str, checkpoint_step: int | None
+) -> tuple[Resident, int, str]:
+    """The network that self-forcing trains for sampling; the others of its checkpoint are read and let go of."""
+    structure = checkpoint_structure(checkpoints, which=weights, step=checkpoint_step)
+    params, step, which = load_checkpoint_params(
+        checkpoints, {**structure, "transformer": abstract}, which=weights, step=checkpoint_step
+    )
+    return Resident.of("transformer", params["transformer"]), step, which
 
 
 def _open_controlnet(

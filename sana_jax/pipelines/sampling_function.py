@@ -17,6 +17,7 @@ from sana_jax.diffusion.guidance import (
     projected_guidance,
 )
 from sana_jax.diffusion.samplers import Sampler, Schedule
+from sana_jax.diffusion.samplers.longsana import causal_block_starts
 from sana_jax.diffusion.sampling import VelocityFunction, sample_scan
 from sana_jax.models.condition_tokens import ConditionTokens
 from sana_jax.models.controlnet import SanaControlNet
@@ -91,9 +92,15 @@ class Network(NamedTuple):
 
 
 class VideoNetwork(NamedTuple):
-    """A video transformer, as samplers see it."""
+    """A video transformer, as samplers see it.
+
+    Attributes:
+        transformer: the network.
+        block_frames: latent frames of a causal block, of which the first takes the remainder; None: bidirectional.
+    """
 
     transformer: SanaVideoTransformer
+    block_frames: int | None = None
 
     def velocity(
         self,
@@ -118,12 +125,14 @@ class VideoNetwork(NamedTuple):
             start = given.shape[1]
             latents = jnp.concatenate([jnp.concatenate([given] * (batch // given.shape[0])), latents], axis=1)
             timesteps = jnp.where(jnp.arange(latents.shape[1]) < start, 0.0, timesteps[:, None])
+        starts = None if self.block_frames is None else causal_block_starts(latents.shape[1], self.block_frames)
         output = self.transformer.apply(
             transformer_variables(params, lora),
             latents,
             conditions.embeds,
             timesteps,
             conditions.mask,
+            block_starts=starts,
         )
         return output[:, start:].astype(jnp.float32)
 

@@ -68,6 +68,12 @@ class WordEncoder:
                 "and max_length >= 2 (the begin token and a word): raise them"
             )
 
+    @classmethod
+    def of_captions(cls, captions: Sequence[str], embedding_dim: int, max_length: int) -> WordEncoder:
+        """An encoder that knows the words of these captions; the other arguments are the constructor's."""
+        words = dict.fromkeys(word for caption in captions for word in caption.lower().split())
+        return cls(tuple(words), embedding_dim, max_length)
+
     def encode(
         self, prompts: Sequence[str], *, negative: bool = False
     ) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:

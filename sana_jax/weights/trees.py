@@ -19,7 +19,8 @@ from sana_jax.weights.quiet import quiet_orbax
 def abstract_tree(tree: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
     """Shapes, dtypes and shardings of a tree of arrays (or of ShapeDtypeStructs), as the restoring functions take them.
 
-    A leaf without a sharding goes to this process's first device. ``dtype`` replaces the floating-point dtypes.
+    A leaf without a sharding, or with one on a mesh without devices (what is traced inside ``jax.set_mesh`` has it),
+    goes to this process's first device. ``dtype`` replaces the floating-point dtypes.
     """
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -27,7 +28,10 @@ def abstract_tree(tree: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             leaf = np.asarray(leaf)
         leaf_dtype = dtype if dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.dtype
-        return jax.ShapeDtypeStruct(leaf.shape, leaf_dtype, sharding=getattr(leaf, "sharding", None) or device)
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None or isinstance(getattr(sharding, "mesh", None), jax.sharding.AbstractMesh):
+            sharding = device
+        return jax.ShapeDtypeStruct(leaf.shape, leaf_dtype, sharding=sharding)
 
     return jax.tree.map(describe, tree)
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -192,9 +193,17 @@ def straight_run(tmp_path_factory) -> Path:
 
 @contextlib.contextmanager
 def in_this_process(cache: Path) -> Iterator[None]:
-    """JAX as ``start`` sets it up, for calls of ``call``."""
+    """JAX as ``start`` sets it up, for calls of ``call``; what would be written into the cache is kept in memory."""
     import jax
-    from jax.experimental.compilation_cache import compilation_cache
+    from jax._src import compilation_cache  # the public module lacks the two functions that are replaced
+
+    read, kept = compilation_cache.get_executable_and_time, {}
+
+    def get(key, *how):
+        return (kept[key], 0) if key in kept else read(key, *how)
+
+    def put(key, name, executable, *how):
+        kept[key] = executable
 
     wanted = {
         "jax_compilation_cache_dir": str(cache),
@@ -204,17 +213,16 @@ def in_this_process(cache: Path) -> Iterator[None]:
     optimizations_off = "jax_disable_most_optimizations"  # a flag without an attribute
     before = {name: getattr(jax.config, name) for name in wanted if name != optimizations_off}
     before[optimizations_off] = jax.config.read(optimizations_off)
-    # leaving it puts back the mesh that was set before, whatever has been set inside
-    with jax.set_mesh(jax.make_mesh((1,), ("none",), devices=jax.devices()[:1])):
-        for name, value in wanted.items():
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        with unittest.mock.patch.multiple(compilation_cache, get_executable_and_time=get, put_executable_and_time=put):
+            yield
+    finally:
+        for name, value in before.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
-        try:
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
 
 
 def call(capfd, *options: str, stop=None) -> tuple[int, str, str]:

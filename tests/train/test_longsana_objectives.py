@@ -97,7 +97,7 @@ def ode_case(rows: int = 3) -> tuple[OdeInitialization, Batch]:
     options = OdeInitializationConfig(timesteps=(1000, 800, 500), block_frames=2)
     batch = batch_of(5, rows=rows)
     states = np.random.default_rng(1).normal(size=(rows, 3, *batch.latents.shape[1:])).astype(np.float32)
-    return OdeInitialization(toy_score, options, (0, 3)), batch._replace(conditions={"trajectory": states})
+    return OdeInitialization(toy_score, options), batch._replace(conditions={"trajectory": states})
 
 
 def test_the_ode_loss_is_a_mean_over_the_frames_of_the_batch_that_are_not_clean():

@@ -188,16 +188,22 @@ class Shard:
 
 
 class ShardWriter:
-    """Collects records in a file with a temporary name; ``close`` makes it a shard."""
+    """Collects records in a file with a temporary name; ``close`` makes it a shard.
 
-    def __init__(self, path: Path, kind: str):
+    Args:
+        path: of the records' file.
+        kind: ``latents`` or ``prompts``.
+        option: that names the folder, for messages.
+    """
+
+    def __init__(self, path: Path, kind: str, option: str = "--data.cache"):
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        self._path, self._kind = path, kind
+        self._path, self._kind, self._option = path, kind, option
         self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         self._writer = ArrayRecordWriter(str(self._temporary), _WRITER_OPTIONS)
         if not self._writer.ok():
-            raise UserError(f"{path.parent} can't be written to; name another folder with --data.cache")
+            raise UserError(f"{path.parent} can't be written to; name another folder with {option}")
         self._names: list[Name] = []
         self._signatures: list[str] = []
         self._layouts: dict[Layout, int] = {}
@@ -256,7 +262,7 @@ class ShardWriter:
             self.abandon()
             raise UserError(
                 f"{self._path.parent} can't be written to ({' '.join(str(error).split())[:160]}); the shards before "
-                "this one are kept: make room, or name another folder with --data.cache, and start again"
+                f"this one are kept: make room, or name another folder with {self._option}, and start again"
             ) from error
 
 
@@ -271,15 +277,24 @@ class CacheWriter:
         identity: of the numbers that will be added.
         thorough: read all that is there to find damage inside of files, not only their sizes.
         say: prints a line.
+        option: that names the folder, for messages.
 
     Raises:
         CheckpointError: the cache there has another identity.
         UserError: the directory can't be written to, or holds something else.
     """
 
-    def __init__(self, directory: Path, identity: CacheIdentity, *, thorough: bool = False, say: Say = print):
-        self.directory, self.identity, self._say = directory, identity, say
-        _check_place(directory)
+    def __init__(
+        self,
+        directory: Path,
+        identity: CacheIdentity,
+        *,
+        thorough: bool = False,
+        say: Say = print,
+        option: str = "--data.cache",
+    ):
+        self.directory, self.identity, self.option, self._say = directory, identity, option, say
+        _check_place(directory, option)
         self._lock: IO | None = None
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -293,7 +308,7 @@ class CacheWriter:
         except OSError as error:
             self.close()
             raise UserError(
-                f"the cache {directory} can't be written to ({error.strerror}); name another folder with --data.cache"
+                f"the cache {directory} can't be written to ({error.strerror}); name another folder with {option}"
             ) from error
         except BaseException:
             self.close()
@@ -324,11 +339,15 @@ class CacheWriter:
     def new_shard(self, kind: str) -> ShardWriter:
         """A shard to be filled; hand what its ``close`` returns to ``keep``."""
         numbers = [int(match[1]) for match in (re.search(r"-(\d+)\.", s.path.name) for s in self.shards) if match]
-        return ShardWriter(self.directory / f"{kind}-{max(numbers, default=-1) + 1:05d}{_SUFFIX}", kind)
+        return self.numbered_shard(kind, max(numbers, default=-1) + 1)
+
+    def numbered_shard(self, kind: str, number: int) -> ShardWriter:
+        """As ``new_shard``, of a given number; its ``close`` replaces the shard of that number."""
+        return ShardWriter(self.directory / shard_name(kind, number), kind, self.option)
 
     def keep(self, shard: Shard) -> None:
         """Counts a closed shard as part of the cache."""
-        self.shards.append(shard)
+        self.shards = [other for other in self.shards if other.path != shard.path] + [shard]
 
     def write_samples(self, lines: Iterator[Mapping[str, Any]]) -> None:
         """Writes the list of the data's pictures, which makes the cache readable."""
@@ -376,6 +395,11 @@ class CacheWriter:
         return shards
 
 
+def shard_name(kind: str, number: int) -> str:
+    """The name of a shard's file of records."""
+    return f"{kind}-{number:05d}{_SUFFIX}"
+
+
 class Place(NamedTuple):
     """Where a record is: shard and number in it."""
 
@@ -385,6 +409,10 @@ class Place(NamedTuple):
 
 class CacheReader:
     """A finished cache, read record by record; any number of threads may read at once.
+
+    Args:
+        directory: of the cache.
+        unfinished: read what there is of one that is not finished; it has no ``samples``.
 
     Attributes:
         directory: of the cache.
@@ -396,10 +424,10 @@ class CacheReader:
         CheckpointError: a file is damaged; the message names it.
     """
 
-    def __init__(self, directory: str | os.PathLike[str]):
+    def __init__(self, directory: str | os.PathLike[str], *, unfinished: bool = False):
         self.directory = Path(directory)
         self.identity = read_identity(self.directory)
-        if not (self.directory / SAMPLES_FILE).is_file():
+        if not unfinished and not (self.directory / SAMPLES_FILE).is_file():
             raise FileNotFoundError(
                 f"the cache {self.directory} is not finished; continue with python -m train.precompute and the same "
                 "options"
@@ -522,14 +550,14 @@ def _open_records(path: Path) -> Any:
     return ArrayRecordReader(str(path), _READER_OPTIONS, file_reader_buffer_size=_READER_BUFFER)
 
 
-def _check_place(directory: Path) -> None:
+def _check_place(directory: Path, option: str) -> None:
     if directory.exists() and not directory.is_dir():
-        raise UserError(f"--data.cache {directory} is a file; name a folder that is new or holds a cache")
+        raise UserError(f"{option} {directory} is a file; name a folder that is new or holds a cache")
     if not directory.is_dir() or (directory / IDENTITY_FILE).exists():
         return
     if found := sorted(path.name for path in directory.iterdir() if not path.name.startswith(".")):
         raise UserError(
-            f"--data.cache {directory} holds {', '.join(found[:3])} but no {IDENTITY_FILE}, so it is no cache; name a "
+            f"{option} {directory} holds {', '.join(found[:3])} but no {IDENTITY_FILE}, so it is no cache; name a "
             "folder that is new, empty or holds a cache"
         )
 
@@ -547,7 +575,8 @@ def _lock(path: Path, say: Say) -> IO:
 
 def _damaged(path: Path, problem: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} {problem}; python -m train.precompute with the same options finds what is damaged and makes it again"
+        f"{path} {problem}; python -m train.precompute (of trajectories, train.make_trajectories) with the same "
+        "options finds what is damaged and makes it again"
     )
 
 

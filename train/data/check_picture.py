@@ -43,10 +43,7 @@ def draw_check_picture(
         Where it is; None if none of the pictures could be read again.
     """
     reader = CacheReader(directory)
-    samples = list(reader.samples())
-    height, width = Counter(tuple(sample["size"]) for sample in samples).most_common(1)[0][0]
-    samples = [sample for sample in samples if sample["size"] == [height, width]]
-    samples = samples[:: max(1, len(samples) // _SHOWN)][:_SHOWN]
+    samples, height, width = samples_of_one_size(reader, _SHOWN)
     records = {record.key: record for record in source.records}
     places = reader.places(LATENTS)
     originals, latents, captions = [], [], []
@@ -79,6 +76,14 @@ def draw_check_picture(
         save_png(path, image_grid(pictures, columns=len(originals), labels=labels))
     say(f"decoded again, pictures have {nearness(error)}; look at {path}")
     return path
+
+
+def samples_of_one_size(reader: CacheReader, most: int) -> tuple[list[dict[str, Any]], int, int]:
+    """Some samples of the commonest size, spread over the cache, and that size's height and width."""
+    samples = list(reader.samples())
+    height, width = Counter(tuple(sample["size"]) for sample in samples).most_common(1)[0][0]
+    samples = [sample for sample in samples if sample["size"] == [height, width]]
+    return samples[:: max(1, len(samples) // most)][:most], height, width
 
 
 def nearness(error: float) -> str:

@@ -79,8 +79,7 @@ class DigitsData:
     @cached_property
     def text_encoder(self) -> WordEncoder:
         """Knows the captions' words."""
-        words = dict.fromkeys(word for caption in self.captions for word in caption.lower().split())
-        return WordEncoder(tuple(words), self.config.embedding_dim, self.config.max_words + 1)
+        return WordEncoder.of_captions(self.captions, self.config.embedding_dim, self.config.max_words + 1)
 
     @property
     def captions(self) -> list[str]:

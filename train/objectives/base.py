@@ -15,6 +15,14 @@ class SampleLosses(NamedTuple):
     sigma: Float[Array, " B"]
 
 
+class PhaseLosses(NamedTuple):
+    """What a step of one kind reports: each sample's loss, its flow level, and further figures by name; float32."""
+
+    loss: Float[Array, " B"]
+    sigma: Float[Array, " B"]
+    figures: dict[str, Float[Array, " B"]]
+
+
 class Objective(Protocol):
     """A loss as a pure function of parameters, a batch, and what is random about it."""
 

@@ -24,6 +24,7 @@ from sana_jax.diffusion.trigflow import flow_input, sigma_from_angle
 from sana_jax.errors import UserError
 from sana_jax.models.sana import SanaTransformer, init_params
 from train.batch import Batch
+from train.objectives.base import PhaseLosses
 from train.objectives.discriminator import head_logits, init_heads, init_vectors, power_iteration
 from train.objectives.scm import (
     angle_from_normal,
@@ -70,14 +71,6 @@ class DiscriminatorDraws(NamedTuple):
     """Another sample's for each caption; None without misaligned pairs."""
     misaligned_angle: Float[Array, " B"] | None
     misaligned_noise: Float[Array, "B H W C"] | None
-
-
-class PhaseLosses(NamedTuple):
-    """Each sample's loss and flow level, and further figures of each sample by name, all (B,) in float32."""
-
-    loss: Float[Array, " B"]
-    sigma: Float[Array, " B"]
-    figures: dict[str, Float[Array, " B"]]
 
 
 @dataclass(frozen=True)

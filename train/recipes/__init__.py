@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from configs.schema import RunConfig
+from sana_jax.autoencoders import VideoAutoencoder
 from sana_jax.errors import UserError
 from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig
 from sana_jax.models.sana import SanaTransformer
+from train.batch import Batch
 from train.networks import make_network
 from train.recipes.base import Prompts, Recipe
 from train.recipes.controlnet import ControlNetTraining
+from train.recipes.longsana import ChunkCausalTraining, OdeTraining, SelfForcingTraining, causal_network
 from train.recipes.lora import LoraTransformer
 from train.recipes.sprint import SprintTraining, student_config
 from train.recipes.whole import WholeTransformer
 
-__all__ = ["Prompts", "Recipe", "make_recipe", "student_config"]
+__all__ = ["DataShapes", "Prompts", "Recipe", "make_recipe", "student_config"]
 
 
-def make_recipe(config: RunConfig) -> Recipe:
-    """The recipe of a settled configuration."""
+class DataShapes(NamedTuple):
+    """What training on windows of growing videos has to know: a batch as shapes, and the latents' autoencoder."""
+
+    batch: Batch
+    autoencoder: VideoAutoencoder
+
+
+def make_recipe(config: RunConfig, data: DataShapes | None = None) -> Recipe:
+    """The recipe of a settled configuration; ``data`` is what the few that depend on it need, once it is there."""
     transformer = make_network(config.transformer, config.compute)
     if config.sprint is not None:
         shape = dataclasses.replace(config.transformer, guidance_embeds=False)
@@ -29,6 +40,12 @@ def make_recipe(config: RunConfig) -> Recipe:
     if config.lora is not None:
         encoders = None if config.tokens is None else config.tokens.network(config.transformer)
         return LoraTransformer(transformer, config.lora, encoders, getattr(config.data, "conditions", ()))
+    if config.chunk_causal is not None:
+        return ChunkCausalTraining(causal_network(transformer), config.chunk_causal)
+    if config.ode is not None:
+        return OdeTraining(causal_network(transformer), config.ode)
+    if config.self_forcing is not None:
+        return SelfForcingTraining(causal_network(transformer), transformer, config.self_forcing, *(data or ()))
     return WholeTransformer(transformer)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+from jax.sharding import Mesh
+
 from configs.schema import RunConfig
 from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
@@ -62,6 +64,10 @@ class Recipe(Protocol):
 
     def averaged(self, trained: PyTree) -> PyTree:
         """What the moving average is kept of, and pictures are drawn with."""
+        ...
+
+    def frozen(self, base: PyTree | None, mesh: Mesh) -> PyTree | None:
+        """What stays in memory beside the trained parameters, from the base model's, or from their shapes."""
         ...
 
     def optimizer(self, config: RunConfig, trained: PyTree) -> Any:

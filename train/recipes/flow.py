@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import optax
+from jax.sharding import Mesh
 
 from configs.schema import RunConfig
 from kernels.typing import PyTree
@@ -15,9 +18,15 @@ from train.step import StepFunction, make_train_step
 class FlowRecipe:
     """One optimizer, one kind of step, an average of all that is trained."""
 
+    keeps_base: ClassVar[bool]
+
     def averaged(self, trained: PyTree) -> PyTree:
         """All of it."""
         return trained
+
+    def frozen(self, base: PyTree | None, mesh: Mesh) -> PyTree | None:
+        """The base model's parameters, where they stay."""
+        return base if self.keeps_base else None
 
     def optimizer(self, config: RunConfig, trained: PyTree) -> optax.GradientTransformation:
         """The configured one."""

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from configs.schema import RunConfig
 from configs.sprint import SprintConfig
@@ -19,8 +20,9 @@ from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sharding_rules import SANA, Rule
 from train.objectives.scm import network_velocity
 from train.objectives.sprint import Sprint, init_trained
+from train.phases import PhaseOptimizers
 from train.recipes.base import NullEncoding, Prompts, SamplingFunction
-from train.sprint_step import SprintOptimizers, averaged, make_sprint_optimizers, make_sprint_steps
+from train.sprint_step import averaged, make_sprint_optimizers, make_sprint_steps
 from train.step import StepFunction
 
 # Kernels are (heads, taps, inputs, outputs), cut by their inputs: the last convolution has one output.
@@ -73,12 +75,16 @@ class SprintTraining:
         """The student."""
         return averaged(trained)
 
-    def optimizer(self, config: RunConfig, trained: PyTree) -> SprintOptimizers:
+    def frozen(self, base: PyTree, mesh: Mesh) -> PyTree:
+        """The teacher's parameters."""
+        return base
+
+    def optimizer(self, config: RunConfig, trained: PyTree) -> PhaseOptimizers:
         """One for the student and one for the heads."""
         return make_sprint_optimizers(config, self.config, trained)
 
     def step_functions(
-        self, config: RunConfig, optimizer: SprintOptimizers, null_encoding: NullEncoding
+        self, config: RunConfig, optimizer: PhaseOptimizers, null_encoding: NullEncoding
     ) -> tuple[StepFunction, ...]:
         """The student's and the discriminator's."""
         return make_sprint_steps(self._losses(null_encoding), optimizer, config)

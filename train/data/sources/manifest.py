@@ -28,13 +28,7 @@ def list_manifest(path: pathlib.Path, kinds: Collection[str] = (), media: Media 
         UserError: the file can't be read, or has no column of pictures.
     """
     listing = Listing(f"manifest {path.name}", path.parent)
-    try:
-        text, encoding = read_text(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); allow reading it, or name another") from error
-    if encoding != "UTF-8":
-        listing.notes.append(f"{path.name} is not UTF-8 and read as {encoding}")
-    rows = list((_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(listing, path, text))
+    rows = read_rows(path, listing)
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     picture = picture_column(names, media.columns)
     if picture is None:
@@ -46,6 +40,21 @@ def list_manifest(path: pathlib.Path, kinds: Collection[str] = (), media: Media 
         _add_row(listing, where, sort_out(row, picture, kinds), media)
     unique_keys(listing)
     return listing
+
+
+def read_rows(path: pathlib.Path, listing: Listing) -> list[tuple[str, dict[str, Any]]]:
+    """The rows of a manifest, each with where it stands; what can't be read is noted in the listing.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        text, encoding = read_text(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}); allow reading it, or name another") from error
+    if encoding != "UTF-8":
+        listing.notes.append(f"{path.name} is not UTF-8 and read as {encoding}")
+    return list((_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(listing, path, text))
 
 
 def _add_row(listing: Listing, where: str, row, media: Media) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,7 +12,7 @@ from sana_jax.images import automatic_enlargement, enlarge_image, image_grid, sa
 from train.data.buckets import Bucket
 from train.data.cache import CHECK_FILE, LATENTS, CacheReader
 from train.data.cache_plan import view_of
-from train.data.check_picture import label_of, nearness
+from train.data.check_picture import label_of, nearness, samples_of_one_size
 from train.data.decoding import BadPicture
 from train.data.encoding import ClipEncoder, to_network_range
 from train.data.video.source import ClipSource
@@ -42,10 +41,7 @@ def draw_check_strip(
         Where it is; None if none of the clips could be read again.
     """
     reader = CacheReader(directory)
-    samples = list(reader.samples())
-    height, width = Counter(tuple(sample["size"]) for sample in samples).most_common(1)[0][0]
-    samples = [sample for sample in samples if sample["size"] == [height, width]]
-    samples = samples[:: max(1, len(samples) // _CLIPS)][:_CLIPS]
+    samples, height, width = samples_of_one_size(reader, _CLIPS)
     records = {record.key: record for record in source.records}
     places = reader.places(LATENTS)
     shown = np.unique(np.linspace(0, encoder.frames - 1, min(_FRAMES, encoder.frames)).round().astype(int))

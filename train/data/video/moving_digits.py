@@ -1,7 +1,8 @@
 """Clips of handwritten digits that move: real pixels, and motion that can be measured.
 
 A digit of scikit-learn's moves at a constant speed across a black canvas whose opposite sides are joined, so that its
-direction is the same in clips of any length. Digit and direction are in the caption, as in "a seven moving left".
+direction is the same in clips of any length. Digit and direction are in the caption, as in "a seven moving left". A
+digit comes back on the other side of its way, and is never cut by the sides along it.
 """
 
 from __future__ import annotations
@@ -140,8 +141,7 @@ class MovingDigitsData:
     @cached_property
     def text_encoder(self) -> WordEncoder:
         """Knows the captions' words."""
-        words = dict.fromkeys(word for caption in self.captions for word in caption.lower().split())
-        return WordEncoder(tuple(words), self.config.embedding_dim, self.config.max_words + 1)
+        return WordEncoder.of_captions(self.captions, self.config.embedding_dim, self.config.max_words + 1)
 
     @property
     def captions(self) -> list[str]:
@@ -196,8 +196,14 @@ class MovingDigitsData:
         """
         image, number = divmod(int(index), len(self.directions))
         place = float(self._generator(_START, int(index)).random()) if place is None else float(place)
-        start = divmod(int(place * self.config.canvas**2), self.config.canvas)
+        rows, columns = self._starts(self.directions[number])
+        start = divmod(int(place * rows * columns), columns)
         return Clip(image, int(self._pictures[1][image]), self.directions[number], start)
+
+    def _starts(self, direction: str) -> tuple[int, int]:
+        """How many rows and columns a digit may start at: all along its way, and across it those where it is whole."""
+        canvas, side = self.config.canvas, self._pictures[0].shape[1]
+        return tuple(canvas if moves else canvas - side + 1 for moves in DIRECTIONS[direction])
 
     def caption_of(self, index: int) -> str:
         """A sample's caption."""

@@ -18,7 +18,7 @@ import numpy as np
 from configs.longsana import OdeInitializationConfig
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from sana_jax.diffusion.flow import flow_matching_loss, shift_sigma
-from sana_jax.diffusion.samplers.longsana import nearest_sigma
+from sana_jax.diffusion.samplers.longsana import causal_block_starts, nearest_sigma
 from sana_jax.errors import UserError
 from train.batch import Batch
 from train.objectives.base import SampleLosses
@@ -85,14 +85,12 @@ class OdeInitialization:
     H, W, C) their states before, at the listed timesteps.
 
     Attributes:
-        network: the network in causal blocks, with ``block_starts``.
-        config: the timesteps and the table's flow shift.
-        block_starts: first latent frame of every block.
+        network: the network in causal blocks of ``config.block_frames``.
+        config: the timesteps, the table's flow shift and the blocks.
     """
 
     network: ScoreNetwork
     config: OdeInitializationConfig
-    block_starts: tuple[int, ...]
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -102,9 +100,9 @@ class OdeInitialization:
     def draw(self, seed: int, step: int | Int[Array, ""], batch: Batch) -> OdeDraws:
         """What is random at one step: the streams ``ode_index``."""
         rows, frames = batch.latents.shape[:2]
-        last = len(self.timesteps) - 1
-        chunks = jax.random.randint(stream(seed, step, "ode_index"), (rows, len(self.block_starts)), 0, last + 1)
-        index = frame_indices(chunks, self.block_starts, frames, last, self.config.clean_first_frame)
+        last, starts = len(self.timesteps) - 1, causal_block_starts(frames, self.config.block_frames)
+        chunks = jax.random.randint(stream(seed, step, "ode_index"), (rows, len(starts)), 0, last + 1)
+        index = frame_indices(chunks, starts, frames, last, self.config.clean_first_frame)
         counted = jnp.sum(index < last, axis=1).astype(jnp.float32)
         return OdeDraws(index, counted / jnp.maximum(counted.mean(), 1.0 / rows))
 

@@ -23,6 +23,7 @@ from sana_jax.diffusion.samplers.longsana import LongSanaSampler, causal_block_s
 from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoState, SanaVideoTransformer
 from train.batch import Batch
+from train.objectives.base import PhaseLosses
 from train.objectives.longsana.critic import critic_loss
 from train.objectives.longsana.dmd import (
     distribution_gradient,
@@ -41,7 +42,6 @@ from train.objectives.longsana.networks import (
     score_network,
 )
 from train.objectives.longsana.rollout import RolloutDraws, draw_rollout, rollout
-from train.objectives.sprint import PhaseLosses
 from train.randomness import stream
 
 # Captions of the real score, where they differ: the published recipe appends a motion score to them.

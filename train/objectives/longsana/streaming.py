@@ -16,10 +16,10 @@ import jax.numpy as jnp
 
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from train.batch import Batch
+from train.objectives.base import PhaseLosses
 from train.objectives.longsana.networks import Captions
 from train.objectives.longsana.self_forcing import SelfForcing, SelfForcingDraws, captions_of, real_captions_of
 from train.objectives.longsana.windows import Windows, compared_frames, history_after
-from train.objectives.sprint import PhaseLosses
 
 # (the autoencoder's parameters, last latent frames) -> their last pixel frame encoded by itself, (B, 1, H, W, C).
 PictureOf = Callable[[PyTree, Float[Array, "B T H W C"]], Float[Array, "B 1 H W C"]]

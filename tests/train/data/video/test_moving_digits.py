@@ -105,7 +105,10 @@ def test_a_sample_is_a_function_of_seed_and_index(data):
     starts = {data.clip(index).start for index in range(300)}
     assert len(starts) > 60
     places = (np.arange(data.config.canvas**2) + 0.5) / data.config.canvas**2
-    assert len({data.clip(0, place).start for place in places}) == data.config.canvas**2
+    # right: from every column, and from every row in which the sides along its way do not cut it
+    assert data.clip(0).direction == "right"
+    found = {data.clip(0, place).start for place in places}
+    assert found == {(row, column) for row in range(data.config.canvas - 7) for column in range(data.config.canvas)}
 
 
 def test_batches_and_captions(data):

@@ -1,0 +1,31 @@
+"""LongSANA's stage 1 in miniature, on a CPU: the moving digits in four steps, three frames after three.
+
+    python -m train.make_trajectories --model runs/moving_digits --per-caption 16 \\
+        --out runs/moving_digits_trajectories --num-steps 20 --flow-shift 3 --timesteps 1000 900 750 500
+    python -m train.main moving_digits_ode --model runs/moving_digits
+"""
+
+from __future__ import annotations
+
+from configs.longsana import OdeInitializationConfig
+from configs.longsana_data import TrajectoriesDataConfig
+from configs.schema import CheckpointConfig, EmaConfig, OptimizerConfig, PreviewConfig, RunConfig, VideoFlowConfig
+
+# Steps k/4 at the teacher's flow shift of 3.
+TIMESTEPS, FLOW_SHIFT, BLOCK_FRAMES = (1000, 900, 750, 500), 3.0, 3
+PREVIEW = PreviewConfig(every=200, sampler="longsana", num_inference_steps=4, guidance_scale=1.0, per_caption=1)
+
+CONFIG = RunConfig(
+    preset="moving_digits_ode",
+    run_dir="runs/moving_digits_ode",
+    steps=400,
+    transformer=None,
+    data=TrajectoriesDataConfig(path="runs/moving_digits_trajectories"),
+    ode=OdeInitializationConfig(timesteps=TIMESTEPS, flow_shift=FLOW_SHIFT, block_frames=BLOCK_FRAMES),
+    batch_size=16,
+    flow=VideoFlowConfig(),
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule="cosine", warmup_steps=20),
+    ema=EmaConfig(decay=0.99),
+    checkpoint=CheckpointConfig(every=200),
+    preview=PREVIEW,
+)

@@ -1,0 +1,173 @@
+"""LongSANA's stages through the trainer, on moving digits: each one runs, resumes exactly, and leaves a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from sana_jax import LongSanaVideoPipeline
+from sana_jax.errors import UserError
+from sana_jax.pipelines.text_to_video import SanaVideoPipeline
+from sana_jax.weights import load_checkpoint_params
+from sana_jax.weights.checkpoints import checkpoint_structure
+from tests.train.run_training import (
+    assert_same_run,
+    cache_directory,
+    call,
+    in_this_process,
+    left_behind,
+    rows,
+)
+from tests.train.test_main_video import DIGITS, words
+from train.main import main as train
+from train.make_trajectories import main as make_trajectories
+
+TIMESTEPS = [1000, 900, 750, 500]
+CLIP = {"data.digits": [3, 7], "data.frames": 4}
+TEACHER = {**DIGITS, **CLIP, "steps": 1, "checkpoint.every": 1, "preview.every": 0, "validation.every": 0}
+STAGE = {
+    "batch-size": 2,
+    "checkpoint.every": 2,
+    "preview.every": 4,
+    "preview.captions": 2,
+    "preview.num-inference-steps": 4,
+    "preview.guidance-scale": 1.0,
+}
+FORCING = {**STAGE, **CLIP, "self-forcing.block-frames": 2, "self-forcing.critic-steps": 1, "ema.start": 1}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def here(tmp_path_factory):
+    with in_this_process(cache_directory(tmp_path_factory)):
+        yield
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("longsana")
+
+
+@pytest.fixture(scope="module")
+def teacher(directory):
+    assert train(words("moving_digits", directory / "teacher", TEACHER)) == 0
+    return directory / "teacher"
+
+
+@pytest.fixture(scope="module")
+def ode(directory, teacher):
+    trajectories = directory / "trajectories"
+    options = ["--num-steps=8", "--flow-shift=3", "--per-caption=1", "--timesteps", *map(str, TIMESTEPS)]
+    make_trajectories([f"--model={teacher}", f"--out={trajectories}", *options])
+    more = {"model": teacher, "data.path": trajectories, "ode.block-frames": 2}
+    assert train(words("moving_digits_ode", directory / "ode", STAGE, more)) == 0
+    return directory / "ode"
+
+
+@pytest.fixture(scope="module")
+def self_forcing(directory, teacher, ode):
+    more = {"model": teacher, "self-forcing.generator": ode}
+    assert train(words("moving_digits_self_forcing", directory / "forcing", FORCING, more)) == 0
+    return directory / "forcing"
+
+
+@pytest.fixture(scope="module")
+def streaming(directory, teacher, self_forcing):
+    # windows of 4 frames, of which 2 more come each time: 4, 6, 8; six kinds of step of which four differ
+    stream = {"data.frames": 5, "self-forcing.stream.window-frames": 5, "self-forcing.stream.total-frames": 13}
+    stream |= {"self-forcing.block-frames": 4, "model": teacher, "self-forcing.generator": self_forcing}
+    assert train(words("moving_digits_longsana", directory / "streaming", FORCING, stream)) == 0
+    return directory / "streaming"
+
+
+def trained(run, which: str, step: int):
+    structure = checkpoint_structure(run / "checkpoints", which=which, step=step)
+    return load_checkpoint_params(run / "checkpoints", structure, which=which, step=step)[0]
+
+
+def distance(one, other) -> float:
+    import jax
+
+    return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+@pytest.mark.parametrize("stage", ["ode", "self_forcing", "streaming"])
+def test_a_stage_leaves_a_model_that_makes_longer_videos(stage, request):
+    run = request.getfixturevalue(stage)
+    assert json.loads((run / "model_index.json").read_text())["_class_name"] == "LongSanaVideoPipeline"
+    assert np.isfinite([row["loss"] for row in rows(run)]).all()
+    assert (run / "samples" / "step_000004.gif").exists()
+    pipeline = LongSanaVideoPipeline.from_pretrained(run)
+    frames = pipeline("a seven moving left", frames=9, output_type="np", say=lambda line: None).frames
+    assert np.asarray(frames).shape == (1, 9, 12, 12, 1)
+    assert np.std(frames) > 0.01
+    with pytest.raises(UserError, match="LongSanaVideoPipeline"):
+        SanaVideoPipeline.from_pretrained(run)
+
+
+@pytest.mark.parametrize("stage", ["ode", "self_forcing", "streaming"])
+def test_a_stage_resumes_exactly(stage, request, capfd):
+    run = request.getfixturevalue(stage)
+    copy = run.with_name(f"{run.name}-copy")
+    shutil.copytree(run, copy)
+    # in the middle of a cycle, and of a video
+    for step in (4,):
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    for path in (copy / "samples").glob("step_000004.*"):
+        path.unlink()
+    status, out, err = call(capfd, "--resume", str(copy))
+    assert status == 0, err
+    assert "resumed at step 2 of 4" in out
+    assert_same_run(copy, run, 4)
+    assert not left_behind(copy)
+
+
+def test_steps_of_both_kinds_move_their_own_network(self_forcing, ode):
+    found = rows(self_forcing)
+    kinds = [{name.partition("/")[0] for name in row if "/" in name} for row in found]
+    assert kinds == [{"generator"}, {"critic"}] * 2
+    two, four = (trained(self_forcing, "params", step) for step in (2, 4))
+    assert set(four) == {"transformer", "fake"}
+    assert distance(two["transformer"], four["transformer"]) > 0
+    assert distance(two["fake"], four["fake"]) > 0
+    start = load_checkpoint_params(ode / "checkpoints", checkpoint_structure(ode / "checkpoints"))[0]
+    # the generator began as the ODE run's averaged weights, and not as the teacher
+    assert distance(two["transformer"], start) < 10 * distance(two["transformer"], four["transformer"]) + 1e-3
+    assert distance(two["fake"], start) > distance(two["transformer"], start)
+
+
+def test_windows_go_on_where_the_last_one_ended(streaming):
+    kept = trained(streaming, "params", 2)["stream"], trained(streaming, "params", 4)["stream"]
+    assert kept[0]["history"].shape == (2, 5, 12, 12, 1)
+    # step 4 is a new video's first window, step 2 the second of the first video
+    assert np.std(kept[0]["history"][:, 0]) > 0
+    assert distance(kept[0]["captions"], kept[1]["captions"]) > 0
+
+
+MISTAKES = {
+    "no model": (["moving_digits_self_forcing"], "trains a few-step generator from a model"),
+    "guided previews": (["moving_digits_ode", "--preview.guidance-scale=2"], "--preview.guidance-scale 2.0"),
+    "other steps": (["moving_digits_ode", "--preview.num-inference-steps=3"], "--preview.num-inference-steps 3"),
+    "another sampler": (["moving_digits_ode", "--preview.sampler=flow_euler"], "allowed is longsana"),
+    "flow options": (["moving_digits_ode", "--flow.caption-dropout=0.2"], "reads none of --flow"),
+    "validation": (["moving_digits_self_forcing", "--validation.every=2"], "--validation.every 2"),
+    "accumulated windows": (["moving_digits_longsana", "--accumulation=2"], "--accumulation 2"),
+    "unknown generator": (["moving_digits_self_forcing", "--self-forcing.generator=nowhere"], "nowhere"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_are_one_line(mistake, teacher, tmp_path):
+    command, said = MISTAKES[mistake]
+    if mistake == "unknown generator":
+        command = [*command, f"--model={teacher}"]
+    with pytest.raises((UserError, FileNotFoundError), match=said):
+        train([*command, f"--run-dir={tmp_path / 'run'}"])
+
+
+def test_windows_of_another_length_are_refused(teacher, tmp_path):
+    command = ["moving_digits_longsana", f"--model={teacher}", "--data.frames=9", f"--run-dir={tmp_path / 'run'}"]
+    with pytest.raises(UserError, match="windows of 10 latent frames"):
+        train(command)

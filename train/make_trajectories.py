@@ -1,0 +1,460 @@
+"""Follows a teacher's sampling from noise to videos: ``python -m train.make_trajectories --model TEACHER --out DIR``.
+
+ODE initialisation trains on what it keeps.
+
+The teacher is any SANA-Video model: published, converted or trained. Of each trajectory the states at the listed
+timesteps are kept, and the end. Trajectory i is a function of the seed and i alone, and begins with the noise that the
+pipeline gives its video i at this seed; prompt i is that of the list, which begins anew where it is used up. An
+interrupted command goes on where it stopped, and leaves the same files. One device computes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+if __name__ == "__main__":  # before the imports that take seconds, so that a signal finds someone listening
+    from train.preemption import StopRequest
+
+    STOP = StopRequest()
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from configs.data import ImageDataConfig, MovingDigitsDataConfig
+from kernels.typing import Array, Float, Int
+from sana_jax.autoencoders.base import latent_frames
+from sana_jax.command_line import parse
+from sana_jax.compilation import enable_compilation_cache, readable_bytes
+from sana_jax.devices import choose_device, prefer_device
+from sana_jax.diffusion.samplers.longsana import DENOISING_STEPS
+from sana_jax.errors import UserError, run_command_line
+from sana_jax.pipelines.checks import check_multiple
+from sana_jax.pipelines.model_directory import ModelDirectory, read_model_directory
+from sana_jax.pipelines.opening import find_model
+from sana_jax.pipelines.sampling_function import Encoded, VideoNetwork, guided_velocity, is_guided
+from sana_jax.pipelines.text_to_video import SanaVideoPipeline
+from sana_jax.pipelines.video_base import DEFAULT_FRAMES
+from train.data.cache import (
+    FORMAT,
+    IDENTITY_FILE,
+    LATENTS,
+    PROMPTS,
+    CacheIdentity,
+    CacheReader,
+    CacheWriter,
+    read_identity,
+)
+from train.data.cache_plan import NULL_PROMPT
+from train.data.encoding import encode_prompts, latent_dtype, prompt_dtype
+from train.data.numbered_shards import NumberedShards, Wanted
+from train.data.progress import Meter, Moments
+from train.data.prompt_lists import read_prompts
+from train.data.prompt_records import PromptRecords, free, null_record, text_record
+from train.data.trajectories import TIMESTEPS, encoders_identity
+from train.data.video.moving_digits import MovingDigitsData
+from train.objectives.longsana.ode import TRAJECTORY, teacher_levels, teacher_trajectory
+from train.preemption import StopRequest, exit_status
+from train.run_directory import CONFIG_NAME, read_config
+
+PROG = "python -m train.make_trajectories"
+VARIANT = "center"  # the only one that a trajectory has
+# A shard is lost if the process is killed while it is made: at most so many batches, and, where more than one, bytes.
+SHARD_BATCHES, SHARD_BYTES = 16, 64 << 20
+PROMPTS_IN_SHARD = 1024
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class MakeTrajectoriesConfig:
+    """Follows a teacher's sampling from noise to videos and keeps the states that ODE initialisation trains on."""
+
+    model: str
+    """The teacher: a SANA-Video model's directory or a training run, or its name on the Hub."""
+    out: str
+    """Directory of the trajectories; one that was interrupted is continued."""
+    prompts: str | None = None
+    """A text file with one prompt per line, or a manifest (jsonl, csv) with captions; None: the captions that the
+    teacher was trained on, where these are moving digits'."""
+    per_caption: int = 1
+    """Trajectories of each prompt."""
+    frames: int | None = None
+    """Frames of each video; None: the teacher's own."""
+    height: int | None = None
+    """Height of a video in pixels; None: the teacher's own."""
+    width: int | None = None
+    """Width of a video in pixels; None: the teacher's own."""
+    num_steps: int = 48
+    """Euler steps from noise to the end; they must pass the timesteps."""
+    flow_shift: float = 8.0
+    """The teacher's flow shift in these steps."""
+    guidance_scale: float | None = None
+    """Guidance scale; None: the teacher's own."""
+    timesteps: tuple[int, ...] = DENOISING_STEPS
+    """Where states are kept, from noise on; the end is kept as well. The published list goes with 48 steps at flow
+    shift 8."""
+    seed: int = 0
+    """Seed of the noise."""
+    batch_size: int = 4
+    """Trajectories at once."""
+    latent_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """What states are kept in; auto: bfloat16, or float32 where latents are the pixels themselves."""
+    weights: Literal["auto", "ema", "params"] = "auto"
+    """Averaged weights of a training run where there are any (auto), or one of the two."""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    """What to run on."""
+
+    def __post_init__(self):
+        for name in ("per_caption", "num_steps", "batch_size"):
+            _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("frames", "height", "width"):
+            value = getattr(self, name)
+            _require(name, value, value is None or value >= 1, "1 or more")
+        _require("flow_shift", self.flow_shift, 0 < self.flow_shift < math.inf, "above 0")
+        scale = self.guidance_scale
+        _require("guidance_scale", scale, scale is None or 0 <= scale < math.inf, "0 or more")
+        _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
+        steps = self.timesteps
+        falls = all(later < earlier for earlier, later in itertools.pairwise(steps))
+        within = bool(steps) and steps[0] <= 1000 and steps[-1] > 0
+        allowed = "timesteps that fall, at most 1000 and above 0"
+        _require("timesteps", " ".join(map(str, steps)) or "(none)", falls and within, allowed)
+        teacher_levels(steps, self.num_steps, self.flow_shift)
+
+
+def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; choose {allowed}")
+
+
+class Teacher(NamedTuple):
+    """The teacher, and what of its videos the options left open; its weights are read when they are needed."""
+
+    pipeline: SanaVideoPipeline
+    model: ModelDirectory
+    guidance_scale: float
+    frames: int
+    size: tuple[int, int]
+    """Height and width in pixels."""
+    dtype: str
+    """What states are kept in."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, T, h, w) of a video's latents, the order in which noise is drawn."""
+        autoencoder, (height, width) = self.model.autoencoder, self.size
+        frames = latent_frames(self.frames, autoencoder.temporal_factor)
+        factor = autoencoder.spatial_factor
+        return autoencoder.latent_channels, frames, height // factor, width // factor
+
+    def identity(self, config: MakeTrajectoriesConfig) -> CacheIdentity:
+        """Everything that the trajectories are a function of, beside the prompts."""
+        pipeline, (height, width) = self.pipeline, self.size
+        return CacheIdentity(
+            {
+                "format": FORMAT,
+                **encoders_identity(self.model),
+                "teacher.weights": pipeline.checkpoint_id,
+                "teacher.which": pipeline.weights,
+                "teacher.dtype": jnp.dtype(pipeline.transformer.dtype).name,
+                TIMESTEPS: list(config.timesteps),
+                "trajectories.num_steps": config.num_steps,
+                "trajectories.flow_shift": config.flow_shift,
+                "trajectories.guidance_scale": self.guidance_scale,
+                "trajectories.seed": config.seed,
+                # in its last bit a result may depend on what else is computed with it, and shards end with batches
+                "trajectories.batch_size": config.batch_size,
+                "latents.dtype": self.dtype,
+                "prompts.dtype": prompt_dtype(self.model.text_encoder),
+                "clips.frames": self.frames,
+                "clips.size": [height, width],
+                "clips.fps": pipeline.fps,
+            }
+        )
+
+    def trajectories(self, config: MakeTrajectoriesConfig) -> Callable[..., Float[Array, "B S T h w C"]]:
+        """``fn(indices, positive, negative)`` -> trajectories of these indices, the end last; compiled at its first
+        call, which says so."""
+        pipeline, network = self.pipeline, VideoNetwork(self.pipeline.transformer)
+        shape = self.latent_shape
+
+        def run(params, indices, positive, negative):
+            noise = jnp.moveaxis(trajectory_noise(config.seed, indices, shape), 1, -1)
+
+            def velocity(latents, timestep):
+                return guided_velocity(network, params, latents, timestep, positive, negative, self.guidance_scale)
+
+            return teacher_trajectory(velocity, noise, config.timesteps, config.num_steps, config.flow_shift)
+
+        name = f"{config.batch_size} trajectories of {config.num_steps} steps"
+
+        def call(indices, positive, negative):
+            inputs = (pipeline.params, jnp.asarray(indices), positive, negative)
+            return pipeline.programs.get(name, "trajectories", run, *inputs).run(*inputs)
+
+        return call
+
+
+def trajectory_noise(seed: int, indices: Int[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B C T h w"]:
+    """Where trajectories begin: what ``initial_latents`` gives the videos of these indices."""
+    key = jax.random.key(seed)
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32))(indices)
+
+
+def open_teacher(config: MakeTrajectoriesConfig, directory: Path) -> Teacher:
+    """Opens the teacher, which is in a directory.
+
+    Raises:
+        FileNotFoundError: there is no model.
+        UserError: it is no video model, or its videos can't have this size or number of frames.
+        CheckpointError: its weights are missing or damaged.
+    """
+    model = read_model_directory(directory, "SanaVideoPipeline")
+    pipeline = SanaVideoPipeline.from_pretrained(directory, weights=config.weights)
+    if model.trained_from is not None and model.trained_from.kind == "lora":
+        pipeline.fuse_lora()
+    defaults, factor = model.defaults, model.autoencoder.spatial_factor
+    height, width = config.height or defaults.height, config.width or defaults.width
+    _, *patch = model.transformer_config.patch_size
+    for name, value, side in zip(("--height", "--width"), (height, width), patch):
+        check_multiple(name, value, factor * side)
+    frames = config.frames or defaults.frames or DEFAULT_FRAMES
+    latent_frames(frames, model.autoencoder.temporal_factor)  # says which numbers are allowed
+    scale = defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    dtype = latent_dtype(ImageDataConfig(latent_dtype=config.latent_dtype), model.autoencoder)
+    return Teacher(pipeline, model, float(scale), frames, (height, width), dtype)
+
+
+def captions_of(config: MakeTrajectoriesConfig, directory: Path, say: Say = print) -> list[str]:
+    """The prompt of every trajectory; ``directory`` is the teacher's.
+
+    Raises:
+        FileNotFoundError, UserError: the prompts can't be read; or none are given, and the teacher has none.
+    """
+    if config.prompts is not None:
+        return read_prompts(config.prompts, "--prompts", say) * config.per_caption
+    data = read_config(directory).data if (directory / CONFIG_NAME).is_file() else None
+    if not isinstance(data, MovingDigitsDataConfig):
+        raise UserError(
+            f"--prompts is missing: {config.model} is no run on moving digits, whose captions could be taken; name a "
+            "text file with one prompt per line"
+        )
+    return MovingDigitsData(data).captions * config.per_caption
+
+
+def make_trajectories(
+    config: MakeTrajectoriesConfig, *, say: Say = print, stop: StopRequest | None = None
+) -> Path | None:
+    """Makes what is missing of a directory of trajectories.
+
+    Args:
+        config: the options.
+        say: prints a line.
+        stop: a request to stop ends the shard under way and leaves.
+
+    Returns:
+        The directory; None if it was asked to stop before the end.
+
+    Raises:
+        FileNotFoundError, UserError, CheckpointError: one line about what does not fit.
+    """
+    out, directory = Path(config.out).expanduser(), find_model(config.model)
+    teacher = open_teacher(config, directory)
+    captions = captions_of(config, directory, say)
+    identity = teacher.identity(config)
+    _check_out(out, identity)
+    with CacheWriter(out, identity, say=say, option="--out") as cache:
+        work = _Work(config, teacher, captions, cache, say, stop)
+        work.plan()
+        if not (work.make_prompts() and work.make_trajectories()):
+            say(f"stopped by {stop.signal.name}; what was finished is kept in {out}, the same command continues")
+            return None
+        work.finish()
+    return out
+
+
+@dataclass
+class _Work:
+    """One pass; the methods in their order are what ``make_trajectories`` does."""
+
+    config: MakeTrajectoriesConfig
+    teacher: Teacher
+    captions: list[str]
+    cache: CacheWriter
+    say: Say
+    stop: StopRequest | None
+
+    def __post_init__(self):
+        size = self.config.batch_size
+        width = jnp.dtype(self.teacher.dtype).itemsize
+        self.num_bytes = math.prod(self.teacher.latent_shape) * (1 + len(self.config.timesteps)) * width
+        batches = max(1, min(SHARD_BATCHES, SHARD_BYTES // (size * self.num_bytes)))
+        wanted = [Wanted((_key(index), VARIANT), _digest(text)) for index, text in enumerate(self.captions)]
+        self.shards = NumberedShards(self.cache, LATENTS, wanted, size * batches)
+        texts = sorted(dict.fromkeys(self.captions), key=lambda text: (len(text), text))
+        names = [NULL_PROMPT, *(("text", text) for text in texts)]
+        self.prompts = NumberedShards(self.cache, PROMPTS, list(map(Wanted, names)), PROMPTS_IN_SHARD)
+
+    def plan(self) -> None:
+        """Says what is there and what is missing, and whether there is room for it."""
+        missing = sum(len(self.shards.part(number)) for number in self.shards.missing())
+        count, distinct = len(self.captions), len(set(self.captions))
+        teacher, config = self.teacher, self.config
+        self.say(
+            f"trajectories: {self.cache.directory}: {count:,} of {distinct:,} prompts, {count - missing:,} of them "
+            f"there; {teacher.frames} frames of {teacher.size[0]}x{teacher.size[1]} px, {config.num_steps} steps at "
+            f"flow shift {config.flow_shift:g}, guidance {teacher.guidance_scale:g}, in {teacher.dtype}"
+        )
+        needed, free_bytes = missing * self.num_bytes, shutil.disk_usage(self.cache.directory).free
+        if missing:
+            self.say(f"trajectories: to be added: {readable_bytes(needed)}; free: {readable_bytes(free_bytes)}")
+        if needed > free_bytes:
+            raise UserError(
+                f"--out {self.cache.directory} needs {readable_bytes(needed)} more, and {readable_bytes(free_bytes)} "
+                "are free there: make room, or name a folder on another disk"
+            )
+
+    def make_prompts(self) -> bool:
+        """Encodes the prompts, unless they are there, and lets go of the text encoder; False if asked to stop."""
+        encoder, missing = self.teacher.model.text_encoder, self.prompts.missing()
+        meter = Meter("prompts", sum(len(self.prompts.part(number)) for number in missing), self.say)
+        for number in missing:
+            self.prompts.write(number, self._encoded(number, meter))
+            if self._asked():
+                return False
+        meter.close()
+        free(encoder)
+        return True
+
+    def _encoded(self, number: int, meter: Meter) -> Iterator[dict[str, np.ndarray]]:
+        encoder = self.teacher.model.text_encoder
+        names = [wanted.name for wanted in self.prompts.part(number)]
+        if names[0] == NULL_PROMPT:
+            yield null_record(encoder)
+            meter.advance(1)
+        done: dict[str, dict[str, np.ndarray]] = {}
+        texts = [text for kind, text in names if kind == "text"]
+        # short texts first, which is the order of the records
+        for batch in encode_prompts(encoder, texts, self.say):
+            done |= {prompt.text: text_record(encoder, prompt)[1] for prompt in batch}
+            meter.advance(len(batch))
+        yield from (done[text] for text in texts)
+
+    def make_trajectories(self) -> bool:
+        """Follows the teacher where trajectories are missing; False if asked to stop."""
+        missing = self.shards.missing()
+        meter = Meter("trajectories", sum(len(self.shards.part(number)) for number in missing), self.say)
+        if not missing:
+            return True
+        moments, follow = Moments(), self.teacher.trajectories(self.config)
+        prompts = PromptRecords(CacheReader(self.cache.directory, unfinished=True))
+        for number in missing:
+            self.shards.write(number, self._followed(number, follow, prompts, moments, meter))
+            if self._asked():
+                return False
+        meter.close()
+        self.say(
+            f"latents: mean {moments.mean:.3f}, standard deviation {moments.deviation:.3f} over {moments.count:,} "
+            "values of the ends (about 0 and 1 are expected)"
+        )
+        return True
+
+    def _followed(
+        self, number: int, follow: Callable, prompts: PromptRecords, moments: Moments, meter: Meter
+    ) -> Iterator[dict[str, np.ndarray]]:
+        size, count = self.config.batch_size, len(self.shards.part(number))
+        first = number * self.shards.size
+        negative = (
+            Encoded(*map(jnp.asarray, prompts.null_encoding())) if is_guided(self.teacher.guidance_scale) else None
+        )
+        for start in range(first, first + count, size):
+            # a batch that is not full goes on with the trajectories after the last one, which are not kept
+            indices = np.arange(start, start + size)
+            texts = [self.captions[index % len(self.captions)] for index in indices]
+            states = follow(indices, Encoded(*map(jnp.asarray, prompts.encode(texts))), negative)
+            states = np.asarray(states)[: first + count - start]
+            for index, own in zip(indices.tolist(), states):
+                if not np.isfinite(own).all():
+                    raise UserError(
+                        f"trajectory {index} ({self.captions[index][:60]!r}) is not finite; take another teacher, or a "
+                        f"lower --guidance-scale than {self.teacher.guidance_scale:g}"
+                    )
+                moments.add(own[-1])
+                yield {"latents": own[-1].astype(self.teacher.dtype), TRAJECTORY: own[:-1].astype(self.teacher.dtype)}
+            if self.stop is not None:  # a shard that is not finished would be lost
+                self.stop.nothing_to_lose = start + size >= first + count
+            meter.advance(len(states))
+
+    def _asked(self) -> bool:
+        return self.stop is not None and self.stop.signal is not None
+
+    def finish(self) -> None:
+        """Writes the list of trajectories, which makes them readable."""
+        size = list(self.teacher.size)
+        lines = (
+            {
+                "key": _key(index),
+                "size": size,
+                "captions": [[text, "prompt", None]],
+                "group": None,
+                "variants": [VARIANT],
+            }
+            for index, text in enumerate(self.captions)
+        )
+        with nullcontext() if self.stop is None else self.stop.writing:
+            self.cache.write_samples(lines)
+        kept = sum(shard.num_bytes for shard in self.cache.shards)
+        self.say(
+            f"trajectories: {len(self.captions):,}, {readable_bytes(kept)} in {len(self.cache.shards)} files; train on "
+            f"them with --data.path {self.cache.directory}"
+        )
+
+
+def _check_out(out: Path, identity: CacheIdentity) -> None:
+    """Raises ``UserError`` with what differs where the directory has trajectories that were made in another way."""
+    if not (out / IDENTITY_FILE).is_file():
+        return
+    if differing := read_identity(out).differences(identity):
+        shown = "; ".join(f"{name} is {have!r} there, {want!r} here" for name, (have, want) in differing.items())
+        raise UserError(
+            f"--out {out} holds trajectories that were made in another way: {shown[:600]}; make them with the options "
+            "that it was begun with, or name another directory"
+        )
+
+
+def _key(index: int) -> str:
+    return f"{index:07d}"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
+    """Runs the command; returns its exit status."""
+    config = parse(MakeTrajectoriesConfig, sys.argv[1:] if argv is None else argv, prog=PROG)
+    with nullcontext(stop) if stop is not None else closing(StopRequest()) as stop:
+        prefer_device(config.device)
+        choose_device(config.device)
+        enable_compilation_cache()
+        made = make_trajectories(config, say=_print_line, stop=stop)
+        stop.nothing_to_lose = True
+        return 0 if made is not None else exit_status(stop.signal)
+
+
+def _print_line(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    run_command_line(lambda: main(stop=STOP))
