@@ -219,7 +219,7 @@ class MovingDigitsDataConfig:
     """Pixels along each side of a frame; digits have 8."""
     directions: Literal[4, 8] = 4
     """Right, left, up, down alone, or the diagonals too."""
-    speed: int = 1
+    speed: int = 2
     """Pixels that a digit moves from one frame to the next."""
     held_out: float = 0.2
     """Share of the digits' pictures that no training clip has; clips of them are for measuring."""

@@ -137,6 +137,14 @@ def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
         raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; choose {allowed}")
 
 
+class BatchInputs(NamedTuple):
+    """What the trajectories of a batch begin with."""
+
+    indices: Int[Array, " B"]
+    positive: Encoded
+    negative: Encoded | None
+
+
 class Teacher(NamedTuple):
     """The teacher, and what of its videos the options left open; its weights are read when they are needed."""
 
@@ -182,9 +190,11 @@ class Teacher(NamedTuple):
             }
         )
 
-    def trajectories(self, config: MakeTrajectoriesConfig) -> Callable[..., Float[Array, "B S T h w C"]]:
-        """``fn(indices, positive, negative)`` -> trajectories of these indices, the end last; compiled at its first
-        call, which says so."""
+    def trajectories(
+        self, config: MakeTrajectoriesConfig, example: BatchInputs
+    ) -> Callable[..., Float[Array, "B S T h w C"]]:
+        """``fn(indices, positive, negative)`` -> trajectories of these indices, the end last; compiled for inputs of
+        the example's shapes, which is said."""
         pipeline, network = self.pipeline, VideoNetwork(self.pipeline.transformer)
         shape = self.latent_shape
 
@@ -198,11 +208,8 @@ class Teacher(NamedTuple):
 
         name = f"{config.batch_size} trajectories of {config.num_steps} steps"
 
-        def call(indices, positive, negative):
-            inputs = (pipeline.params, jnp.asarray(indices), positive, negative)
-            return pipeline.programs.get(name, "trajectories", run, *inputs).run(*inputs)
-
-        return call
+        compiled = pipeline.programs.get(name, "trajectories", run, pipeline.params, *example).run
+        return lambda inputs: compiled(pipeline.params, *inputs)
 
 
 def trajectory_noise(seed: int, indices: Int[Array, " B"], shape: tuple[int, ...]) -> Float[Array, "B C T h w"]:
@@ -353,11 +360,12 @@ class _Work:
     def make_trajectories(self) -> bool:
         """Follows the teacher where trajectories are missing; False if asked to stop."""
         missing = self.shards.missing()
-        meter = Meter("trajectories", sum(len(self.shards.part(number)) for number in missing), self.say)
         if not missing:
             return True
-        moments, follow = Moments(), self.teacher.trajectories(self.config)
         prompts = PromptRecords(CacheReader(self.cache.directory, unfinished=True))
+        follow = self.teacher.trajectories(self.config, self._inputs(0, prompts))
+        meter = Meter("trajectories", sum(len(self.shards.part(number)) for number in missing), self.say)
+        moments = Moments()
         for number in missing:
             self.shards.write(number, self._followed(number, follow, prompts, moments, meter))
             if self._asked():
@@ -378,12 +386,8 @@ class _Work:
             Encoded(*map(jnp.asarray, prompts.null_encoding())) if is_guided(self.teacher.guidance_scale) else None
         )
         for start in range(first, first + count, size):
-            # a batch that is not full goes on with the trajectories after the last one, which are not kept
-            indices = np.arange(start, start + size)
-            texts = [self.captions[index % len(self.captions)] for index in indices]
-            states = follow(indices, Encoded(*map(jnp.asarray, prompts.encode(texts))), negative)
-            states = np.asarray(states)[: first + count - start]
-            for index, own in zip(indices.tolist(), states):
+            states = np.asarray(follow(self._inputs(start, prompts)))[: first + count - start]
+            for index, own in enumerate(states, start):
                 if not np.isfinite(own).all():
                     raise UserError(
                         f"trajectory {index} ({self.captions[index][:60]!r}) is not finite; take another teacher, or a "
@@ -394,6 +398,15 @@ class _Work:
             if self.stop is not None:  # a shard that is not finished would be lost
                 self.stop.nothing_to_lose = start + size >= first + count
             meter.advance(len(states))
+
+    def _inputs(self, start: int, prompts: PromptRecords) -> BatchInputs:
+        """Of a full batch: one that is not goes on with trajectories after the last, which are not kept."""
+        indices = np.arange(start, start + self.config.batch_size)
+        texts = [self.captions[index % len(self.captions)] for index in indices]
+        guided = is_guided(self.teacher.guidance_scale)
+        positive, negative = prompts.encode(texts), prompts.null_encoding() if guided else None
+        as_arrays = [None if each is None else Encoded(*map(jnp.asarray, each)) for each in (positive, negative)]
+        return BatchInputs(jnp.asarray(indices), *as_arrays)
 
     def _asked(self) -> bool:
         return self.stop is not None and self.stop.signal is not None

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from configs.data import MovingDigitsDataConfig
+from configs.data import MovingDigitsDataConfig, VideoDataConfig
 from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
 from configs.lora import LoraConfig
 from configs.optimizer import READS, OptimizerConfig
@@ -231,9 +231,9 @@ def _largest_latents(config: RunConfig, model: ModelShapes) -> tuple[int, ...]:
     """([T,] H, W) of the largest pictures or clips of a run."""
     data, network, frames = config.data, config.transformer, ()
     if isinstance(data, TrajectoriesDataConfig):
-        if data.path is None:
-            raise UserError("--data.path is missing: the plan reads the size of the trajectories in their directory")
-        return max(TrajectoriesData(data.path).buckets, key=math.prod)[:-1]
+        if data.path is not None:
+            return max(TrajectoriesData(data.path).buckets, key=math.prod)[:-1]
+        data = VideoDataConfig()  # trajectories that are still to be made: of the published clips
     if isinstance(data, PromptsDataConfig):
         frames = latent_frames(data.clip_frames, model.temporal_factor)
         return frames, *(length // model.factor for length in data.clip_size)

@@ -109,7 +109,9 @@ def ode_objective() -> OdeInitialization:
     *steps, last = hparams["ode_step_list"]
     assert last == 0
     starts = tuple(hparams["ode_chunks"])
-    options = OdeInitializationConfig(timesteps=tuple(steps), flow_shift=hparams["gshift"], block_frames=hparams["base"])
+    options = OdeInitializationConfig(
+        timesteps=tuple(steps), flow_shift=hparams["gshift"], block_frames=hparams["base"]
+    )
     return OdeInitialization(score_network(transformer(), starts), options)
 
 
@@ -129,7 +131,9 @@ def test_ode_initialization(golden, case):
     frames, last = trajectory.shape[2], trajectory.shape[1] - 1
     (drawn,) = golden.names(f"rng/{case}/")
     # they draw (block, sample)
-    index = frame_indices(jnp.asarray(golden[drawn].T), tuple(golden.hparams["ode_chunks"]), frames, last, case == "ode_i2v")
+    index = frame_indices(
+        jnp.asarray(golden[drawn].T), tuple(golden.hparams["ode_chunks"]), frames, last, case == "ode_i2v"
+    )
     assert_golden_exact(index, golden[f"out/{case}/index"], case)
     samples = ode_samples(jnp.asarray(trajectory), index, objective.timesteps)
     assert_golden_exact(samples.timestep, golden[f"out/{case}/timestep"], case)

@@ -7,7 +7,8 @@ import dataclasses
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from configs import load_preset
-from configs.data import MovingDigitsDataConfig
+from configs.data import ImageDataConfig
+from configs.longsana_data import PromptsDataConfig
 from configs.schema import DigitsDataConfig, RunConfig
 from sana_jax.models.sana import SanaConfig
 from train.plan import ModelShapes, PlannedRun, planned_run, settled
@@ -23,7 +24,7 @@ def abstract_mesh(**axes: int) -> AbstractMesh:
 
 def needs_model(config: RunConfig) -> bool:
     """Whether a preset starts from a model that it does not name."""
-    beside = (config.lora, config.controlnet, config.sprint)
+    beside = (config.lora, config.controlnet, config.sprint, config.chunk_causal, config.few_steps)
     return config.transformer is None or any(group is not None for group in beside)
 
 
@@ -51,7 +52,9 @@ def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: s
         config = dataclasses.replace(config, transformer=narrow(config.transformer, narrower), batch_size=parts)
         network = model.network and narrow(model.network, narrower)
         model = model._replace(network=network, tokens=16)
-        if not isinstance(config.data, DigitsDataConfig | MovingDigitsDataConfig):
+        if isinstance(config.data, PromptsDataConfig):
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, clip_size=(128, 192)))
+        elif isinstance(config.data, ImageDataConfig):
             config = dataclasses.replace(
                 config, data=dataclasses.replace(config.data, resolution=256, aspect_buckets=False)
             )
