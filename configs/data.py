@@ -213,7 +213,7 @@ class MovingDigitsDataConfig:
     """Words that a prompt may have."""
     digits: tuple[int, ...] = (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)
     """Which digits to train on."""
-    frames: int = 9
+    frames: int = 5
     """Frames of a clip."""
     canvas: int = 12
     """Pixels along each side of a frame; digits have 8."""

@@ -15,6 +15,8 @@ from train.objectives.longsana.streaming import Stream, StreamingSelfForcing
 from train.phases import Phase, PhaseOptimizers, make_phase_optimizers, make_phase_step, optimizer_beside, steps_of
 from train.step import StepFunction
 
+# Of the state's trees the one that holds what a video's windows leave.
+STREAM = "stream"
 # What each optimizer updates, of the tree of ``train.objectives.longsana.self_forcing``.
 PARTS = {"generator": ("transformer",), "critic": ("fake",)}
 # What the moving average is kept of: the network that is sampled.
@@ -104,12 +106,12 @@ class SelfForcingSteps:
             return streaming.draw(phase.name, seed, step, batch, first=first)
 
         def losses(trained, frozen, batch, draws, step):
-            stream = stream_of(trained["stream"], streaming.init_stream(batch))
-            found = losses_of({**trained, "stream": stream}, frozen, batch, draws, step, first=first)
+            stream = stream_of(trained[STREAM], streaming.init_stream(batch))
+            found = losses_of({**trained, STREAM: stream}, frozen, batch, draws, step, first=first)
             return found.losses, stream_tree(found.stream)
 
         def replaced(before, carried):
-            return {"stream": carried}
+            return {STREAM: carried}
 
         return self._make(phase, optimizers, draw, losses, replaced=replaced)
 

@@ -42,6 +42,7 @@ from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
 from train.distributed import describe_processes, join_processes
+from train.longsana_step import STREAM
 from train.memory import advice_when_memory_ends
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.optimizers import learning_rate_schedule, warmup_steps
@@ -151,13 +152,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
 
     # ---- model and state ---------------------------------------------------------------------------------------------
     frozen = recipe.frozen(base_weights, mesh)
-    say(_model_line(config, plan, base_weights))
-    for line in recipe.notes(config.optimizer.learning_rate, base_weights):
-        say(line)
-    if (warmup := warmup_steps(config.optimizer, config.steps)) != config.optimizer.warmup_steps:
-        say(f"warm-up: {warmup} steps, not {config.optimizer.warmup_steps}, since the run has {config.steps} steps")
-    if plan.whole and mesh.size > 1:
-        say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
+    _say_what_is_trained(parts, plan, base_weights, mesh, say)
     previewer, validator = Previewer(parts, mesh, stop.writing), Validator(parts, mesh)
     store = _open_store(config)
     run = Run(parts, stop, store, loader, previewer, validator, say)
@@ -243,8 +238,23 @@ def _first_state(
     return state._replace(params=params, ema=None if state.ema is None else ema)
 
 
+def _say_what_is_trained(
+    parts: RunParts, plan: StatePlan, base: PyTree | None, mesh: Mesh, say: Callable[[str], None]
+) -> None:
+    """The lines of a run's start about the model."""
+    config, optimizer = parts.config, parts.config.optimizer
+    say(_model_line(config, plan, base))
+    for line in parts.recipe.notes(optimizer.learning_rate, base):
+        say(line)
+    if (warmup := warmup_steps(optimizer, config.steps)) != optimizer.warmup_steps:
+        say(f"warm-up: {warmup} steps, not {optimizer.warmup_steps}, since the run has {config.steps} steps")
+    if plan.whole and mesh.size > 1:
+        say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
+
+
 def _model_line(config: RunConfig, plan: StatePlan, base: PyTree | None) -> str:
-    count = parameter_count(plan.abstract.params)
+    params = plan.abstract.params
+    count = parameter_count({name: tree for name, tree in params.items() if name != STREAM})
     computed = f"computed in {config.compute.dtype}, remat {config.compute.remat}"
     blocks = f"{config.transformer.num_layers} blocks"
     if base is None:
@@ -445,6 +455,7 @@ class Run:
         if self.parts.recipe.kind == "lora":
             control = "".join(f" --condition {name}=VALUE" for name in self.parts.recipe.conditions)
         what, out = ("clips", "clip.gif") if config.trains_on_clips else ("pictures", "picture.png")
+        out = "clip.mp4" if config.few_steps is not None else out  # which grows block by block
         self.say(
             f"everything is in {config.run_dir} ({what} in {config.run_dir}/samples); draw one with:\n"
             f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt}{control} --out {out}"

@@ -207,7 +207,6 @@ class Teacher(NamedTuple):
             return teacher_trajectory(velocity, noise, config.timesteps, config.num_steps, config.flow_shift)
 
         name = f"{config.batch_size} trajectories of {config.num_steps} steps"
-
         compiled = pipeline.programs.get(name, "trajectories", run, pipeline.params, *example).run
         return lambda inputs: compiled(pipeline.params, *inputs)
 
@@ -382,9 +381,6 @@ class _Work:
     ) -> Iterator[dict[str, np.ndarray]]:
         size, count = self.config.batch_size, len(self.shards.part(number))
         first = number * self.shards.size
-        negative = (
-            Encoded(*map(jnp.asarray, prompts.null_encoding())) if is_guided(self.teacher.guidance_scale) else None
-        )
         for start in range(first, first + count, size):
             states = np.asarray(follow(self._inputs(start, prompts)))[: first + count - start]
             for index, own in enumerate(states, start):

@@ -3,7 +3,7 @@
     python -m train.main moving_digits
     python -m sana_jax.generate --model runs/moving_digits --prompt "a seven moving left" --output seven.gif
 
-The network code is that of the 2B model with small widths; frames are pixels, captions a vector per word. A third of
+The network code is that of the 2B model with small widths; frames are pixels, captions a vector per word. A fifth of
 the clips have their first frame given, so that ``--image digit.png`` makes a clip that begins with it.
 """
 
@@ -23,7 +23,7 @@ from sana_jax.models.sana_video import SanaVideoConfig
 CONFIG = RunConfig(
     preset="moving_digits",
     run_dir="runs/moving_digits",
-    steps=1200,
+    steps=900,
     transformer=SanaVideoConfig(
         in_channels=1,
         out_channels=1,
@@ -39,8 +39,8 @@ CONFIG = RunConfig(
         rope_max_seq_len=1024,
     ),
     data=MovingDigitsDataConfig(),
-    batch_size=16,
-    flow=VideoFlowConfig(flow_shift=3.0, image_to_video=0.33),
+    batch_size=32,
+    flow=VideoFlowConfig(flow_shift=3.0, image_to_video=0.2),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),
     ema=EmaConfig(decay=0.99),
     checkpoint=CheckpointConfig(every=300),

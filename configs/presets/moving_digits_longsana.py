@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from configs.data import MovingDigitsDataConfig
 from configs.longsana import StreamConfig
 from configs.presets.moving_digits_self_forcing import CONFIG as STAGE_2
 
@@ -16,8 +15,7 @@ CONFIG = dataclasses.replace(
     STAGE_2,
     preset="moving_digits_longsana",
     run_dir="runs/moving_digits_longsana",
-    data=MovingDigitsDataConfig(frames=10),
     self_forcing=dataclasses.replace(
-        STAGE_2.self_forcing, stream=StreamConfig(total_frames=55, window_frames=10, overlap_frames=1)
+        STAGE_2.self_forcing, stream=StreamConfig(total_frames=29, window_frames=5, overlap_frames=1)
     ),
 )

@@ -1,4 +1,4 @@
-"""LongSANA's stage 1 in miniature, on a CPU: the moving digits in four steps, three frames after three.
+"""LongSANA's stage 1 in miniature, on a CPU: the moving digits in four steps, two frames after two.
 
     python -m train.make_trajectories --model runs/moving_digits --per-caption 16 \\
         --out runs/moving_digits_trajectories --num-steps 20 --flow-shift 3 --timesteps 1000 900 750 500
@@ -12,7 +12,7 @@ from configs.longsana_data import TrajectoriesDataConfig
 from configs.schema import CheckpointConfig, EmaConfig, OptimizerConfig, PreviewConfig, RunConfig, VideoFlowConfig
 
 # Steps k/4 at the teacher's flow shift of 3.
-TIMESTEPS, FLOW_SHIFT, BLOCK_FRAMES = (1000, 900, 750, 500), 3.0, 3
+TIMESTEPS, FLOW_SHIFT, BLOCK_FRAMES = (1000, 900, 750, 500), 3.0, 2
 PREVIEW = PreviewConfig(every=200, sampler="longsana", num_inference_steps=4, guidance_scale=1.0, per_caption=1)
 
 CONFIG = RunConfig(

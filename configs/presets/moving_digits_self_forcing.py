@@ -2,7 +2,7 @@
 
     python -m train.main moving_digits_self_forcing --model runs/moving_digits \\
         --self-forcing.generator runs/moving_digits_ode
-    python -m train.evaluate_moving_digits --model runs/moving_digits_self_forcing --frames 72
+    python -m train.evaluate_moving_digits --model runs/moving_digits_self_forcing --frames 40
 """
 
 from __future__ import annotations

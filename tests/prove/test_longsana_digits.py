@@ -15,7 +15,7 @@ from tests.prove.moving_digits import command, figures
 from tests.train.run_training import assert_same_run, cache_directory, left_behind, run, saved_steps, start
 
 pytestmark = [pytest.mark.prove, pytest.mark.timeout(7200)]
-FRAMES, TRAINED_FRAMES = 72, 9
+FRAMES, TRAINED_FRAMES = 40, 5
 LEAST = 0.80
 STAGES = ("ode", "self_forcing", "longsana")
 KILLS = 3
@@ -53,7 +53,7 @@ def stages(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def long_clips(stages, tmp_path_factory):
-    """What is measured of clips of 72 frames, by stage."""
+    """What is measured of clips of 40 frames, by stage."""
     folder = tmp_path_factory.mktemp("figures")
     options = ("--frames", FRAMES, "--per-caption", 2)
     return {stage: figures(stages.run_dir(stage), folder / f"{stage}.json", *options) for stage in STAGES}

@@ -207,7 +207,7 @@ def autoencoder_identity(model: ModelDirectory) -> dict[str, Any]:
         tiles, videos = autoencoder.tiles, hasattr(autoencoder, "temporal_factor")
         limit = {"pixels_at_once": LARGEST_AT_ONCE} if videos else {"untiled_pixels": LARGEST_UNTILED}
         fields |= {
-            "weights": weights_id(model.path / "vae"),
+            "weights": weights_id(_home(model) / "vae"),
             "dtype": jnp.dtype(autoencoder.dtype).name,
             "tiling": autoencoder.tiling,
             **limit,
@@ -224,12 +224,19 @@ def text_encoder_identity(model: ModelDirectory) -> dict[str, Any]:
     if hasattr(encoder, "weights"):
         lines = encoder.complex_human_instruction
         fields |= {
-            "weights": weights_id(model.path / "text_encoder"),
+            "weights": weights_id(_home(model) / "text_encoder"),
             "dtype": jnp.dtype(encoder.dtype).name,
             "instruction": None if lines is None else _digest("\n".join(lines).encode()),
             "tokenizer": _digest(Path(encoder.tokenizer.location).read_bytes()),
         }
     return {f"text_encoder.{name}": value for name, value in fields.items()}
+
+
+def _home(model: ModelDirectory) -> Path:
+    """Where the encoders' weights lie: a training run leaves them to the model that it started from."""
+    while model.base is not None:
+        model = model.base
+    return model.path
 
 
 def _without_names(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -125,12 +125,9 @@ class TrajectoriesData(CachedData):
 def encoders_identity(model: ModelDirectory) -> dict[str, Any]:
     """What latents mean, and what encoded prompts are a function of; of the autoencoder its configuration alone, since
     no picture goes through it."""
-    parts = model
-    while parts.base is not None:  # a run leaves its encoders to the model that it started from
-        parts = parts.base
-    configured = {f"autoencoder.{name}" for name in ("class", *parts.autoencoder.to_config())}
-    latents = {name: value for name, value in autoencoder_identity(parts).items() if name in configured}
-    return {**latents, **text_encoder_identity(parts)}
+    configured = {f"autoencoder.{name}" for name in ("class", *model.autoencoder.to_config())}
+    latents = {name: value for name, value in autoencoder_identity(model).items() if name in configured}
+    return {**latents, **text_encoder_identity(model)}
 
 
 def _read_trajectories_identity(directory: Path) -> CacheIdentity:

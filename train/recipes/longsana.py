@@ -26,7 +26,7 @@ from sana_jax.models.sharding_rules import SANA_VIDEO, Rule
 from sana_jax.pipelines.long_video import ATTENTION_EPSILON
 from sana_jax.pipelines.sampling_function import Encoded, VideoNetwork, guided_velocity, is_guided
 from train.batch import Batch
-from train.longsana_step import AVERAGED, SelfForcingSteps, stream_tree
+from train.longsana_step import AVERAGED, STREAM, SelfForcingSteps, stream_tree
 from train.objectives.longsana.chunk_causal import ChunkCausal
 from train.objectives.longsana.networks import Captions, block_network, empty_state, score_network
 from train.objectives.longsana.ode import OdeInitialization
@@ -201,7 +201,7 @@ class SelfForcingTraining:
         trained = {"transformer": jax.tree.map(copy, base), "fake": jax.tree.map(copy, base)}
         if self.batch is not None:
             zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self.batch)
-            trained["stream"] = stream_tree(self._streaming(self._losses(None)).init_stream(zeros))
+            trained[STREAM] = stream_tree(self._streaming(self._losses(None)).init_stream(zeros))
         return trained
 
     def averaged(self, trained: PyTree) -> PyTree:

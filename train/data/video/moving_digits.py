@@ -2,7 +2,7 @@
 
 A digit of scikit-learn's moves at a constant speed across a black canvas whose opposite sides are joined, so that its
 direction is the same in clips of any length. Digit and direction are in the caption, as in "a seven moving left". A
-digit comes back on the other side of its way, and is never cut by the sides along it.
+digit keeps to the middle of the canvas across its way, and starts a whole number of steps from a side along it.
 """
 
 from __future__ import annotations
@@ -196,14 +196,14 @@ class MovingDigitsData:
         """
         image, number = divmod(int(index), len(self.directions))
         place = float(self._generator(_START, int(index)).random()) if place is None else float(place)
-        rows, columns = self._starts(self.directions[number])
-        start = divmod(int(place * rows * columns), columns)
+        start = self._start(self.directions[number], place)
         return Clip(image, int(self._pictures[1][image]), self.directions[number], start)
 
-    def _starts(self, direction: str) -> tuple[int, int]:
-        """How many rows and columns a digit may start at: all along its way, and across it those where it is whole."""
-        canvas, side = self.config.canvas, self._pictures[0].shape[1]
-        return tuple(canvas if moves else canvas - side + 1 for moves in DIRECTIONS[direction])
+    def _start(self, direction: str, place: float) -> tuple[int, int]:
+        """(top, left) in the first frame: a whole number of steps along its way, and in the middle across it."""
+        canvas, side, speed = self.config.canvas, self._pictures[0].shape[1], self.config.speed
+        along = int(place * -(-canvas // speed)) * speed
+        return tuple(along if moves else (canvas - side) // 2 for moves in DIRECTIONS[direction])
 
     def caption_of(self, index: int) -> str:
         """A sample's caption."""

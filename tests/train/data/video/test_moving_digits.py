@@ -102,13 +102,13 @@ def test_a_sample_is_a_function_of_seed_and_index(data):
     indices = np.asarray([5, 17, 5])
     np.testing.assert_array_equal(data.videos(indices), again.videos(indices))
     np.testing.assert_array_equal(data.videos(indices)[0], data.videos(indices)[2])
-    starts = {data.clip(index).start for index in range(300)}
-    assert len(starts) > 60
-    places = (np.arange(data.config.canvas**2) + 0.5) / data.config.canvas**2
-    # right: from every column, and from every row in which the sides along its way do not cut it
+    canvas, speed = data.config.canvas, data.config.speed
+    # right: from every step's column, in the middle row
     assert data.clip(0).direction == "right"
-    found = {data.clip(0, place).start for place in places}
-    assert found == {(row, column) for row in range(data.config.canvas - 7) for column in range(data.config.canvas)}
+    wanted = {((canvas - 8) // 2, column) for column in range(0, canvas, speed)}
+    assert {data.clip(0, place).start for place in np.linspace(0, 0.999, 50)} == wanted
+    # without a place, where seed and index say
+    assert {data.clip(index).start for index in range(0, 300 * len(data.directions), len(data.directions))} == wanted
 
 
 def test_batches_and_captions(data):
