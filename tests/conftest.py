@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
 
 # Before JAX looks for devices. `JAX_PLATFORMS=cuda pytest` runs on a GPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# One cache of compiled programs for a whole session, for the programs that tests start. Test processes read it and, see
-# below, do not write it.
+# One cache of compiled programs for a whole session, for the programs that tests start.
 _OWN_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _OWN_CACHE = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="sana-jax-tests-")
@@ -25,8 +25,43 @@ install_import_hook(CHECKED, "beartype.beartype")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
-# XLA has died in test processes that had compiled for half an hour, while it put one more program into the cache.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", float("inf"))
+
+def _keep_programs_in_memory() -> dict:
+    """Test processes read the session's cache and never write it; what they compile again they have in memory.
+
+    XLA has died in test processes that had compiled for half an hour, while it put one more program into the cache.
+    """
+    from jax._src import compilation_cache  # the public module lacks the two functions that are replaced
+
+    kept, read = {}, compilation_cache.get_executable_and_time
+
+    def get(key, options, backend, devices, callbacks=()):
+        if key not in kept or callbacks:  # JAX from 0.12 on names the host's functions that a program calls
+            return read(key, options, backend, devices, *([callbacks] if callbacks else []))
+        return kept[key], 0
+
+    def put(key, name, executable, *how):
+        kept[key] = executable
+
+    compilation_cache.get_executable_and_time, compilation_cache.put_executable_and_time = get, put
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return kept
+
+
+_KEPT = _keep_programs_in_memory()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_of_a_module():
+    """A process may have 65,530 pieces of memory, and a program takes several: they are kept for a module's tests."""
+    yield
+    _KEPT.clear()
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported by now stays: the garbage collector need not look through PyTorch at every turn."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -34,6 +69,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if needing and jax.default_backend() not in ("gpu", "cuda", "rocm"):
         config.hook.pytest_deselected(items=needing)
         items[:] = [item for item in items if item not in needing]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Most tests run small programs a few times: LLVM's optimiser would take longer than these. XLA's passes stay."""
+    quick = item.path.parent.name != "prove" and not item.get_closest_marker("gpu")
+    jax.config.update("jax_disable_most_optimizations", quick)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = str(int(quick))  # for the programs that tests start
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -1,7 +1,7 @@
 """LongSANA's stage 1 in miniature, on a CPU: the moving digits in four steps, two frames after two.
 
     python -m train.make_trajectories --model runs/moving_digits --per-caption 16 \\
-        --out runs/moving_digits_trajectories --num-steps 20 --flow-shift 3 --timesteps 1000 900 750 500
+        --out runs/moving_digits_trajectories --num-steps 20 --flow-shift 6 --timesteps 1000 947 857 667
     python -m train.main moving_digits_ode --model runs/moving_digits
 """
 
@@ -11,8 +11,8 @@ from configs.longsana import OdeInitializationConfig
 from configs.longsana_data import TrajectoriesDataConfig
 from configs.schema import CheckpointConfig, EmaConfig, OptimizerConfig, PreviewConfig, RunConfig, VideoFlowConfig
 
-# Steps k/4 at the teacher's flow shift of 3.
-TIMESTEPS, FLOW_SHIFT, BLOCK_FRAMES = (1000, 900, 750, 500), 3.0, 2
+# Steps k/4 at the teacher's flow shift of 6.
+TIMESTEPS, FLOW_SHIFT, BLOCK_FRAMES = (1000, 947, 857, 667), 6.0, 2
 PREVIEW = PreviewConfig(every=200, sampler="longsana", num_inference_steps=4, guidance_scale=1.0, per_caption=1)
 
 CONFIG = RunConfig(

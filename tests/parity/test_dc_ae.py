@@ -21,6 +21,7 @@ from sana_jax.weights import save_params
 from sana_jax.weights.rules import places
 from sana_jax.weights.safetensors_files import SafetensorsSource
 from sana_jax.weights.tables.dc_ae import dc_ae_rules
+from tests.compiling import AS_USERS_COMPILE
 from tests.parity import dc_ae_oracle as oracle
 
 OUTPUT_TOLERANCE = 2e-6
@@ -49,9 +50,8 @@ def _exact_products():
 @functools.cache
 def network(variant: str, half: str, dtype: jnp.dtype = jnp.float32, quick: bool = True):
     model = NETWORKS[half](oracle.jax_config(variant), dtype)
-    return jax.jit(
-        lambda params, x: model.apply({"params": params}, x), compiler_options=QUICK_COMPILE if quick else {}
-    )
+    options = QUICK_COMPILE if quick else AS_USERS_COMPILE
+    return jax.jit(lambda params, x: model.apply({"params": params}, x), compiler_options=options)
 
 
 def draw_input(variant: str, half: str, size: tuple[int, int], seed: int = 0) -> np.ndarray:

@@ -19,6 +19,7 @@ from sana_jax.weights.components import TRANSFORMERS_STEM, open_component
 from sana_jax.weights.rules import misfits, places, read_params, write_params
 from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file, write_safetensors
 from sana_jax.weights.tables.gemma import IGNORED, gemma_rules, name_prefix
+from tests.compiling import AS_USERS_COMPILE
 from tests.parity import gemma_oracle as oracle
 
 OUTPUT_TOLERANCE = 2e-6
@@ -51,7 +52,8 @@ def params(variant: str, dtype=jnp.float32) -> dict:
 def network(variant: str, dtype=jnp.float32, scan_blocks: bool = True):
     gemma = Gemma(oracle.jax_config(variant), dtype=dtype, scan_blocks=scan_blocks)
     # The first variant is compiled as users compile it.
-    options = {} if variant == "three layers" and dtype == jnp.float32 and scan_blocks else QUICK_COMPILE
+    as_users = variant == "three layers" and dtype == jnp.float32 and scan_blocks
+    options = AS_USERS_COMPILE if as_users else QUICK_COMPILE
     return jax.jit(
         lambda params, ids, mask: gemma.apply({"params": params}, ids, mask, all_hidden_states=True),
         compiler_options=options,

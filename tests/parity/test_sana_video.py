@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sana_jax.models.sana_video import SanaVideoTransformer
+from tests.compiling import AS_USERS_COMPILE
 from tests.parity import sana_video_oracle as oracle
 from tests.parity.sana_oracle import relative_error
 
@@ -55,7 +56,7 @@ def output_and_gradients_function(variant: str):
 def output_function(variant: str, dtype: jnp.dtype = jnp.float32):
     """In float32 compiled as users compile it."""
     model = SanaVideoTransformer(oracle.jax_config(variant), dtype=dtype)
-    options = QUICK_COMPILE if dtype == jnp.bfloat16 else {}
+    options = QUICK_COMPILE if dtype == jnp.bfloat16 else AS_USERS_COMPILE
     return jax.jit(lambda params, inputs, mask: apply(model, params, inputs, mask), compiler_options=options)
 
 

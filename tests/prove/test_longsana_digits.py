@@ -44,7 +44,7 @@ def stages(tmp_path_factory):
     """All three trained as their presets say."""
     found = Stages(tmp_path_factory.mktemp("longsana"), moving_digits.teacher(tmp_path_factory))
     out = found.directory / "trajectories"
-    options = ("--per-caption", 16, "--num-steps", 20, "--flow-shift", 3, "--timesteps", 1000, 900, 750, 500)
+    options = ("--per-caption", 16, "--num-steps", 20, "--flow-shift", 6, "--timesteps", 1000, 947, 857, 667)
     print(command("train.make_trajectories", "--model", found.teacher.run, "--out", out, *options))
     for stage in STAGES:
         print(command("train.main", *found.options(stage, found.run_dir(stage))))

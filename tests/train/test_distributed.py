@@ -55,7 +55,8 @@ def free_port() -> int:
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "XLA_FLAGS"))}
-    environment = inherited | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | variables
+    quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    environment = inherited | {"JAX_PLATFORMS": "cpu"} | quick | variables
     command = [sys.executable, "-m", "train.main", *arguments]
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -22,6 +22,7 @@ from tests.train.run_training import (
     the_error,
 )
 from train.data.cache import CacheReader
+from train.main import main as train
 
 STEPS = 4
 
@@ -73,7 +74,8 @@ def finished(tmp_path_factory, cache, base):
 
     def make(directory):
         directory.mkdir()
-        run(cache, *options(base, draw_pictures(directory / "pictures"), directory / "run"))
+        with in_this_process(cache):
+            assert train(options(base, draw_pictures(directory / "pictures"), directory / "run")) == 0
 
     return made_once(shared_directory(tmp_path_factory) / "finished-lora", make)
 
@@ -161,7 +163,7 @@ def test_folders_that_are_no_cache(here, base, pictures, tmp_path, capfd):
     assert_refused(capfd, [*words, "--data.cache", str(tmp_path / "none")], "none", "precompute", folder=tmp_path)
 
 
-def test_a_disk_that_is_full_while_pictures_are_prepared(cache, base, pictures, tmp_path):
+def test_a_disk_that_is_full_while_pictures_are_prepared(cache, base, pictures, tmp_path, capfd):
     words = options(base, pictures, tmp_path / "runs" / "run", "--data.cache", str(tmp_path / "prepared"))
     _, err = run(cache, *words, hook=["files_stay_below", "900"], status=2)
     line = the_error(err)
@@ -171,7 +173,9 @@ def test_a_disk_that_is_full_while_pictures_are_prepared(cache, base, pictures, 
     assert left_behind(tmp_path) == []
     assert not list((tmp_path / "prepared").glob("latents-*"))
     # the same command, on a disk with room, goes on
-    out, _ = run(cache, *words)
+    with in_this_process(cache):
+        status, out, err = call(capfd, *words)
+    assert status == 0, err
     assert f"trained {STEPS} steps" in out
 
 
@@ -179,10 +183,12 @@ def test_two_runs_that_prepare_the_same_cache(cache, base, pictures, tmp_path):
     """The second waits for the first, and then finds everything there."""
     shared = str(tmp_path / "prepared")
     words = [options(base, pictures, tmp_path / "runs" / name, "--data.cache", shared) for name in ("one", "two")]
-    first = start(cache, *words[0], hook=["preparing_takes", "6"])
+    waited = tmp_path / "waited"
+    first = start(cache, *words[0], hook=["preparing_waits_for", str(waited)])
     first.wait_for("distinct prompts")
     second = start(cache, *words[1])
     second.wait_for("another process is writing")
+    waited.touch()
     (_, _), (out, _) = first.finish(), second.finish()
     assert "waiting until it has ended" in out + second.out
     assert "8 pictures, 8 of them there" in second.out

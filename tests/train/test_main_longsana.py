@@ -26,7 +26,7 @@ from tests.train.test_main_video import DIGITS, words
 from train.main import main as train
 from train.make_trajectories import main as make_trajectories
 
-TIMESTEPS = [1000, 900, 750, 500]
+TIMESTEPS = [1000, 947, 857, 667]
 CLIP = {"data.digits": [3, 7], "data.frames": 4}
 TEACHER = {
     **DIGITS,
@@ -75,7 +75,7 @@ def teacher(directory):
 @pytest.fixture(scope="module")
 def ode(directory, teacher):
     trajectories = directory / "trajectories"
-    options = ["--num-steps=8", "--flow-shift=3", "--per-caption=1", "--timesteps", *map(str, TIMESTEPS)]
+    options = ["--num-steps=8", "--flow-shift=6", "--per-caption=1", "--timesteps", *map(str, TIMESTEPS)]
     make_trajectories([f"--model={teacher}", f"--out={trajectories}", *options])
     more = {"model": teacher, "data.path": trajectories, "ode.block-frames": 2}
     assert train(words("moving_digits_ode", directory / "ode", STAGE, more)) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import shutil
 
@@ -23,6 +25,7 @@ from tests.train.run_training import (
     shared_directory,
     straight_run,
 )
+from train.main import main as train
 
 STEPS, BETWEEN = 6, 3
 GENERATOR = {f"generator/{name}" for name in ("scm", "adversarial", "tangent_norm", "log_variance")}
@@ -62,8 +65,10 @@ def student(tmp_path_factory, cache, teacher):
     """A run without any interruption."""
 
     def make(directory):
-        out, _ = run(cache, *distil(teacher, directory))
-        (directory / "stdout.txt").write_text(out)
+        out = io.StringIO()
+        with in_this_process(cache), contextlib.redirect_stdout(out):
+            assert train(distil(teacher, directory)) == 0
+        (directory / "stdout.txt").write_text(out.getvalue())
 
     return made_once(shared_directory(tmp_path_factory) / "sprint", make)
 

@@ -26,7 +26,7 @@ from train.sharding import AXES, check_batch, make_mesh, parameter_paths, parame
 ROOT = Path(__file__).parents[2]
 ONE_DEVICE = "data=1"
 THREE_AXES = "data=2 fsdp=2 tensor=2 accumulation=2"
-MESHES = ("data=8", "fsdp=8", "tensor=2", THREE_AXES)
+MESHES = ("data=8", "fsdp=8", THREE_AXES)
 BATCH = 16  # of tiny_config
 TOLERANCE = 1e-5
 
@@ -79,7 +79,7 @@ def cut_into(run: dict, prefix: str) -> dict[str, float]:
     return {name: size / part for name, (size, part) in shards.items() if name.startswith(prefix)}
 
 
-@pytest.mark.parametrize(("mesh", "parts"), [("fsdp=8", 8), ("tensor=2", 2), (THREE_AXES, 4)])
+@pytest.mark.parametrize(("mesh", "parts"), [("fsdp=8", 8), (THREE_AXES, 4)])
 def test_parameters_average_and_moments_are_cut(runs, mesh, parts):
     kernels = cut_into(runs[mesh], "params/")
     big = {name: count for name, count in kernels.items() if "transformer_blocks" in name and "kernel" in name}

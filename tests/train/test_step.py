@@ -75,7 +75,7 @@ def test_sigma_bins():
 
 @pytest.fixture(scope="module")
 def gradients(run, state, batch):
-    """(loss, per-sample losses, gradients) by number of parts."""
+    """(loss, per-sample losses, gradients) of the whole batch and of four parts."""
     objective = run.objective
     draws = objective.draw(0, 0, batch)
 
@@ -88,12 +88,11 @@ def gradients(run, state, batch):
     def in_parts(parts):
         return jax.jit(lambda params: accumulate(value_and_grad, params, batch, draws, parts), compiler_options=QUICKLY)
 
-    return {parts: in_parts(parts)(state.params) for parts in (1, 2, 4)}
+    return [in_parts(parts)(state.params) for parts in (1, 4)]
 
 
-@pytest.mark.parametrize("parts", [2, 4])
-def test_accumulation_changes_nothing_but_rounding(gradients, parts):
-    (loss, losses, grads), (expected_loss, expected_losses, expected) = gradients[parts], gradients[1]
+def test_accumulation_changes_nothing_but_rounding(gradients):
+    (expected_loss, expected_losses, expected), (loss, losses, grads) = gradients
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-6)
     np.testing.assert_allclose(losses.loss, expected_losses.loss, rtol=2e-6)
     assert np.array_equal(losses.sigma, expected_losses.sigma)
