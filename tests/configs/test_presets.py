@@ -27,7 +27,11 @@ FROM_SCRATCH = {
 PUBLISHED = {**PUBLISHED_TRANSFORMERS, **PUBLISHED_VIDEO_TRANSFORMERS}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# Its clips are of the size of trajectories, which are still to be made: tests/train/test_main_longsana.py runs it.
+OF_TRAJECTORIES = "moving_digits_ode"
+
+
+@pytest.mark.parametrize("name", [name for name in PRESETS if name != OF_TRAJECTORIES])
 def test_the_step_of_every_preset_has_shapes(name):
     run = preset_run(name, abstract_mesh())
     arguments = run.state.abstract, run.frozen, run.batch

@@ -343,6 +343,7 @@ def call(*options) -> int:
     return caught.value.code
 
 
+@pytest.mark.prove  # half a minute; what a killed run has left is resumed in this process above
 def test_killed_and_resumed_from_the_command_line(model, tmp_path, capsys):
     """SIGKILL in the middle of a block; the file that comes out is the one of a call that was left in peace."""
     straight, path = tmp_path / "straight.mp4", tmp_path / "killed.mp4"

@@ -44,6 +44,9 @@ def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: s
     config = dataclasses.replace(config, batch_size=max(parts, config.batch_size // parts * parts))
     if config.sprint is not None:
         config, model = _with_teacher(config)
+    elif name.startswith("moving_digits_"):
+        teacher = load_preset("moving_digits").transformer
+        config, model = dataclasses.replace(config, transformer=teacher), ModelShapes(teacher, 1, 8, "float32", 1)
     else:
         config, model = settled(config)
     if remat is not None:

@@ -98,6 +98,10 @@ def streaming(directory, teacher, self_forcing):
     return directory / "streaming"
 
 
+# Windows take four programs of their own, a minute and a half; `make prove` runs them.
+STAGES = ["ode", "self_forcing", pytest.param("streaming", marks=pytest.mark.prove)]
+
+
 def trained(run, which: str, step: int):
     structure = checkpoint_structure(run / "checkpoints", which=which, step=step)
     return load_checkpoint_params(run / "checkpoints", structure, which=which, step=step)[0]
@@ -107,7 +111,7 @@ def distance(one, other) -> float:
     return max(float(np.abs(a - b).max()) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-@pytest.mark.parametrize("stage", ["ode", "self_forcing", "streaming"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_leaves_a_model(stage, request):
     run = request.getfixturevalue(stage)
     assert json.loads((run / "model_index.json").read_text())["_class_name"] == "LongSanaVideoPipeline"
@@ -124,7 +128,7 @@ def test_its_videos_may_be_longer_than_trained(self_forcing):
     assert np.std(frames) > 0.01
 
 
-@pytest.mark.parametrize("stage", ["ode", "self_forcing", "streaming"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_resumes_exactly(stage, request, capfd):
     run = request.getfixturevalue(stage)
     copy = run.with_name(f"{run.name}-copy")
@@ -153,6 +157,7 @@ def test_steps_of_both_kinds_move_their_own_network(self_forcing, ode):
     assert distance(two["fake"], start) > distance(two["transformer"], start)
 
 
+@pytest.mark.prove
 def test_windows_go_on_where_the_last_one_ended(streaming):
     kept = trained(streaming, "params", 2)["stream"], trained(streaming, "params", 4)["stream"]
     assert kept[0]["history"].shape == (2, 5, 12, 12, 1)

@@ -114,7 +114,7 @@ def test_a_sample_is_a_function_of_seed_and_index(data):
 def test_batches_and_captions(data):
     config = data.config
     batch = data.batch(np.asarray([0, len(data) - 1]), np.full((2, 2), 0.5))
-    assert batch.latents.shape == (2, 9, config.canvas, config.canvas, 1)
+    assert batch.latents.shape == (2, config.frames, config.canvas, config.canvas, 1)
     assert batch.latents.dtype == np.float32
     assert np.abs(batch.latents).max() == 1.0
     for row, index in enumerate((0, len(data) - 1)):
