@@ -27,8 +27,10 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 train: $(VENV)/.train  ## train the embedded default: a small SANA that writes handwritten digits (ARGS="--steps 100 ...")
 	$(BIN)/python -m train.main $(ARGS)
 
+# In two parts, so that no process has to hold the programs of all tests.
 test: $(VENV)/.test lint  ## everything that must hold on a CPU
-	$(BIN)/python -m pytest -m 'not prove and not gpu' -n $(TEST_PROCESSES) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m 'not prove and not gpu' -n $(TEST_PROCESSES) --dist worksteal --ignore tests/train $(ARGS)
+	$(BIN)/python -m pytest -m 'not prove and not gpu' -n $(TEST_PROCESSES) --dist worksteal tests/train $(ARGS)
 
 prove: $(VENV)/.test  ## the longer proofs: models that must really learn, full-size figures
 	$(BIN)/python -m pytest -m 'prove and not gpu' $(ARGS)

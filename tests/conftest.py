@@ -49,13 +49,16 @@ def _keep_programs_in_memory() -> dict:
 
 
 _KEPT = _keep_programs_in_memory()
+# What test modules compute while they are imported is compiled as their tests are: see pytest_runtest_setup.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _programs_of_a_module():
-    """A process may have 65,530 pieces of memory, and a program takes several: they are kept for a module's tests."""
+    """Programs are kept for a module's tests: XLA has died in processes that held those of half an hour."""
     yield
     _KEPT.clear()
+    jax.clear_caches()
 
 
 def pytest_collection_finish() -> None:

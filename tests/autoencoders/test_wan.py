@@ -125,6 +125,7 @@ def test_memory_of_a_scan_over_blocks_does_not_grow():
     assert oracle.relative_error(found, expected) <= 2e-6
 
 
+@pytest.mark.prove
 def test_how_far_back_the_decoder_looks(published, monkeypatch):
     """What a latent frame cannot reach is not changed by it, and a decoding begun that far before gives the same."""
     assert WanConfig().decoder_history == 38
@@ -203,6 +204,7 @@ def test_tiles_are_those_of_diffusers(two_levels):
     ]
 
 
+@pytest.mark.prove
 def test_blocks_of_tiles(two_levels):
     """Blocks of frames, each in tiles, each tile with its own state."""
     latents = oracle.draw(1, 4, 6, 12, 4)

@@ -172,8 +172,11 @@ def test_three_uses_are_one_function(params, inputs, use, edges, window):
 
 @pytest.mark.parametrize(
     ("use", "remat", "scan_blocks"),
-    [(scanned, "none", True), (all_at_once, "full", True), (all_at_once, "none", False)],
-    ids=["scanned blocks", "remat", "unrolled layers"],
+    [
+        pytest.param(scanned, "none", True, id="scanned blocks"),
+        pytest.param(all_at_once, "full", True, id="remat", marks=pytest.mark.prove),
+        pytest.param(all_at_once, "none", False, id="unrolled layers", marks=pytest.mark.prove),
+    ],
 )
 def test_gradients_are_the_same(params, inputs, use, remat, scan_blocks):
     """In the recurrent use they go through the states."""

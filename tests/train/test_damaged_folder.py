@@ -62,6 +62,7 @@ def key_of(name: str) -> str:
     return shown(unicodedata.normalize("NFC", text if name.startswith("good.") else os.path.splitext(text)[0]))
 
 
+@pytest.mark.prove
 def test_it_trains_and_names_each_skipped_file_once(here, model, damaged, tmp_path, capfd):
     folder, made = damaged
     before, run_dir = names_below(folder), tmp_path / "runs" / "run"

@@ -77,9 +77,11 @@ def narrow_run(tmp_path_factory) -> dict:
     return compiled_report(tmp_path_factory.mktemp("narrow") / "report.json", "sana_600m_512", "fsdp=8", "width=6")
 
 
+@pytest.mark.prove
 def test_weights_are_fetched_layer_by_layer(narrow_run):
     check_fetched_layer_by_layer(narrow_run)
 
 
+@pytest.mark.prove
 def test_the_estimate_without_compiling_is_near(narrow_run):
     assert narrow_run["estimated"] == pytest.approx(narrow_run["bytes"], rel=0.15)

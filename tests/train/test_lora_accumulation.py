@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from configs.lora import LoraConfig
 from tests.train.tiny_run import QUICKLY, tiny_config
@@ -20,6 +21,7 @@ from train.step import accumulate
 ROWS = 8
 
 
+@pytest.mark.prove
 def test_accumulation_changes_a_loras_gradient_by_rounding_alone():
     config = tiny_config(lora=LoraConfig(rank=3, alpha=5.0, dropout=0.2))
     network = dataclasses.replace(config.transformer, num_layers=1)

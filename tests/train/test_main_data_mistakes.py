@@ -179,6 +179,7 @@ def test_a_disk_that_is_full_while_pictures_are_prepared(cache, base, pictures, 
     assert f"trained {STEPS} steps" in out
 
 
+@pytest.mark.prove
 def test_two_runs_that_prepare_the_same_cache(cache, base, pictures, tmp_path):
     """The second waits for the first, and then finds everything there."""
     shared = str(tmp_path / "prepared")

@@ -239,6 +239,7 @@ def test_training_does_not_start_from_a_loras_run(place, run, tmp_path, capfd):
 # -- DreamBooth --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.prove
 def test_dreambooth_draws_its_class_once(place, tmp_path, capfd):
     folder = tmp_path / "class"
     prior = {"prior.caption": PROMPTS[1], "prior.path": folder, "prior.pictures": 3, "prior.num-inference-steps": 2}

@@ -85,6 +85,7 @@ def test_killed_and_resumed_is_the_straight_run_bit_for_bit(cache, straight, tmp
     assert left_behind(run_dir) == []
 
 
+@pytest.mark.prove
 def test_another_number_of_devices_gives_the_same_run_to_rounding(cache, straight, tmp_path, capfd):
     """From one device to eight over all three axes, and back to one."""
     run_dir = tmp_path / "run"

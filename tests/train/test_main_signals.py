@@ -75,6 +75,7 @@ def test_while_it_starts(cache, tmp_path, number, status, moment):
     assert not run_dir.exists()
 
 
+@pytest.mark.prove
 def test_in_the_preview_of_step_0(cache, tmp_path):
     run_dir = tmp_path / "run"
     training = start(cache, *tiny(run_dir), hook=["previews_take_long"])
@@ -147,6 +148,7 @@ def test_in_a_step_then_in_a_preview_then_in_a_save(cache, straight, tmp_path, c
     assert_same_run(run_dir, straight)
 
 
+@pytest.mark.prove
 def test_in_the_middle_of_a_real_process_that_joined_others(cache, tmp_path):
     """Joining takes SIGTERM away from the program, which must take it back."""
     run_dir = tmp_path / "run"
@@ -165,6 +167,7 @@ def test_in_the_middle_of_a_real_process_that_joined_others(cache, tmp_path):
     assert left_behind(run_dir) == []
 
 
+@pytest.mark.prove
 def test_a_second_signal_ends_at_once_and_the_last_checkpoint_stands(cache, tmp_path):
     run_dir = tmp_path / "run"
     training = start(cache, *tiny(run_dir), hook=["saves_take_long"])

@@ -219,6 +219,7 @@ def drawn(model, **options) -> np.ndarray:
     return np.asarray(pipeline("a red panda", seed=5, output_type="np", **size, **options).frames)
 
 
+@pytest.mark.prove
 def test_a_lora_of_a_video_model(place, tuned):
     base, expected = drawn(place / "base"), drawn(tuned)
     first, last = pixels(tuned, 0).astype(np.int64), pixels(tuned, STEPS).astype(np.int64)
@@ -232,6 +233,7 @@ def test_a_lora_of_a_video_model(place, tuned):
     assert (flow.flow_shift, flow.sampling_flow_shift) == (3.0, 8.0)
 
 
+@pytest.mark.prove
 def test_the_card_speaks_of_clips(tuned):
     card = (tuned / CARD).read_text()
     assert "pipeline_tag: text-to-video" in card
@@ -240,6 +242,7 @@ def test_the_card_speaks_of_clips(tuned):
     assert "4 clips" in card
 
 
+@pytest.mark.prove
 def test_diffusers_loads_the_lora(tuned):
     from tests.parity import video_pipeline_oracle
 

@@ -269,7 +269,7 @@ def test_the_command(made, capsys, monkeypatch):
     stop = SimpleNamespace(signal=signal.SIGINT, nothing_to_lose=True)
     assert command.main([*words, "--num-steps", "20"], stop) == 130
     assert read == [
-        MakeTrajectoriesConfig("runs/a", "b", num_steps=20, flow_shift=6.0, timesteps=(1000, 947, 857, 667))
+        MakeTrajectoriesConfig("runs/a", "b", num_steps=20, flow_shift=3.0, timesteps=(1000, 900, 750, 500))
     ]
     with pytest.raises(UserError, match="--out is missing"):
         command.main(words[:1], stop)

@@ -120,6 +120,7 @@ def test_the_figures_of_a_plan_add_up():
     assert memory.total == sum(memory)
 
 
+@pytest.mark.prove
 def test_every_choice_is_listed_and_its_state_is_exact():
     config = configuration(batch_size=8)
     run = run_of(config)
@@ -133,6 +134,7 @@ def test_every_choice_is_listed_and_its_state_is_exact():
     assert found["--compute.remat full"] < found["--compute.remat dots"] < memory.total
 
 
+@pytest.mark.prove
 def test_a_plan_prints_what_the_run_then_needs_and_writes_nothing(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert trainer.main(["--plan", *SMALL_OPTIONS]) == 0
