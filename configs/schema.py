@@ -312,7 +312,7 @@ class RunConfig:
         _require("tokens", "without --lora", self.tokens is None or self.lora is not None, "tokens beside a LoRA")
         self._check_few_steps()
         v = self.validation
-        few = self.sprint or self.ode or self.self_forcing
+        few = self.sprint or self.few_steps
         allowed = "0 where the loss is not flow matching's: for Sprint, ODE initialisation and self-forcing"
         _require("validation.every", v.every, not few or not v.every, allowed)
         _require("validation.every", v.every, v.every >= 0, "0 (none) or more")
@@ -371,6 +371,9 @@ class RunConfig:
         _require("data", "trajectories", isinstance(data, TrajectoriesDataConfig) == (self.ode is not None), allowed)
         prompts = isinstance(data, PromptsDataConfig) and self.self_forcing is None
         _require("data", "prompts without videos", not prompts, "self-forcing (--self-forcing)")
+        if self.chunk_causal is not None:
+            share, instead = self.flow.image_to_video, "0 with --chunk-causal; set --chunk-causal.image-to-video"
+            _require("flow.image-to-video", share, share == 0, instead)
         if self.self_forcing is None:
             return
         stream = self.self_forcing.stream

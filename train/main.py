@@ -137,14 +137,14 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     if continuing:
         held.enter_context(run_directory.hold(config))
     base_weights = None if base is None else base.abstract_weights(mesh, config.compute.dtype)
-    start = open_start(config)
+    start = None if run_directory.has_checkpoint(Path(config.run_dir)) else open_start(config)
     # Layers and patterns that are not there are found before the pictures are prepared, which may take hours.
     plan = plan_state(config, make_recipe(config), base_weights, mesh)
     parts = assemble(config, base, say, stop)
     if parts is None:
         return exit_status(stop.signal)
     dataset, recipe = parts.dataset, parts.recipe
-    if getattr(recipe, "batch", None) is not None:  # what is trained has the shape of the data
+    if config.self_forcing is not None and config.self_forcing.stream is not None:  # its state is shaped by the data
         plan = plan_state(config, recipe, base_weights, mesh)
     loader = Loader(dataset, seed=config.seed, batch_size=config.batch_size, rows=rows)
     say(f"data: {dataset.describe()}")

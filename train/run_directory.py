@@ -73,9 +73,14 @@ def read_config(run_dir: Path) -> RunConfig:
     return from_dict(RunConfig, values, str(path))
 
 
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is a finished checkpoint, from which the run would go on."""
+    return bool(checkpoint_steps(run_dir / "checkpoints"))
+
+
 def require_checkpoint(run_dir: Path) -> None:
     """Raises ``CheckpointError`` unless the run has a checkpoint to resume from."""
-    if not checkpoint_steps(run_dir / "checkpoints"):
+    if not has_checkpoint(run_dir):
         raise CheckpointError(
             f"no checkpoint in {run_dir / 'checkpoints'}: nothing to resume from; start the run from the beginning "
             f"with --run-dir {run_dir}, or name another run"

@@ -29,9 +29,7 @@ def command(module: str, *options: object, **environment: str) -> str:
 
 
 def teacher(tmp_path_factory) -> Teacher:
-    """Trains it, once in a session. ``MOVING_DIGITS`` names a finished run to use in its place."""
-    if given := os.environ.get("MOVING_DIGITS"):
-        return Teacher(Path(given).absolute(), float("nan"))
+    """Trains it, once in a session."""
 
     def train(directory: Path) -> None:
         compiled = directory.with_name("moving_digits_compiled")  # nothing from other runs
