@@ -34,7 +34,8 @@ class ComputeConfig:
     """What the backward pass computes again instead of keeping it: from fastest (none) to smallest (full; offload keeps
     even the blocks' inputs in host memory)."""
     scan_blocks: bool = True
-    """Compile one block and scan it; False unrolls the blocks, for debugging."""
+    """Compile one block and scan it; False unrolls the blocks, which compiles for longer: for debugging, and for small
+    networks on a CPU, where the scan's copies take a third of a step."""
 
 
 @dataclass(frozen=True)

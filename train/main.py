@@ -34,6 +34,7 @@ from sana_jax.command_line import parse
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError, run_command_line
+from sana_jax.host_memory import keep_freed_memory
 from sana_jax.weights.components import Resident
 from train import run_directory
 from train.assembly import RunParts, assemble, open_base, open_start
@@ -110,6 +111,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
 
 def train(config: RunConfig, stop: StopRequest) -> int:
     """Trains, or continues, the run of ``config``; returns the exit status."""
+    keep_freed_memory(config.device)
     with ExitStack() as held:
         return _train(config, stop, held)
 

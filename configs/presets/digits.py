@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from configs.schema import (
     CheckpointConfig,
+    ComputeConfig,
     DigitsDataConfig,
     EmaConfig,
     FlowConfig,
@@ -41,6 +42,7 @@ CONFIG = RunConfig(
     ),
     data=DigitsDataConfig(),
     batch_size=64,
+    compute=ComputeConfig(scan_blocks=False),
     flow=FlowConfig(flow_shift=1.0),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),
     ema=EmaConfig(decay=0.99),

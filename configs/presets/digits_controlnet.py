@@ -15,6 +15,7 @@ from configs.controlnet import ControlNetConfig
 from configs.data import ImageDataConfig
 from configs.schema import (
     CheckpointConfig,
+    ComputeConfig,
     EmaConfig,
     FlowConfig,
     OptimizerConfig,
@@ -31,6 +32,7 @@ CONFIG = RunConfig(
     data=ImageDataConfig(conditions=("control=canny",)),
     controlnet=ControlNetConfig(num_layers=2),
     batch_size=32,
+    compute=ComputeConfig(scan_blocks=False),
     flow=FlowConfig(flow_shift=None),
     optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=30),
     ema=EmaConfig(decay=0.99),

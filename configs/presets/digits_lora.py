@@ -16,6 +16,7 @@ from configs.lora import LoraConfig
 from configs.prior import PriorConfig
 from configs.schema import (
     CheckpointConfig,
+    ComputeConfig,
     EmaConfig,
     FlowConfig,
     OptimizerConfig,
@@ -33,6 +34,7 @@ CONFIG = RunConfig(
     lora=LoraConfig(rank=16, targets=("all_linear_and_pointwise",)),
     prior=PriorConfig(),
     batch_size=8,
+    compute=ComputeConfig(scan_blocks=False),
     flow=FlowConfig(flow_shift=None),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20),
     ema=EmaConfig(enabled=False),

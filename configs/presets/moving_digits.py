@@ -12,6 +12,7 @@ from __future__ import annotations
 from configs.data import MovingDigitsDataConfig
 from configs.schema import (
     CheckpointConfig,
+    ComputeConfig,
     EmaConfig,
     OptimizerConfig,
     PreviewConfig,
@@ -40,6 +41,7 @@ CONFIG = RunConfig(
     ),
     data=MovingDigitsDataConfig(),
     batch_size=32,
+    compute=ComputeConfig(scan_blocks=False),
     # Frames repeat one another: what the caption must decide lies above a level of 0.9.
     flow=VideoFlowConfig(flow_shift=6.0, image_to_video=0.2),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),

@@ -13,12 +13,9 @@ def relu_linear_attention(
 ) -> Float[Array, "B N h e"]:
     """Same value as the reference; differentiable in forward and reverse mode; the result keeps ``value``'s dtype."""
     # ReLU commutes with the widening cast, so half-precision inputs are read once.
-    query, key = (jnp.maximum(x, 0).astype(jnp.float32) for x in (query, key))
-    # Full float32 products: a TF32 or bfloat16 summary of a few thousand tokens loses the small ones.
-    summary = jnp.einsum("bmhd,bmhe->bhde", key, value.astype(jnp.float32), precision="highest")
-    numerator = jnp.einsum("bnhd,bhde->bnhe", query, summary, precision="highest")
-    denominator = jnp.einsum("bnhd,bhd->bnh", query, key.sum(1), precision="highest")
-    return (numerator / (denominator[..., None] + epsilon)).astype(value.dtype)
+    query, key = (_heads_first(jnp.maximum(x, 0).astype(jnp.float32)) for x in (query, key))
+    key_value = _key_value(key, _heads_first(value.astype(jnp.float32)))
+    return _read(query, key_value, key.sum(2), epsilon).swapaxes(1, 2).astype(value.dtype)
 
 
 def rope_linear_attention(
@@ -39,9 +36,8 @@ def summarise(
     key: Float[Array, "B N h d"], value: Float[Array, "B N h e"], cos: Float[Array, "N p"], sin: Float[Array, "N p"]
 ) -> tuple[Float[Array, "B h d e"], Float[Array, "B h d"]]:
     """``Σ (R k) vᵀ`` and ``Σ k`` over tokens, float32; keys are float32 and after their ReLU."""
-    rotated = rotate_pairs(key, cos, sin)
-    key_value = jnp.einsum("bmhd,bmhe->bhde", rotated, value.astype(jnp.float32), precision="highest")
-    return key_value, key.sum(1)
+    rotated = _heads_first(rotate_pairs(key, cos, sin))
+    return _key_value(rotated, _heads_first(value.astype(jnp.float32))), key.sum(1)
 
 
 def read_summary(
@@ -53,6 +49,30 @@ def read_summary(
     epsilon: float,
 ) -> Float[Array, "B N h e"]:
     """What every query gets from the two sums of ``summarise``; queries are float32 and after their ReLU."""
-    numerator = jnp.einsum("bnhd,bhde->bnhe", rotate_pairs(query, cos, sin), key_value, precision="highest")
-    denominator = jnp.einsum("bnhd,bhd->bnh", query, key_sum, precision="highest")
+    rotated, query = _heads_first(rotate_pairs(query, cos, sin)), _heads_first(query)
+    return _read(query, key_value, key_sum, epsilon, rotated).swapaxes(1, 2)
+
+
+# -- heads before tokens: otherwise XLA's CPU backend turns operands and gradients of every product around -------------
+
+
+def _heads_first(x: Float[Array, "B N h d"]) -> Float[Array, "B h N d"]:
+    return x.swapaxes(1, 2)
+
+
+def _key_value(key: Float[Array, "B h N d"], value: Float[Array, "B h N e"]) -> Float[Array, "B h d e"]:
+    # Full float32 products: a TF32 or bfloat16 summary of a few thousand tokens loses the small ones.
+    return jnp.einsum("bhmd,bhme->bhde", key, value, precision="highest")
+
+
+def _read(
+    query: Float[Array, "B h N d"],
+    key_value: Float[Array, "B h d e"],
+    key_sum: Float[Array, "B h d"],
+    epsilon: float,
+    rotated: Float[Array, "B h N d"] | None = None,
+) -> Float[Array, "B h N e"]:
+    """``rotated`` reads the numerator; the query itself where it is None."""
+    numerator = jnp.einsum("bhnd,bhde->bhne", query if rotated is None else rotated, key_value, precision="highest")
+    denominator = jnp.einsum("bhnd,bhd->bhn", query, key_sum, precision="highest")
     return numerator / (denominator[..., None] + epsilon)

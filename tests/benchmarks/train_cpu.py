@@ -24,6 +24,7 @@ import numpy as np
 
 from configs import load_preset
 from configs.schema import EmaConfig, FlowConfig, OptimizerConfig, RunConfig
+from sana_jax.host_memory import keep_freed_memory
 from sana_jax.models.sana import SanaConfig
 from tests.benchmarks.sana_cpu import array, environment, markdown, random_like
 from tests.benchmarks.timing import paired_ratio, ratio, time_interleaved
@@ -288,6 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
 
+    keep_freed_memory("cpu")  # as train.main does; PyTorch has it too
     import torch
 
     torch.set_num_threads(options.threads)

@@ -1,0 +1,42 @@
+"""Programs reuse the memory of the call before."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+PROGRAM = """
+    import resource, sys
+    import jax, jax.numpy as jnp
+    from sana_jax.host_memory import keep_freed_memory
+
+    if sys.argv[1] == "keep":
+        assert keep_freed_memory("cpu")
+    # Of 64 MB, far more than what glibc keeps by itself; the result is one number.
+    function = jax.jit(lambda x: jnp.fft.fft(jnp.broadcast_to(x, (64, 1 << 16)).reshape(-1, 64)).real.sum())
+    for _ in range(3):
+        function(jnp.ones(1 << 16)).block_until_ready()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        function(jnp.ones(1 << 16)).block_until_ready()
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 5)
+"""
+
+
+def faults_of_a_call(how: str) -> int:
+    command = [sys.executable, "-c", textwrap.dedent(PROGRAM), how]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_a_call_finds_the_memory_of_the_one_before():
+    left_alone, kept = faults_of_a_call("leave"), faults_of_a_call("keep")
+    assert left_alone > 5_000  # 4 KiB each
+    assert kept < left_alone / 20
+
+
+def test_is_left_alone_where_a_gpu_is_asked_for():
+    from sana_jax.host_memory import keep_freed_memory
+
+    assert not keep_freed_memory("gpu")
