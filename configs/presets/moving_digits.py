@@ -24,7 +24,7 @@ from sana_jax.models.sana_video import SanaVideoConfig
 CONFIG = RunConfig(
     preset="moving_digits",
     run_dir="runs/moving_digits",
-    steps=900,
+    steps=3000,
     transformer=SanaVideoConfig(
         in_channels=1,
         out_channels=1,
@@ -46,6 +46,6 @@ CONFIG = RunConfig(
     flow=VideoFlowConfig(flow_shift=6.0, image_to_video=0.2),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),
     ema=EmaConfig(decay=0.99),
-    checkpoint=CheckpointConfig(every=300),
-    preview=PreviewConfig(every=300, per_caption=1, guidance_scale=2.0),
+    checkpoint=CheckpointConfig(every=500),
+    preview=PreviewConfig(every=500, per_caption=1, guidance_scale=2.0),
 )

@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -22,6 +21,7 @@ from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, LinearSelfAttention, mask_to_bias
 from sana_jax.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, sincos_position_table
 from sana_jax.nn.initializers import scaled_normal, xavier_uniform
+from sana_jax.nn.layers import layers_of
 from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.mix_ffn import GLUMBConv
 from sana_jax.nn.norms import RMSNorm
@@ -379,8 +379,7 @@ class SanaTransformer(nn.Module):
             }
             block = block_class(self.config, self.dtype, self.fp16_saturation, parent=None)
             outputs = []
-            for layer in range(layers):
-                variables = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
+            for layer, variables in enumerate(layers_of(stacked, layers)):
                 own_identity = None if identity is None else identity[layer]
                 x = finish_block(block.apply(variables, x, caption, bias, time, grid, own_identity), layer)
                 outputs.append(x)

@@ -25,6 +25,7 @@ from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, RotaryLinearSelfAttention, mask_to_bias
 from sana_jax.nn.embeddings import CaptionProjection, TimeEmbedding
 from sana_jax.nn.initializers import scaled_normal, torch_uniform, xavier_uniform
+from sana_jax.nn.layers import layers_of
 from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.mix_ffn import TemporalGLUMBConv
 from sana_jax.nn.norms import RMSNorm
@@ -471,8 +472,7 @@ class SanaVideoTransformer(nn.Module):
             }
             block = block_class(*arguments, parent=None)
             states, outputs = [], []
-            for layer in range(layers):
-                variables, own_state = jax.tree.map(lambda array, layer=layer: array[layer], (stacked, state))
+            for variables, own_state in layers_of((stacked, state), layers):
                 x, own_state = block.apply(variables, x, *context, own_state)
                 states.append(own_state)
                 outputs.append(x)

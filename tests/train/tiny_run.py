@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from configs import load_preset
-from configs.schema import EmaConfig, MeshConfig, OptimizerConfig, RunConfig
+from configs.schema import ComputeConfig, EmaConfig, MeshConfig, OptimizerConfig, RunConfig
 from train.data import DigitsData, Loader
 from train.objectives.flow_matching import FlowMatching
 from train.recipes import make_recipe
@@ -36,6 +36,7 @@ def tiny_config(**changes: Any) -> RunConfig:
     )
     small = {
         "transformer": transformer,
+        "compute": ComputeConfig(),
         "steps": 20,
         "batch_size": 16,
         "optimizer": OptimizerConfig(learning_rate=1e-3, warmup_steps=2, weight_decay=0.01),
