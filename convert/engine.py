@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 import shutil
@@ -77,6 +78,7 @@ def import_model(
             save_params(folder / CONVERTED, tree)
             _write_kept(folder, component)
             report(f"{_describe(component)} -> {_within(component, CONVERTED)} in {time.perf_counter() - begin:.1f} s")
+            _say_dropped(component, report)
         _write_small(model, temporary)
         if model.index is not None:
             index = {key: value for key, value in model.index.items() if key != "contract"}
@@ -138,6 +140,7 @@ def export_opened(
             count = _write_shards(folder, component.source, _stem(component), shard_bytes)
             files = f"{count} file{'s' if count > 1 else ''}"
             report(f"{_describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
+            _say_missing(component, report)
         _write_small(model, temporary)
         if model.index is not None:
             write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
@@ -173,6 +176,33 @@ def _describe(component: Component) -> str:
     count = parameter_count(component.network.abstract)
     name = f"{component.folder}: " if component.folder else ""
     return f"{name}{component.network.family}, {count:,} parameters, {', '.join(dtypes)}"
+
+
+def _dropped(component: Component) -> list[TensorInfo]:
+    """The source's tensors that our network has no use for."""
+    patterns = component.network.dropped if component.network.dropped_part else ()
+    return [info for name, info in component.source.tensors.items() if any(re.fullmatch(p, name) for p in patterns)]
+
+
+def _say_dropped(component: Component, report: Report) -> None:
+    """One line where an import leaves a part of the published network out."""
+    if infos := _dropped(component):
+        part, count = component.network.dropped_part, sum(math.prod(info.shape) for info in infos)
+        report(
+            f"{_within(component, CONVERTED)}: {len(infos):,} tensors ({count:,} parameters) of {part} are left out; "
+            "an export of this directory will be without them"
+        )
+
+
+def _say_missing(component: Component, report: Report) -> None:
+    """One line where an export lacks a part of the published network."""
+    part = component.network.dropped_part
+    if part and not _dropped(component):
+        where = f"{component.folder}: " if component.folder else ""
+        report(
+            f"{where}exported without {part}, which is not in the source: diffusers reports these weights as missing; "
+            "export the published directory to have them"
+        )
 
 
 def _within(component: Component, name: str) -> str:

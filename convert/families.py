@@ -28,7 +28,8 @@ class Network:
         rules: the table.
         stem: how the published weight files are called.
         kept: patterns of published tensors that our tree has no place for and an export needs.
-        dropped: patterns of published tensors that nobody needs.
+        dropped: patterns of published tensors that nobody needs, or that our network has no use for.
+        dropped_part: what the latter are, for messages: "the audio half".
     """
 
     class_name: str
@@ -39,6 +40,7 @@ class Network:
     stem: str = DIFFUSERS_STEM
     kept: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    dropped_part: str = ""
 
     @property
     def ignored(self) -> tuple[str, ...]:
@@ -47,7 +49,13 @@ class Network:
 
 
 # transformers' configurations name a kind of model in place of a class
-_BY_MODEL_TYPE = {"gemma2": "Gemma2Model", "siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+_BY_MODEL_TYPE = {
+    "gemma2": "Gemma2Model",
+    "gemma3": "Gemma3ForConditionalGeneration",
+    "gemma3_text": "Gemma3TextModel",
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+}
 
 
 def class_of(config: Mapping[str, Any]) -> str | None:
@@ -108,6 +116,41 @@ def _video_transformer(values: dict[str, Any], names: Collection[str]) -> Networ
     return Network("SanaVideoTransformer3DModel", family_name(config), config, abstract, transformer_rules(config))
 
 
+def _world_model(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.sana_wm import SanaWMConfig, SanaWMTransformer, init_params
+    from sana_jax.models.sana_wm_config import CLASS_NAME
+    from sana_jax.weights.tables.sana_wm import DROPPED, NOT_PARAMETERS, transformer_rules
+
+    config = SanaWMConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(SanaWMTransformer(config), jax.random.key(0)))
+    rules = transformer_rules(config, names)
+    unused = {"kept": NOT_PARAMETERS, "dropped": DROPPED}
+    return Network(CLASS_NAME, family_name(config), config, abstract, rules, **unused)
+
+
+def _ltx2_transformer(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.ltx2 import LTX2VideoTransformer, init_params
+    from sana_jax.models.ltx2_config import LTX2Config
+    from sana_jax.weights.tables.ltx2 import AUDIO, transformer_rules
+
+    config = LTX2Config.from_dict(values)
+    abstract = _shapes(lambda: init_params(LTX2VideoTransformer(config), jax.random.key(0)))
+    family = f"video half of LTX-2 of {config.num_layers} blocks, width {config.inner_dim}"
+    audio = {"dropped": AUDIO, "dropped_part": "the audio half"}
+    return Network(class_of(values) or "", family, config, abstract, transformer_rules(config), **audio)
+
+
+def _ltx2_connectors(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.ltx2_connectors import CLASS_NAME, LTX2Connectors, LTX2ConnectorsConfig, init_params
+    from sana_jax.weights.tables.ltx2 import AUDIO, connectors_rules
+
+    config = LTX2ConnectorsConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(LTX2Connectors(config), jax.random.key(0)))
+    audio = {"dropped": AUDIO, "dropped_part": "the audio connector"}
+    family = f"LTX-2's video connector of {config.video_connector_num_layers} blocks, width {config.caption_channels}"
+    return Network(CLASS_NAME, family, config, abstract, connectors_rules(config), **audio)
+
+
 def _controlnet(values: dict[str, Any], names: Collection[str]) -> Network:
     from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig, init_controlnet_params
     from sana_jax.weights.tables.sana import controlnet_rules
@@ -139,6 +182,17 @@ def _video_autoencoder(values: dict[str, Any], names: Collection[str]) -> Networ
     return Network(CLASS_NAME, family, config, abstract, wan_rules(config))
 
 
+def _ltx2_autoencoder(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.autoencoders.ltx2 import init_params
+    from sana_jax.autoencoders.ltx2_config import CLASS_NAME, LTX2AutoencoderConfig
+    from sana_jax.weights.tables.ltx2_vae import ltx2_vae_rules
+
+    config = LTX2AutoencoderConfig.from_dict(values)
+    abstract = _shapes(lambda: init_params(config, jax.random.key(0)))
+    family = f"LTX-2 autoencoder f{config.spatial_factor}t{config.temporal_factor}c{config.latent_channels}"
+    return Network(CLASS_NAME, family, config, abstract, ltx2_vae_rules(config))
+
+
 def _text_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
     from sana_jax.models.gemma import Gemma, GemmaConfig, init_params
     from sana_jax.weights.tables.gemma import CAUSAL_LM_PREFIX, IGNORED, gemma_rules, name_prefix
@@ -154,6 +208,23 @@ def _text_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
         prefix = CAUSAL_LM_PREFIX if "Gemma2ForCausalLM" in (values.get("architectures") or ()) else ""
     rules = gemma_rules(config, prefix)
     return Network("Gemma2Model", family, config, abstract, rules, stem=TRANSFORMERS_STEM, dropped=IGNORED)
+
+
+def _gemma3(values: dict[str, Any], names: Collection[str]) -> Network:
+    from sana_jax.models.gemma import Gemma, init_params
+    from sana_jax.models.gemma3_config import WITH_IMAGES, Gemma3Config
+    from sana_jax.weights.tables.gemma import GEMMA3_PREFIXES, IGNORED, IMAGE_TOWER, gemma_rules, name_prefix
+
+    config = Gemma3Config.from_dict(values)
+    abstract = _shapes(lambda: init_params(Gemma(config), jax.random.key(0)))
+    published = (config.hidden_size, config.num_hidden_layers) == (3840, 48)
+    family = "Gemma-3 12B" if published else f"Gemma-3 of {config.num_hidden_layers} layers, width {config.hidden_size}"
+    class_name = class_of(values) or _BY_MODEL_TYPE[config.model_type]
+    by_class = GEMMA3_PREFIXES.get((values.get("architectures") or (class_name,))[0], "")
+    rules = gemma_rules(config, name_prefix(names) if names else by_class)
+    # the image tower stays as it is, so that an export is the whole model that its config.json describes
+    kept = IMAGE_TOWER if values.get("model_type") == WITH_IMAGES else ()
+    return Network(class_name, family, config, abstract, rules, stem=TRANSFORMERS_STEM, kept=kept, dropped=IGNORED)
 
 
 def _image_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
@@ -175,10 +246,17 @@ def _image_encoder(values: dict[str, Any], names: Collection[str]) -> Network:
 _NETWORKS: dict[str | None, Callable[[dict[str, Any], Collection[str]], Network]] = {
     "SanaTransformer2DModel": _transformer,
     "SanaVideoTransformer3DModel": _video_transformer,
+    "SanaWMTransformer3DModel": _world_model,
     "SanaControlNetModel": _controlnet,
+    "SanaWMLTX2RefinerTransformer3DModel": _ltx2_transformer,
+    "LTX2VideoTransformer3DModel": _ltx2_transformer,
+    "LTX2TextConnectors": _ltx2_connectors,
     "AutoencoderDC": _autoencoder,
     "AutoencoderKLWan": _video_autoencoder,
+    "AutoencoderKLLTX2Video": _ltx2_autoencoder,
     "Gemma2Model": _text_encoder,
+    "Gemma3ForConditionalGeneration": _gemma3,
+    "Gemma3TextModel": _gemma3,
     "SiglipVisionModel": _image_encoder,
 }
 
@@ -189,7 +267,9 @@ def _shapes(initialise: Callable[[], PyTree]) -> PyTree:
 
 
 def parameter_count(tree: PyTree | Iterable[Any]) -> int:
-    """The number of parameters of a tree of shapes."""
+    """The number of parameters of a tree of shapes; the statistics of an autoencoder's latents are none."""
+    if isinstance(tree, Mapping):
+        tree = {name: branch for name, branch in tree.items() if name != "statistics"}
     count = 0
     for leaf in jax.tree.leaves(tree):
         size = 1

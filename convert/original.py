@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convert.families import network_of
+from convert.original_world_model import (
+    FLOW_SHIFT,
+    infer_world_model_config,
+    is_world_model,
+    renamed_world_model,
+)
 from convert.renames import RenamedSource
 from convert.tables import controlnet_original, sana_original, sana_video_original
 from convert.torch_files import TorchSource
@@ -67,6 +73,9 @@ def open_original(path: Path, choices: Choices) -> Model:
             f"{path} has the names of a published component, whose shape is in the config.json beside it: name the "
             "directory instead"
         )
+    if is_world_model(source):
+        _refuse(choices, path, "image_size")
+        return _open_world_model(path, choices, source, notes)
     axes = len(names["x_embedder.proj.weight"].shape) if "x_embedder.proj.weight" in names else 0
     if axes == 5 and any(name.endswith(".mlp.t_conv.weight") for name in names):
         _refuse(choices, path, "image_size")
@@ -74,7 +83,8 @@ def open_original(path: Path, choices: Choices) -> Model:
     if axes != 4:
         seen = looks_like(names) or "holds no network that is known here"
         raise CheckpointError(
-            f"{path} {seen}; allowed are SANA, SANA-1.5, SANA-Sprint and their ControlNets, SANA-Video and LongSANA"
+            f"{path} {seen}; allowed are SANA, SANA-1.5, SANA-Sprint and their ControlNets, SANA-Video, LongSANA and "
+            "SANA-WM"
         )
     is_controlnet = any(name.startswith("controlnet.") for name in names)
     guidance = "cfg_embedder.mlp.0.weight" in names
@@ -129,6 +139,29 @@ def _open_video(path: Path, choices: Choices, source: TensorSource, notes: list[
         notes.append(f"flow shift {shift:g}, as published for SANA-Video; --flow-shift changes it")
     sampler = make_sampler("dpm_solver", flow_shift=shift)
     return _transformer_model(path, component, sampler, "SanaVideoPipeline", notes)
+
+
+def _open_world_model(path: Path, choices: Choices, source: TensorSource, notes: list[str]) -> Model:
+    """The transformer of SANA-WM."""
+    from convert.sources import Component
+
+    renamed = renamed_world_model(source)
+    config = infer_world_model_config(renamed)
+    network = network_of(config, f"the configuration inferred from {path.name}", renamed.tensors)
+    problems = misfits(renamed, places(network.rules, network.abstract), network.ignored)
+    if renamed.dropped:
+        notes.append(_describe_dropped(renamed.dropped))
+    notes.append(
+        'computed as diffusers 0.42.1 does; "revision": "current" in transformer/config.json computes it as the '
+        "original code does now"
+    )
+    component = Component("transformer", network, config, renamed, problems, _files(path, source), "original")
+    shift = choices.flow_shift
+    if shift is None:
+        shift = FLOW_SHIFT
+        notes.append(f"flow shift {shift:g}, as published for SANA-WM; --flow-shift changes it")
+    sampler = make_sampler("flow_euler", flow_shift=shift)
+    return _transformer_model(path, component, sampler, "SanaWMPipeline", notes)
 
 
 def _files(path: Path, source: TensorSource) -> tuple[tuple[Path, int], ...]:

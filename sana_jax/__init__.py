@@ -13,6 +13,8 @@ _PIPELINES = {
     "SanaPipeline": "sana_jax.pipelines.text_to_image",
     "SanaSprintPipeline": "sana_jax.pipelines.sprint",
     "SanaVideoPipeline": "sana_jax.pipelines.text_to_video",
+    "SanaWMPipeline": "sana_jax.pipelines.world_model",
+    "SanaWMRefiner": "sana_jax.pipelines.world_refiner",
 }
 __all__ = [
     "CheckpointError",
@@ -22,6 +24,8 @@ __all__ = [
     "SanaPipeline",
     "SanaSprintPipeline",
     "SanaVideoPipeline",
+    "SanaWMPipeline",
+    "SanaWMRefiner",
     "UserError",
 ]
 

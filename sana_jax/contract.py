@@ -19,11 +19,14 @@ from typing import Any
 
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
+from sana_jax.models.ltx2_config import LTX2_CLASS, REFINER_CLASS, LTX2Config
 from sana_jax.models.sana import SanaConfig
 from sana_jax.models.sana_video import SanaVideoConfig
+from sana_jax.models.sana_wm_config import SanaWMConfig
 from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
 
 DTYPES = ("float32", "bfloat16", "float16")
+TransformerConfig = SanaConfig | SanaVideoConfig | SanaWMConfig | LTX2Config
 _SATURATION_LIMIT = 65504
 _WIDE = ("bfloat16", "float32")
 _SAMPLERS = {
@@ -60,6 +63,7 @@ _PUBLISHED: dict[str, bool | None] = {
     "Sana_Sprint_1.6B_1024px": False,
     "SANA-Video_2B_480p": False,
     "SANA-Video_2B_720p": False,
+    "SANA-WM_bidirectional": False,
 }
 # By the channels of a video model's latents, which tell its autoencoder: pixels and frames per latent. Wan 2.1, LTX-2,
 # DC-AE-V.
@@ -209,12 +213,20 @@ _FIELD_TYPES = {
 }
 
 
-def family_name(config: SanaConfig | SanaVideoConfig) -> str:
+def family_name(config: TransformerConfig) -> str:
     """ "SANA 1.6B" and so on, or the shape in words; ControlNets by the class of their configuration."""
     if isinstance(config, SanaVideoConfig):
         # LongSANA's weights have the same shapes
         published = (config.inner_dim, config.num_layers, config.mlp_ratio) == (2240, 20, 3.0)
         return "SANA-Video 2B" if published else f"SANA-Video of {config.num_layers} blocks, width {config.inner_dim}"
+    if isinstance(config, SanaWMConfig):
+        published = (config.hidden_size, config.num_layers, config.mlp_ratio) == (2240, 20, 3.0)
+        size = "SANA-WM 2.6B" if published else f"SANA-WM of {config.num_layers} blocks, width {config.hidden_size}"
+        return size if config.revision == "legacy" else f"{size}, {config.revision} revision"
+    if isinstance(config, LTX2Config):
+        published = (config.inner_dim, config.num_layers) == (4096, 48)
+        size = "" if published else f" of {config.num_layers} blocks, width {config.inner_dim}"
+        return f"SANA-WM's refiner, LTX-2{size}"
     if type(config).__name__ == "SanaControlNetConfig":
         size = {1152: " 0.6B", 2240: " 1.6B"}.get(config.inner_dim) if config.num_layers == 7 else None
         return f"ControlNet{size}" if size else f"ControlNet of {config.num_layers} blocks, width {config.inner_dim}"
@@ -242,9 +254,10 @@ def infer_contract(directory: str | os.PathLike[str], variant: str | None = None
     config = read_json(directory / "transformer" / "config.json")
     scheduler = directory / "scheduler" / "scheduler_config.json"
     parts = {"transformer": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
-    is_video = config.get("_class_name") == "SanaVideoTransformer3DModel"
+    networks = {"SanaVideoTransformer3DModel": SanaVideoConfig, "SanaWMTransformer3DModel": SanaWMConfig}
+    networks |= {REFINER_CLASS: LTX2Config, LTX2_CLASS: LTX2Config}
     return contract_of(
-        (SanaVideoConfig if is_video else SanaConfig).from_dict(config),
+        networks.get(config.get("_class_name"), SanaConfig).from_dict(config),
         names=[*names_of(directory), *(part["_name_or_path"] for part in (index, config) if _has_name(part))],
         stored={part: stored_dtypes(directory / part, stem, variant) for part, stem in parts.items()},
         scheduler=read_json(scheduler) if scheduler.is_file() else None,
@@ -253,7 +266,7 @@ def infer_contract(directory: str | os.PathLike[str], variant: str | None = None
 
 
 def contract_of(
-    config: SanaConfig | SanaVideoConfig,
+    config: TransformerConfig,
     *,
     names: Sequence[str],
     stored: Mapping[str, Collection[str]],
@@ -275,7 +288,7 @@ def contract_of(
         scheduler: its ``scheduler_config.json``.
         license: as the model card says.
     """
-    is_video = isinstance(config, SanaVideoConfig)
+    is_video = isinstance(config, (SanaVideoConfig, SanaWMConfig, LTX2Config))
     name = _published_name(names)
     dtypes_stored = set(stored.get("transformer", ()))
     saturation: bool | None
@@ -307,9 +320,11 @@ def contract_of(
         dtypes=dtypes,
         fp16_saturation=saturation,
         # the published video pipelines keep the autoencoder in float32, however it is stored
-        autoencoder_dtype="float32" if isinstance(config, SanaVideoConfig) else _wide_dtype(stored.get("vae", ())),
+        autoencoder_dtype="float32" if is_video else _wide_dtype(stored.get("vae", ())),
         text_encoder_dtype=_wide_dtype(stored.get("text_encoder", ())),
-        flow_shift=float(shift) if type(shift) in (int, float) and not config.guidance_embeds else None,
+        flow_shift=float(shift)
+        if type(shift) in (int, float) and not getattr(config, "guidance_embeds", False)
+        else None,
         sampler=_SAMPLERS.get(str(scheduler.get("_class_name"))),
         **_sizes(config),
         license=license,
@@ -317,14 +332,17 @@ def contract_of(
     )
 
 
-def _sizes(config: SanaConfig | SanaVideoConfig) -> dict[str, Any]:
+def _sizes(config: TransformerConfig) -> dict[str, Any]:
     """What pictures or videos a network makes."""
     if isinstance(config, SanaConfig):
         return {"image_size": 32 * config.sample_size, "size_multiple": 32 * config.patch_size}
+    if isinstance(config, LTX2Config):
+        temporal, spatial, _ = config.vae_scale_factors
+        return {"size_multiple": spatial, "frame_rule": f"1 + {temporal}k, 16 per second"}
     spatial, temporal = _VIDEO_LATENTS.get(config.in_channels, (None, None))
     rule = "as the autoencoder has it" if temporal is None else f"1 + {temporal}k"
     size_multiple = 1 if spatial is None else spatial * config.patch_size[1]
-    image_size = _VIDEO_LINES.get(config.sample_size)
+    image_size = config.image_size if isinstance(config, SanaWMConfig) else _VIDEO_LINES.get(config.sample_size)
     return {"image_size": image_size, "size_multiple": size_multiple, "frame_rule": f"{rule}, 16 per second"}
 
 

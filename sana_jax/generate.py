@@ -2,15 +2,17 @@
 
 ``python -m sana_jax.generate --model runs/digits --prompt "a handwritten seven" --output seven.png``
 ``python -m sana_jax.generate --model SANA-Video_2B_480p_diffusers --prompt "a tram in the rain" --output tram.mp4``
+``python -m sana_jax.generate --model SANA-WM --image a.png --prompt "a street" --action "w-80,jw-40" --output a.mp4``
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
@@ -29,6 +31,7 @@ from sana_jax.generate_video import (
     video_settings,
     write_videos,
 )
+from sana_jax.generate_world import check_world, world_arguments
 from sana_jax.images import automatic_enlargement, check_png_path, enlarge_image, image_grid, save_png
 from sana_jax.pipelines.sweep import Sweep, check_sweep, draw_sweep, parse_condition, save_sweep
 
@@ -60,7 +63,15 @@ _PASSED = {
     "resume": "resume",
     "num_cached_blocks": "num_cached_blocks",
     "block_frames": "block_frames",
+    "action": "action",
+    "action_scheme": "action_scheme",
+    "c2w": "c2w",
+    "intrinsics": "intrinsics",
+    "refiner": "refine",
+    "refiner_checkpoint": "refiner_options",
 }
+# as in diffusers, world models have another name for it
+_FRAMES = ("frames", "num_frames")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +122,19 @@ class GenerateConfig:
     """How many earlier blocks a block of LongSANA sees, 0 for all; None: the model's own."""
     block_frames: int | None = None
     """Latent frames of LongSANA's blocks; a model that was trained with another number is refused."""
+    action: str | None = None
+    """The camera's path of a world model: keys and for how many frames they are held, as in "w-80,jw-40,w-40"; see
+    python -m sana_jax.camera --help. The video has one frame more."""
+    action_scheme: Literal["v1", "v2"] | None = None
+    """What the keys mean: v1, diffusers', in which a and d go sideways; v2, the authors' current one. None: v1."""
+    c2w: str | None = None
+    """An .npy file of camera-to-world matrices (frames, 4, 4) in place of --action."""
+    intrinsics: tuple[str, ...] = ()
+    """The lens that took --image: fx fy cx cy in its pixels, or an .npy file. None: 60 degrees across."""
+    refiner: str | None = None
+    """Directory of SANA-WM's refiner, or its name on the Hub; None: no refining."""
+    refiner_checkpoint: str | None = None
+    """A folder that keeps every block as it is refined; the same call goes on behind the last one."""
     sampler: Literal["dpm_solver", "flow_euler"] | None = None
     """How steps are taken; None: as the model says."""
     flow_shift: float | None = None
@@ -217,19 +241,23 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     settings = picture_settings(config, pipeline)
     if is_video:
         settings |= video_settings(config, pipeline, arguments)
+    if _is_world(pipeline):
+        with _with_option_names():
+            arguments, of_world = world_arguments(config, pipeline, arguments)
+        settings |= of_world
     _announce(config, pipeline, settings)
     number = "num_videos_per_prompt" if is_video else "num_images_per_prompt"
     fixed = {number: config.num_images, "seed": config.seed, "progress_bar": True}
     if _is_long(pipeline):
         fixed = {"seed": config.seed, **long_video_arguments(config, settings, _metadata(config, settings))}
-    try:
+    if _is_world(pipeline):
+        del fixed[number]
+    with _with_option_names():
         if config.sweep is not None:
             sweep = Sweep.parse(config.sweep)
             results = draw_sweep(pipeline, sweep, list(config.prompt), {**fixed, **arguments})
         else:
             results = [pipeline(prompt=list(config.prompt), **fixed, **arguments)]
-    except (UserError, FileNotFoundError) as error:
-        raise type(error)(_with_option_names(str(error))) from error
     result = results[0]
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items() if seconds >= 0.005)
     print(f"sampled in {sum(sum(one.seconds.values()) for one in results):.2f} s ({stages})")
@@ -253,24 +281,35 @@ def _is_video(pipeline: SamplingPipeline) -> bool:
 
 def _check_output(config: GenerateConfig, directory: pathlib.Path) -> None:
     """Raises ``UserError`` for an output that the model does not make, before its weights are looked at."""
-    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, pipeline_of
+    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, WORLD_PIPELINE, pipeline_of
 
-    if (name := pipeline_of(directory)) in VIDEO_PIPELINES:
+    if (name := pipeline_of(directory)) == WORLD_PIPELINE:
+        check_world(config)
+    if name in VIDEO_PIPELINES:
         check_video_output(config, grows=name == "LongSanaVideoPipeline")
     elif config.sweep is None:
         check_png_path(config.output)
+
+
+def _is_world(pipeline: SamplingPipeline) -> bool:
+    return pipeline.class_name == "SanaWMPipeline"
 
 
 def _is_long(pipeline: SamplingPipeline) -> bool:
     return pipeline.class_name == "LongSanaVideoPipeline"
 
 
-def _with_option_names(message: str) -> str:
-    """A pipeline's message with the command line's names for its arguments."""
-    for option, argument in sorted(_PASSED.items(), key=lambda pair: -len(pair[1])):
-        if option != argument:
-            message = re.sub(rf"(?<![\w-]){argument}(?![\w-])", f"--{option.replace('_', '-')}", message)
-    return message
+@contextlib.contextmanager
+def _with_option_names() -> Iterator[None]:
+    """Messages of a pipeline come with the command line's names for its arguments."""
+    try:
+        yield
+    except (UserError, FileNotFoundError) as error:
+        message = str(error)
+        for option, argument in sorted([*_PASSED.items(), _FRAMES], key=lambda pair: -len(pair[1])):
+            if option != argument:
+                message = re.sub(rf"(?<![\w-]){argument}(?![\w-])", f"--{option.replace('_', '-')}", message)
+        raise type(error)(message) from error
 
 
 def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None) -> SamplingPipeline:
@@ -279,13 +318,21 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
     Of a video model, with an image it is the one that begins with it, and without the one of texts alone: they have the
     same weights.
     """
-    from sana_jax.pipelines import controlnet, image_to_video, long_video, sprint, text_to_image, text_to_video
-    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, pipeline_of
+    from sana_jax.pipelines import (
+        controlnet,
+        image_to_video,
+        long_video,
+        sprint,
+        text_to_image,
+        text_to_video,
+        world_model,
+    )
+    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, WORLD_PIPELINE, pipeline_of
     from sana_jax.pipelines.opening import find_model
 
     directory = find_model(config.model, config.variant) if directory is None else directory
     name = "SanaControlNetPipeline" if config.controlnet is not None else pipeline_of(directory)
-    if name in VIDEO_PIPELINES and name != "LongSanaVideoPipeline":
+    if name in VIDEO_PIPELINES and name not in ("LongSanaVideoPipeline", WORLD_PIPELINE):
         wanted = "SanaVideoPipeline" if config.image is None else "SanaImageToVideoPipeline"
         if wanted != name and config.image is None:
             print("no --image is given, so the video is made from the text alone, with the same weights")
@@ -308,6 +355,7 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
             "SanaVideoPipeline": text_to_video.SanaVideoPipeline,
             "SanaImageToVideoPipeline": image_to_video.SanaImageToVideoPipeline,
             "LongSanaVideoPipeline": long_video.LongSanaVideoPipeline,
+            WORLD_PIPELINE: world_model.SanaWMPipeline,
         }
         pipeline = classes[name].from_pretrained(directory, **options, **training_run)
     _choose_sampler(config, pipeline)
@@ -364,7 +412,8 @@ def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[s
     fields = {field.name: field.default for field in dataclasses.fields(GenerateConfig)}
     given = {name: getattr(config, name) for name in _PASSED if getattr(config, name) != fields[name]}
     known = pipeline.argument_names()
-    unused = [name for name in given if _PASSED[name] not in known]
+    passed = _PASSED | {_FRAMES[0]: _FRAMES[1]} if _FRAMES[1] in known else _PASSED
+    unused = [name for name in given if passed[name] not in known]
     if not _is_video(pipeline):
         unused += [name for name in VIDEO_OPTIONS if name not in given and getattr(config, name) is not None]
     if unused:
@@ -373,11 +422,11 @@ def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[s
             f"{options} would not be used by {type(pipeline).__name__}, which is what {config.model} is for; leave it "
             "out, or choose another model"
         )
-    arguments = {_PASSED[name]: value for name, value in given.items()}
+    arguments = {passed[name]: value for name, value in given.items()}
     if _is_video(pipeline):
         arguments |= video_arguments(config, pipeline)
     if config.instruction == "none":
-        arguments["complex_human_instruction"] = ()
+        arguments["chi_prompt" if "chi_prompt" in known else "complex_human_instruction"] = ()
     if config.condition or config.sweep is not None:
         if "conditions" not in known:
             raise UserError(

@@ -83,12 +83,13 @@ def video_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[
     from sana_jax.pipelines.video_base import frames_of_seconds
 
     arguments: dict[str, Any] = {}
+    known = pipeline.argument_names()
     if config.seconds is not None:
         if config.frames is not None:
             raise UserError("--seconds and --frames: only one is allowed; leave one of them out")
         fps = pipeline.fps if config.fps is None else config.fps
-        arguments["frames"] = frames_of_seconds(config.seconds, fps, pipeline.autoencoder.temporal_factor)
-    known = pipeline.argument_names()
+        frames = frames_of_seconds(config.seconds, fps, pipeline.autoencoder.temporal_factor)
+        arguments["num_frames" if "num_frames" in known else "frames"] = frames
     if config.fps is not None and "fps" in known:
         arguments["fps"] = config.fps
     if (settings := projected_guidance_of(config)) is not None:

@@ -26,8 +26,11 @@ _BY_CLASS = {
     "SanaVideoTransformer3DModel": "transformer",
     "SanaControlNetModel": "controlnet",
     "Gemma2Model": "text_encoder",
+    "Gemma3ForConditionalGeneration": "text_encoder",
+    "Gemma3TextModel": "text_encoder",
     "AutoencoderDC": "vae",
     "AutoencoderKLWan": "vae",
+    "AutoencoderKLLTX2Video": "vae",
 }
 _VIDEO_MULTIPLE = 32  # pixels; PyTorch's video pipelines refuse other sizes
 _SIDES = (3, 5)  # latent pixels: few, odd and not square, so that a published model takes minutes on a CPU
@@ -223,7 +226,7 @@ def _compare(
     model, wanted, places, inputs, prompts, steps, dtype, limits, fp16_saturation, every, report
 ) -> list[Section]:
     from convert.verify.comparison import compare_component
-    from convert.verify.pipelines import compare_pipeline, prompts_whole
+    from convert.verify.pipelines import compare_pipeline, prompts_whole, states_whole
 
     sections = []
     for name in wanted:
@@ -240,7 +243,9 @@ def _compare(
                     model.path if places[name].component.folder else model.path.absolute().parent
                 ) / "tokenizer"
                 if tokenizer.is_dir():
-                    more = [prompts_whole(places[name].component.network.config, tokenizer, prompts)]
+                    network = places[name].component.network
+                    whole = states_whole if network.class_name.startswith("Gemma3") else prompts_whole
+                    more = [whole(network.config, tokenizer, prompts)]
                 else:
                     report(f"note: there is no {tokenizer}, so prompts are not compared, tokens of a random text are")
             section = compare_component(

@@ -16,6 +16,8 @@ from convert.verify import loading
 from convert.verify.networks import EXACT, PASSES, PIXELS_KIND, Inputs, Pass, Whole, by_layer, with_layers
 from convert.verify.report import BFLOAT16_SPREAD, Limits, Report, Row, Section, make_row
 from convert.verify.taps import LAYERS, PARTS, Recording, Tap, run_ours, run_theirs
+from sana_jax.weights.rules import places
+from sana_jax.weights.tables.gemma import name_prefix
 
 BFLOAT16 = "bfloat16"
 
@@ -75,9 +77,9 @@ def _run_theirs(
     found = _Theirs()
     model = loading.load_theirs(place, fp16_saturation)
     network = place.component.network
-    names = set(dict(model.named_modules()))
     # Gemma's published tensors may be those of the language model around it
-    prefix = "model." if network.class_name == "Gemma2Model" and "model" not in names else ""
+    is_gemma = network.class_name.startswith("Gemma")
+    prefix = name_prefix(places(network.rules, network.abstract)) if is_gemma else ""
     found.taps = [with_layers(run, network, model, prefix) for run in passes]
     with torch.no_grad():
         for run, taps in zip(passes, found.taps, strict=True):

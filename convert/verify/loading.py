@@ -33,7 +33,10 @@ _CLASSES = {
     "SanaControlNetModel": "diffusers",
     "AutoencoderDC": "diffusers",
     "AutoencoderKLWan": "diffusers",
+    "AutoencoderKLLTX2Video": "diffusers",
     "Gemma2Model": "transformers",
+    "Gemma3ForConditionalGeneration": "transformers",
+    "Gemma3TextModel": "transformers",
 }
 _LARGEST_FLOAT16 = 65504.0
 
@@ -142,7 +145,7 @@ def load_theirs(place: Place, fp16_saturation: bool = False) -> Any:
     name = place.component.network.class_name
     module = importlib.import_module(_CLASSES[name])
     # Gemma's attention in other forms leaves its soft capping out
-    more = {"attn_implementation": "eager", "dtype": torch.float32} if name == "Gemma2Model" else {}
+    more = {"attn_implementation": "eager", "dtype": torch.float32} if name.startswith("Gemma") else {}
     if not more:
         more = {"torch_dtype": torch.float32}
     try:
@@ -161,6 +164,8 @@ def load_theirs(place: Place, fp16_saturation: bool = False) -> Any:
                 f"{_CLASSES[name]} reports {what.replace('_', ' ')} in {place.theirs}: {first_few(found, 'tensors')}; "
                 "download or convert it again"
             )
+    if name == "Gemma3ForConditionalGeneration":
+        model = model.model.language_model  # no text passes through its image tower
     model = model.eval()
     if fp16_saturation:
         saturate(model)

@@ -315,24 +315,32 @@ def autoencoder_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
 
 
 def video_autoencoder_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -> tuple[list[Pass], list[Whole]]:
-    """Wan: encoding and decoding as the pipelines do them; PyTorch's side takes one latent frame after another.
+    """Wan and LTX-2: encoding and decoding as the pipelines do them. Modules are not compared one by one.
 
-    Its modules are called once for each of them and ours once for all, so modules are not compared one by one.
+    PyTorch's Wan takes one latent frame after another, so that its modules are called once for each and ours once for
+    all.
     """
-    from sana_jax.autoencoders.wan_autoencoder import WanAutoencoder
+    from sana_jax.autoencoders import LTX2VideoAutoencoder, WanAutoencoder
 
     config = network.config
+    kind = WanAutoencoder if network.class_name == WanAutoencoder.class_name else LTX2VideoAutoencoder
     picture = smooth_picture(inputs, config.in_channels)
     # a picture that moves to the right
     frames = 1 + 2 * config.temporal_factor
     video = np.stack([np.roll(picture, 2 * frame, 1) for frame in range(frames)])[None]
     size = (inputs.height // config.spatial_factor, inputs.width // config.spatial_factor)
-    latents = _normal(inputs.seed, "latents", 1, 3, *size, config.z_dim)
+    latents = _normal(inputs.seed, "latents", 1, 3, *size, config.latent_channels)
 
     def theirs(model: Any, dtype: Any) -> dict[str, np.ndarray]:
         import torch
 
-        mean, std = (torch.tensor(values).view(1, -1, 1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        # Wan's are in its configuration, LTX-2's among its tensors.
+        known = model if kind is LTX2VideoAutoencoder else config
+        mean, std = (
+            torch.as_tensor(values, dtype=torch.float32).view(1, -1, 1, 1, 1)
+            for values in (known.latents_mean, known.latents_std)
+        )
+        std = std / getattr(config, "scaling_factor", 1.0)
         mode = model.encode(to_torch(np.moveaxis(video, -1, 1), dtype)).latent_dist.mode()
         encoded = (mode.to(torch.float32) - mean) * (1.0 / std)
         scaled = to_torch(np.moveaxis(latents, -1, 1)) / (1.0 / std) + mean
@@ -341,7 +349,7 @@ def video_autoencoder_passes(network: Network, inputs: Inputs, fp16_saturation: 
         return {"encode a video": encoded, "decode latents": _pixels(decoded)}
 
     def ours(params: Any, dtype: Any, say: Callable[[str], None]) -> dict[str, np.ndarray]:
-        autoencoder = WanAutoencoder.from_params(config, params, dtype, say=say)
+        autoencoder = kind.from_params(config, params, dtype, say=say)
         decoded = np.asarray(autoencoder.decode(latents))
         return {"encode a video": np.asarray(autoencoder.encode(video)), "decode latents": _pixels(decoded)}
 
@@ -388,7 +396,7 @@ def smooth_picture(inputs: Inputs, channels: int = 3) -> np.ndarray:
 
 
 def text_encoder_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -> tuple[list[Pass], list[Whole]]:
-    """Gemma-2: two rows of tokens, of which one ends early."""
+    """Gemma-2 and Gemma-3: two rows of tokens, of which one ends early."""
     from sana_jax.models.gemma import Gemma
 
     config = network.config
@@ -433,7 +441,10 @@ PASSES: dict[str, Callable[[Network, Inputs, bool], tuple[list[Pass], list[Whole
     "SanaControlNetModel": controlnet_passes,
     "AutoencoderDC": autoencoder_passes,
     "AutoencoderKLWan": video_autoencoder_passes,
+    "AutoencoderKLLTX2Video": video_autoencoder_passes,
     "Gemma2Model": text_encoder_passes,
+    "Gemma3ForConditionalGeneration": text_encoder_passes,
+    "Gemma3TextModel": text_encoder_passes,
 }
 
 
@@ -447,6 +458,8 @@ def with_layers(run: Pass, network: Network, model: Any, prefix: str = "") -> tu
     own = [tap for tap in layer_taps(tensors, model, inside) if tap.path != ("controlnet_blocks",)]
     if network.class_name == "SanaVideoTransformer3DModel":
         own = [tap for tap in own if tap.path[0] != "time_embed"]  # once for each frame, and for each token there
+    if network.class_name.startswith("Gemma3"):
+        own = [tap for tap in own if tap.path[-1] not in ("q_norm", "k_norm")]  # heads before tokens there
     layers = [tap for tap in own if tap.module not in names]
     return (*run.taps, *layers)
 

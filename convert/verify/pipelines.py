@@ -30,6 +30,7 @@ _OURS = {
     "SanaImageToVideoPipeline": "SanaImageToVideoPipeline",
 }
 _LATENT_FRAMES = 3  # of a video
+_STATES_LENGTH = 128  # tokens of a prompt of which all layers' states are compared
 
 
 # -- prompts ---------------------------------------------------------------------------------------------------------
@@ -59,6 +60,45 @@ def prompts_whole(config: Any, tokenizer: Path, prompts: tuple[str, ...]) -> Who
         for name, prompt in zip(names, (*prompts, ""), strict=True):
             embeds, mask = encoder.encode([prompt], negative=prompt == "")
             found |= _one_prompt(name, np.array(reader.ids), embeds[0], mask[0])
+        return found
+
+    return Whole(kinds, theirs, ours)
+
+
+def states_whole(config: Any, tokenizer: Path, prompts: tuple[str, ...]) -> Whole:
+    """Tokens, masks and the states of all layers of prompts, padded on the left, as SANA-WM's refiner reads them."""
+    from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
+    from sana_jax.text_encoders.tokenizer import PromptTokenizer
+    from sana_jax.weights.components import Resident
+
+    names = [f"prompt {number + 1}" for number in range(len(prompts))]
+    kinds = {}
+    for name in names:
+        kinds |= {f"{name}: token ids": EXACT, f"{name}: mask": EXACT, f"{name}: encoding": WHOLE}
+
+    def theirs(model: Any, dtype: Any) -> dict[str, np.ndarray]:
+        import torch
+        from transformers import AutoTokenizer
+
+        reader, found = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True), {}
+        for name, prompt in zip(names, prompts, strict=True):
+            given = reader(
+                [prompt.strip()], padding="max_length", padding_side="left", max_length=_STATES_LENGTH,
+                truncation=True, return_tensors="pt",
+            )  # fmt: skip
+            out = model(given.input_ids, attention_mask=given.attention_mask, output_hidden_states=True)
+            states, mask = from_torch(torch.stack(out.hidden_states, dim=-1))[0], given.attention_mask[0].numpy()
+            found |= _one_prompt(name, given.input_ids[0].numpy()[mask == 1], states.reshape(len(mask), -1), mask)
+        return found
+
+    def ours(params: Any, dtype: Any, say: Report) -> dict[str, np.ndarray]:
+        reader, found = _Listening(PromptTokenizer.from_directory(tokenizer)), {}
+        weights = Resident.of("text_encoder", params)
+        encoder = Gemma3TextEncoder(config, reader, weights, dtype, max_length=_STATES_LENGTH, say=say)
+        for name, prompt in zip(names, prompts, strict=True):
+            states, mask = encoder.encode([prompt])
+            states = np.asarray(states[0].astype(np.float32)).reshape(_STATES_LENGTH, -1)
+            found |= _one_prompt(name, np.array(reader.ids), states, mask[0])
         return found
 
     return Whole(kinds, theirs, ours)

@@ -8,8 +8,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from sana_jax.autoencoders.base import Autoencoder, VideoAutoencoder
+from sana_jax.autoencoders.blockwise import BlockwiseVideoAutoencoder
 from sana_jax.autoencoders.dc_ae_config import CLASS_NAME as DC_AE
 from sana_jax.autoencoders.dc_autoencoder import DCAutoencoder
+from sana_jax.autoencoders.ltx2_autoencoder import LTX2VideoAutoencoder
+from sana_jax.autoencoders.ltx2_config import CLASS_NAME as LTX2
 from sana_jax.autoencoders.pixel import PixelAutoencoder, PixelVideoAutoencoder
 from sana_jax.autoencoders.wan_autoencoder import WanAutoencoder
 from sana_jax.autoencoders.wan_config import CLASS_NAME as WAN
@@ -19,6 +22,7 @@ from sana_jax.errors import UserError
 __all__ = [
     "Autoencoder",
     "DCAutoencoder",
+    "LTX2VideoAutoencoder",
     "PixelAutoencoder",
     "PixelVideoAutoencoder",
     "VideoAutoencoder",
@@ -50,9 +54,10 @@ def load_autoencoder(
             )
         return kind.from_config(config)
 
-    def network(kind: type[DCAutoencoder] | type[WanAutoencoder], _: Mapping[str, Any]) -> Any:
+    def network(kind: type[DCAutoencoder] | type[BlockwiseVideoAutoencoder], _: Mapping[str, Any]) -> Any:
         return kind.from_directory(directory, dtype=dtype, variant=variant)
 
     loaders = {kind.__name__: functools.partial(pixels, kind) for kind in (PixelAutoencoder, PixelVideoAutoencoder)}
-    loaders |= {DC_AE: functools.partial(network, DCAutoencoder), WAN: functools.partial(network, WanAutoencoder)}
+    networks = {DC_AE: DCAutoencoder, WAN: WanAutoencoder, LTX2: LTX2VideoAutoencoder}
+    loaders |= {name: functools.partial(network, kind) for name, kind in networks.items()}
     return load_from_config(directory, loaders)

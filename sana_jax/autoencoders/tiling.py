@@ -61,8 +61,72 @@ class Tiles:
         return height > self.size[0] or width > self.size[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class FrameTiles:
+    """How a video is cut along time, in frames.
+
+    Attributes:
+        size: of a piece, without the frame that a piece begins with.
+        stride: from one piece's first frame to the next one's; what is left of ``size`` is blended.
+    """
+
+    size: int = 96
+    stride: int = 64
+
+    def __post_init__(self) -> None:
+        if not 0 < self.stride <= self.size:
+            raise UserError(f"pieces of {self.size} frames every {self.stride}: allowed is 1 to the piece's size")
+
+    def in_latents(self, factor: int) -> FrameTiles:
+        """The same in latent frames.
+
+        Raises:
+            UserError: size or stride is not a multiple of the factor.
+        """
+        if self.size % factor or self.stride % factor:
+            raise UserError(
+                f"pieces of {self.size} frames every {self.stride}; allowed are multiples of the autoencoder's factor "
+                f"{factor}: choose such"
+            )
+        return FrameTiles(self.size // factor, self.stride // factor)
+
+
+def decode_in_time(
+    decode: Callable[[Array], Array], latents: Float[Array, "B T h w C"], factor: int, tiles: FrameTiles
+) -> np.ndarray:
+    """Decodes latent frames piece by piece, each blended into the one before; on the host.
+
+    A piece has one latent frame more than its size, as a video has; of all but the first one the last frame is dropped,
+    which the decoder saw without what follows it.
+
+    Args:
+        decode: latents (B, t, h, w, C) to frames (B, 1 + (t-1)·factor, H, W, P); called once per piece.
+        latents: the whole.
+        factor: frames per latent frame.
+        tiles: how to cut.
+    """
+    cut, overlap = tiles.in_latents(factor), tiles.size - tiles.stride
+    frames = 1 + (latents.shape[1] - 1) * factor
+    canvas = edge = None
+    for first in range(0, max(1, latents.shape[1] - 1), cut.stride):
+        piece = np.array(decode(latents[:, first : first + cut.size + 1]))
+        if edge is None:
+            canvas, place = np.empty((piece.shape[0], frames, *piece.shape[2:]), piece.dtype), 0
+        else:
+            piece, place = piece[:, :-1], 1 + first * factor
+            _blend(edge, piece, axis=-4)
+        edge = _last(piece, overlap, axis=-4)
+        room = canvas[:, place : 1 + first * factor + tiles.stride]
+        room[...] = piece[:, : room.shape[1]]
+    return canvas
+
+
 def tiled_decode(
-    decode: Callable[[Array], Array], latents: Float[Array, "*B h w C"], factor: int, tiles: Tiles
+    decode: Callable[[Array], Array],
+    latents: Float[Array, "*B h w C"],
+    factor: int,
+    tiles: Tiles,
+    narrowest: int = 1,
 ) -> np.ndarray:
     """Decodes latents tile by tile.
 
@@ -71,12 +135,21 @@ def tiled_decode(
         latents: the whole.
         factor: pixels per latent.
         tiles: how to cut.
+        narrowest: latents that a tile has at least. What is left of a row or a column, if it is fewer, is taken from
+            the tile before, which reaches to the end as well.
 
     Returns:
         The pictures, on the host, of the dtype that ``decode`` gives.
     """
     height, width = latents.shape[-3] * factor, latents.shape[-2] * factor
-    return _assemble(decode, latents, tiles.in_latents(factor), tiles, (height, width))
+    return _assemble(decode, latents, tiles.in_latents(factor), tiles, (height, width), narrowest)
+
+
+def tile_starts(length: int, size: int, stride: int, narrowest: int = 1) -> list[int]:
+    """Where the tiles of a row of ``length`` begin; of those that are too narrow only the ones that nothing covers."""
+    starts = list(range(0, length, stride))
+    covered = len(starts) > 1 and starts[-2] + size >= length
+    return starts[:-1] if covered and length - starts[-1] < narrowest else starts
 
 
 def tiled_encode(
@@ -102,12 +175,13 @@ def _assemble(
     cut: Tiles,
     placed: Tiles,
     size: tuple[int, int],
+    narrowest: int = 1,
 ) -> np.ndarray:
     """Cuts ``source`` by ``cut``, runs the pieces and places the results by ``placed`` on a canvas of ``size``."""
     source = np.asarray(source)
     overlap = [tile - stride for tile, stride in zip(placed.size, placed.stride)]
-    tops = range(0, source.shape[-3], cut.stride[0])
-    starts = range(0, source.shape[-2], cut.stride[1])
+    tops = tile_starts(source.shape[-3], cut.size[0], cut.stride[0], narrowest)
+    starts = tile_starts(source.shape[-2], cut.size[1], cut.stride[1], narrowest)
     canvas = None
     edges_above: list[np.ndarray] = []
     for i, top in enumerate(tops):
@@ -124,7 +198,9 @@ def _assemble(
             if canvas is None:
                 canvas = np.empty((*tile.shape[:-3], *size, tile.shape[-1]), tile.dtype)
             y, x = i * placed.stride[0], j * placed.stride[1]
-            room = canvas[..., y : y + placed.stride[0], x : x + placed.stride[1], :]
+            bottom = None if top == tops[-1] else y + placed.stride[0]
+            right = None if start == starts[-1] else x + placed.stride[1]
+            room = canvas[..., y:bottom, x:right, :]
             room[...] = tile[..., : room.shape[-3], : room.shape[-2], :]
             edges.append(_last(tile, overlap[0], axis=-3))
             edge_left = _last(tile, overlap[1], axis=-2)

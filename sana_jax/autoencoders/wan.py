@@ -22,16 +22,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
-from sana_jax.autoencoders.base import latent_frames
+from sana_jax.autoencoders.base import check_frames, check_video
 from sana_jax.autoencoders.dc_ae import Conv3x3
 from sana_jax.autoencoders.wan_config import WanConfig
-from sana_jax.errors import UserError
 from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
 from sana_jax.nn.linear import Linear
 
 NORM_EPSILON = 1e-12
-LOG_VARIANCES = (-30.0, 20.0)  # the encoder's are clamped to these
 
 
 def init_params(config: WanConfig, key: PRNGKeyArray) -> PyTree:
@@ -144,41 +142,6 @@ class WanDecoder(nn.Module):
 
     def _conv(self, features: int, name: str) -> nn.Module:
         return CausalConv3x3x3(features, self.dtype, name=name)
-
-
-def mean_and_log_variance(
-    moments: Float[Array, "B T h w 2*C"],
-) -> tuple[Float[Array, "B T h w C"], Float[Array, "B T h w C"]]:
-    """The two halves of what the encoder gives; the second clamped to [-30, 20]."""
-    mean, log_variance = jnp.split(moments, 2, -1)
-    return mean, jnp.clip(log_variance, *LOG_VARIANCES)
-
-
-def check_video(name: str, x: Array, channels: int, factor: int) -> None:
-    """Raises ``UserError`` unless ``x`` is (batch, frames, height, width, channels), sizes multiples of ``factor``."""
-    if len(x.shape) != 5 or x.shape[-1] != channels or 0 in x.shape:
-        raise UserError(
-            f"{name} of shape {tuple(x.shape)}; allowed is (batch, frames, height, width, {channels}), none of them 0: "
-            "bring them to that form"
-        )
-    height, width = x.shape[2:4]
-    if height % factor or width % factor:
-        raise UserError(
-            f"{name} of {height}x{width}; height and width must be multiples of {factor}: resize or crop them"
-        )
-
-
-def check_frames(frames: int, temporal_factor: int, begins: bool) -> None:
-    """Raises ``UserError`` for a number of frames that is not allowed where a video begins, or where it goes on."""
-    if begins:
-        latent_frames(frames, temporal_factor)
-    elif frames % temporal_factor:
-        below = frames // temporal_factor * temporal_factor
-        near = f"{below} or {below + temporal_factor}" if below else f"{temporal_factor}"
-        raise UserError(
-            f"{frames} frames that follow others; allowed are multiples of {temporal_factor}, the nearest are {near}: "
-            "choose one of these"
-        )
 
 
 # --- blocks ---------------------------------------------------------------------------------------------------------

@@ -112,6 +112,11 @@ class WanConfig:
         return 2 ** sum(self.temperal_downsample)
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return self.z_dim
+
+    @property
     def encoder_widths(self) -> tuple[int, ...]:
         """Channels of the encoder's levels, the highest resolution first."""
         return tuple(self.base_dim * multiple for multiple in self.dim_mult)

@@ -30,11 +30,19 @@ from sana_jax.files import read_json, write_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.models.sana import SanaConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
-from sana_jax.pipelines.families import FAMILIES, IMAGE_TRANSFORMER, VIDEO_TRANSFORMER, TransformerConfig
+from sana_jax.pipelines.families import (
+    FAMILIES,
+    IMAGE_TRANSFORMER,
+    VIDEO_TRANSFORMER,
+    WORLD_TRANSFORMER,
+    TransformerConfig,
+)
 from sana_jax.text_encoders import TextEncoder, load_text_encoder
-from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION, VIDEO_INSTRUCTION
+from sana_jax.text_encoders.gemma import GemmaTextEncoder
+from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION, VIDEO_INSTRUCTION, WORLD_INSTRUCTION
 
 _INDEX = "model_index.json"
+WORLD_PIPELINE = "SanaWMPipeline"
 # pipeline here -> the classes of published indices that it serves
 PIPELINES = {
     "SanaPipeline": ("SanaPipeline", "SanaPAGPipeline"),
@@ -45,22 +53,27 @@ PIPELINES = {
     "SanaImageToVideoPipeline": ("SanaImageToVideoPipeline", "SanaVideoPipeline"),
     # a distilled network of the same shape, with its own sampler
     "LongSanaVideoPipeline": ("LongSanaVideoPipeline",),
+    # a network of another shape, which is told of the camera
+    WORLD_PIPELINE: (WORLD_PIPELINE,),
 }
-VIDEO_PIPELINES = ("SanaVideoPipeline", "SanaImageToVideoPipeline", "LongSanaVideoPipeline")
+VIDEO_PIPELINES = ("SanaVideoPipeline", "SanaImageToVideoPipeline", "LongSanaVideoPipeline", WORLD_PIPELINE)
 # what an index of another family says of itself
 _OTHER_FAMILIES = {
     "SanaVideoPipeline": "SANA-Video",
     "SanaImageToVideoPipeline": "SANA-Video",
     "LongSanaVideoPipeline": "LongSANA",
-    "SanaWMPipeline": "SANA-WM",
+    WORLD_PIPELINE: "SANA-WM",
 }
-_LOOKS = {IMAGE_TRANSFORMER: "an image model", VIDEO_TRANSFORMER: "SANA-Video"}
+_REFINERS = ("SanaWMLTX2Refiner", "SanaWMRefiner")
+_LOOKS = {IMAGE_TRANSFORMER: "an image model", VIDEO_TRANSFORMER: "SANA-Video", WORLD_TRANSFORMER: "SANA-WM"}
 _PIXELS_PER_SAMPLE = 32  # of the published autoencoders; sample_size x this is a model's size in pixels
 _PUBLISHED_STEPS = {"SanaSprintPipeline": 2}
 # by the side in pixels that sample_size stands for; others make squares of it
 _PUBLISHED_VIDEO_SIZES = {480: (480, 832), 704: (704, 1280)}
 _VIDEO_DEFAULTS = {"guidance_scale": 6.0, "num_inference_steps": 50, "frames": 81, "fps": 16.0}
 _LONG_VIDEO_DEFAULTS = {"guidance_scale": 1.0, "num_inference_steps": 4}  # distilled
+_WORLD_DEFAULTS = {"guidance_scale": 5.0, "num_inference_steps": 60, "frames": 161, "fps": 16.0}
+_WORLD_SIZE = (704, 1280)
 
 
 _OF_VIDEOS = ("frames", "fps")
@@ -198,7 +211,7 @@ def read_model_directory(
     _check_is_directory(directory)
     index = _read_json(directory / _INDEX)
     check_pipeline(index.get("_class_name"), pipeline, directory / _INDEX)
-    network = VIDEO_TRANSFORMER if pipeline in VIDEO_PIPELINES else IMAGE_TRANSFORMER
+    network = _network_of(pipeline)
     transformer_config = FAMILIES[network].config.from_dict(_read_component(directory, "transformer", network))
     if trained_from := BaseModelFile.read(directory):
         return _read_trained(directory, trained_from, transformer_config, index, pipeline, variant)
@@ -207,8 +220,7 @@ def read_model_directory(
         contract = infer_contract(directory, variant)
     text_dtype, image_dtype = (contract.text_encoder_dtype, contract.autoencoder_dtype) if contract else (None, None)
     text_encoder = load_text_encoder(directory / "text_encoder", dtype=text_dtype, variant=variant)
-    if pipeline in VIDEO_PIPELINES and getattr(text_encoder, "complex_human_instruction", None) == IMAGE_INSTRUCTION:
-        text_encoder = dataclasses.replace(text_encoder, complex_human_instruction=VIDEO_INSTRUCTION)
+    text_encoder = _as_trained(text_encoder, pipeline)
     autoencoder = load_autoencoder(directory / "vae", dtype=image_dtype, variant=variant)
     check_fit(transformer_config, text_encoder, autoencoder)
     return ModelDirectory(
@@ -220,6 +232,24 @@ def read_model_directory(
         defaults=_defaults(index, directory, pipeline, transformer_config, contract, autoencoder),
         contract=contract,
     )
+
+
+def _network_of(pipeline: str) -> str:
+    """The published class of a pipeline's transformer."""
+    if pipeline == WORLD_PIPELINE:
+        return WORLD_TRANSFORMER
+    return VIDEO_TRANSFORMER if pipeline in VIDEO_PIPELINES else IMAGE_TRANSFORMER
+
+
+def _as_trained(text_encoder: TextEncoder, pipeline: str) -> TextEncoder:
+    """A Gemma-2 with the instruction of a pipeline's family; its files are the same in all of them."""
+    if not isinstance(text_encoder, GemmaTextEncoder) or pipeline not in VIDEO_PIPELINES:
+        return text_encoder
+    changes: dict[str, Any] = {"cleans_prompts": False} if pipeline == WORLD_PIPELINE else {}
+    if text_encoder.complex_human_instruction == IMAGE_INSTRUCTION:
+        own = WORLD_INSTRUCTION if pipeline == WORLD_PIPELINE else VIDEO_INSTRUCTION
+        changes["complex_human_instruction"] = own
+    return dataclasses.replace(text_encoder, **changes)
 
 
 def _read_trained(
@@ -287,6 +317,11 @@ def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
             if (pipeline, other) == ("SanaControlNetPipeline", "SanaPipeline"):
                 use += ", or name the directory of a ControlNet as controlnet"
             raise UserError(f"{where} has _class_name {class_name!r}; {pipeline} allows {allowed}: {use}")
+    if class_name in _REFINERS:
+        raise UserError(
+            f"{where} is SANA-WM's refiner: it has _class_name {class_name!r}; {pipeline} allows {allowed}: name the "
+            "first stage's directory, and this one as refiner"
+        )
     if wants_video and any(class_name in classes for classes in PIPELINES.values()):
         family = "an image model"
     if family:
@@ -340,6 +375,8 @@ def _defaults(
     if "defaults" in index or contract is None:
         return SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}")
     license = contract.license
+    if pipeline == WORLD_PIPELINE:
+        return SamplingDefaults(height=_WORLD_SIZE[0], width=_WORLD_SIZE[1], license=license, **_WORLD_DEFAULTS)
     if pipeline in VIDEO_PIPELINES:
         side = config.sample_size * config.patch_size[1] * autoencoder.spatial_factor
         height, width = _PUBLISHED_VIDEO_SIZES.get(side, (side, side))
@@ -363,7 +400,7 @@ def check_fit(config: TransformerConfig, text_encoder: TextEncoder, autoencoder:
             f"transformer caption_channels {config.caption_channels} must be the text encoder's embedding_dim "
             f"{text_encoder.embedding_dim}: set both alike"
         )
-    out_channels = config.out_channels or config.in_channels
+    out_channels = getattr(config, "out_channels", None) or config.in_channels
     if not config.in_channels == out_channels == autoencoder.latent_channels:
         raise UserError(
             f"transformer in_channels {config.in_channels} and out_channels {out_channels} must be the autoencoder's "

@@ -23,7 +23,7 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import write_json
 from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig, init_controlnet_params
 from sana_jax.pipelines.base_model_file import BaseModelFile
-from sana_jax.pipelines.families import Transformer, abstract_params, make_transformer, rules_of
+from sana_jax.pipelines.families import Transformer, abstract_params, family_of, make_transformer, rules_of
 from sana_jax.pipelines.model_directory import (
     ModelDirectory,
     SamplingDefaults,
@@ -33,8 +33,9 @@ from sana_jax.pipelines.model_directory import (
 )
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights import checkpoint_structure, choose_checkpoint, load_checkpoint_params, save_params
-from sana_jax.weights.components import CONVERTED, Resident, open_component
+from sana_jax.weights.components import CONVERTED, DIFFUSERS_STEM, Resident, open_component
 from sana_jax.weights.identity import weights_id
+from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
 from sana_jax.weights.tables.sana import controlnet_rules
 
 __all__ = [
@@ -205,8 +206,11 @@ def open_transformer_weights(
             f"{model.path} is not a training run and has one set of weights; weights={weights!r}, "
             f"checkpoint_step={checkpoint_step} cannot be chosen: leave both out"
         )
-    resident = open_component(component, rules_of(model.transformer_config), abstract, variant=variant)
-    return resident, None, None
+    config, names = model.transformer_config, ()
+    if not (component / CONVERTED).is_dir():
+        names = SafetensorsSource(find_weights_file(component, DIFFUSERS_STEM, variant)).tensors
+    rules, ignored = rules_of(config, names), family_of(config).ignored
+    return open_component(component, rules, abstract, variant=variant, ignored=ignored), None, None
 
 
 def _open_generator(

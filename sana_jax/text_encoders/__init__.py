@@ -9,9 +9,10 @@ from sana_jax.component_config import load_from_config
 from sana_jax.errors import UserError
 from sana_jax.text_encoders.base import TextEncoder
 from sana_jax.text_encoders.gemma import GemmaTextEncoder
+from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
 from sana_jax.text_encoders.words import WordEncoder
 
-__all__ = ["GemmaTextEncoder", "TextEncoder", "WordEncoder", "load_text_encoder"]
+__all__ = ["Gemma3TextEncoder", "GemmaTextEncoder", "TextEncoder", "WordEncoder", "load_text_encoder"]
 
 
 def load_text_encoder(directory: str | pathlib.Path, *, dtype: Any = None, variant: str | None = None) -> TextEncoder:

@@ -46,10 +46,10 @@ _LONGEST_LOSS = 500  # characters of a lost text that are printed
 class GemmaTextEncoder:
     """Embeds prompts as SANA's weights were trained with them.
 
-    A prompt is lower-cased and stripped; the instruction is put before it; of the tokens, the first (the begin token)
-    and the last ``max_length - 1`` positions of a padded text are kept, which drops the instruction but not its
-    influence. Negative prompts have no instruction. Change a field with ``dataclasses.replace``; weights, tokenizer
-    and compiled programs are shared with the original.
+    A prompt is lower-cased and stripped, unless it is to stay as it is; the instruction is put before it; of the
+    tokens, the first (the begin token) and the last ``max_length - 1`` positions of a padded text are kept, which drops
+    the instruction but not its influence. Negative prompts have no instruction. Change a field with
+    ``dataclasses.replace``; weights, tokenizer and compiled programs are shared with the original.
 
     Attributes:
         config: the network's shape.
@@ -58,6 +58,7 @@ class GemmaTextEncoder:
         dtype: ``float32`` or ``bfloat16``, of parameters and computation.
         max_length: L, tokens of an encoding, the begin token included; called ``max_sequence_length`` elsewhere.
         complex_human_instruction: lines that stand before a prompt; None for none.
+        cleans_prompts: whether prompts are lower-cased and stripped; SANA-WM's are read as they are.
         say: prints a line.
     """
 
@@ -67,6 +68,7 @@ class GemmaTextEncoder:
     dtype: Any = jnp.bfloat16
     max_length: int = 300
     complex_human_instruction: tuple[str, ...] | None = IMAGE_INSTRUCTION
+    cleans_prompts: bool = True
     say: Callable[[str], None] = print
     _compiled: dict[Any, Callable[[Any, np.ndarray], jax.Array]] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
@@ -127,30 +129,7 @@ class GemmaTextEncoder:
         directory = Path(os.path.abspath(directory))
         network = GemmaConfig.from_dict(dict(config))
         tokenizer = PromptTokenizer.from_directory(directory.parent / "tokenizer")
-        if dtype is not None:
-            dtype = parse_dtype(dtype, "text encoder dtype", _FLOAT16)
-        prefix = ""
-        if not (directory / CONVERTED).is_dir():
-            source = SafetensorsSource(find_weights_file(directory, TRANSFORMERS_STEM, variant))
-            prefix = name_prefix(source.tensors)
-            stored = {info.dtype.name for info in source.tensors.values()}
-        elif dtype is None:
-            stored = _converted_dtypes(directory / CONVERTED)
-        if dtype is None:
-            dtype = jnp.float32 if stored == {"float32"} else jnp.bfloat16
-            if "float16" in stored:
-                print(
-                    f"{directory} is stored in float16, in which Gemma overflows; it runs in bfloat16. dtype='float32' "
-                    "keeps every bit"
-                )
-        weights = open_component(
-            directory,
-            gemma_rules(network, prefix),
-            abstract_params(network, dtype),
-            stem=TRANSFORMERS_STEM,
-            variant=variant,
-            ignored=IGNORED,
-        )
+        weights, dtype = open_gemma(network, directory, dtype, variant)
         return cls(network, tokenizer, weights, dtype)
 
     @property
@@ -170,7 +149,9 @@ class GemmaTextEncoder:
             UserError: a prompt that is empty or no text.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        texts = [_clean(prompt, allow_empty=negative) for prompt in prompts]
+        texts = [_checked(prompt, allow_empty=negative) for prompt in prompts]
+        if self.cleans_prompts:
+            texts = [text.lower().strip() for text in texts]
         lines = None if negative else self.complex_human_instruction
         instruction = "\n".join(lines) if lines else ""
         # The instruction is counted with its begin token and its last space, which the prompt's own begin token and
@@ -223,7 +204,7 @@ class GemmaTextEncoder:
     def _program(self, batch: int, length: int) -> Callable[[Any, np.ndarray], jax.Array]:
         """The network compiled for a shape; it takes no mask, since padding stands to the right."""
         params = self.weights.params
-        layer_by_layer = _is_on_one_cpu(params)
+        layer_by_layer = is_on_one_cpu(params)
         # Instances that differ in dtype share this dictionary too.
         key = (batch, length, jnp.dtype(self.dtype).name, layer_by_layer)
         if key not in self._compiled:
@@ -241,6 +222,50 @@ class GemmaTextEncoder:
             f"{which} is longer than max_sequence_length={self.max_length} tokens allow by {tokens}; lost at its end: "
             f"{words!r}"
         )
+
+
+def open_gemma(
+    network: GemmaConfig,
+    directory: Path,
+    dtype: Any,
+    variant: str | None,
+    ignored: Sequence[str] = IGNORED,
+    warnings: Mapping[str, str] = _FLOAT16,
+) -> tuple[Resident, Any]:
+    """A Gemma's weights, read later, and the dtype that they will have: a given one, or what fits the stored ones.
+
+    ``ignored`` are patterns of tensors that belong to other parts; ``warnings`` say why a dtype is not allowed.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        UserError: a dtype that is not allowed.
+        CheckpointError: weights that do not fit.
+    """
+    if dtype is not None:
+        dtype = parse_dtype(dtype, "text encoder dtype", warnings)
+    prefix = ""
+    if not (directory / CONVERTED).is_dir():
+        source = SafetensorsSource(find_weights_file(directory, TRANSFORMERS_STEM, variant))
+        prefix = name_prefix(source.tensors)
+        stored = {info.dtype.name for name, info in source.tensors.items() if name.startswith(prefix)}
+    elif dtype is None:
+        stored = _converted_dtypes(directory / CONVERTED)
+    if dtype is None:
+        dtype = jnp.float32 if stored == {"float32"} else jnp.bfloat16
+        if "float16" in stored:
+            print(
+                f"{directory} is stored in float16, in which Gemma overflows; it runs in bfloat16. dtype='float32' "
+                "keeps every bit"
+            )
+    weights = open_component(
+        directory,
+        gemma_rules(network, prefix),
+        abstract_params(network, dtype),
+        stem=TRANSFORMERS_STEM,
+        variant=variant,
+        ignored=ignored,
+    )
+    return weights, dtype
 
 
 def _whole_program(
@@ -282,7 +307,8 @@ def _layer_by_layer_program(
     return run
 
 
-def _is_on_one_cpu(params: Any) -> bool:
+def is_on_one_cpu(params: Any) -> bool:
+    """Whether a network's layers are to be run one by one: see ``split_layers``."""
     devices = jax.tree.leaves(params)[0].devices()
     return len(devices) == 1 and next(iter(devices)).platform == "cpu"
 
@@ -299,10 +325,9 @@ def _converted_dtypes(directory: Path) -> set[str]:
     return {jnp.dtype(leaf.dtype).name for leaf in jax.tree.leaves(lazy_saved_tree(directory))}
 
 
-def _clean(prompt: Any, *, allow_empty: bool) -> str:
+def _checked(prompt: Any, *, allow_empty: bool) -> str:
     if not isinstance(prompt, str):
         raise UserError(f"prompt {prompt!r} is a {type(prompt).__name__}; allowed is text: give a string")
-    text = prompt.lower().strip()
-    if not text and not allow_empty:
+    if not prompt.strip() and not allow_empty:
         raise UserError(f"prompt {prompt!r} is empty; allowed is any other text: write what the picture should show")
-    return text
+    return prompt

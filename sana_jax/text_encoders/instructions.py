@@ -24,6 +24,9 @@ IMAGE_INSTRUCTION: tuple[str, ...] = (
     "User Prompt: ",
 )
 
+# The default of ``chi_prompt`` of diffusers' SanaWMPipeline (version 0.42.1), word for word: other quotation marks.
+WORLD_INSTRUCTION: tuple[str, ...] = (IMAGE_INSTRUCTION[0].replace("'", '"'), *IMAGE_INSTRUCTION[1:])
+
 # The default of ``complex_human_instruction`` of diffusers' video pipelines of SANA (version 0.42.1), word for word.
 VIDEO_INSTRUCTION: tuple[str, ...] = (
     "Given a user prompt, generate an 'Enhanced prompt' that provides detailed visual descriptions suitable for video "

@@ -37,6 +37,9 @@ DEPTHWISE = Layout("depthwise", lambda t: t[:, 0].transpose(1, 2, 0), lambda o: 
 # (out, in, kh, kw) <-> (kh, kw, in, out)
 CONV = Layout("conv", lambda theirs: theirs.transpose(2, 3, 1, 0), lambda ours: ours.transpose(3, 2, 0, 1))
 
+# a depthwise convolution over one axis: (C, 1, k) <-> (k, C)
+DEPTHWISE_1D = Layout("depthwise 1-D", lambda theirs: theirs[:, 0].T, lambda ours: ours.T[:, None])
+
 # a convolution over frames alone as a product over (frame, channel): (out, in, kt, 1) <-> (kt·in, out)
 OVER_FRAMES = Layout(
     "over frames",

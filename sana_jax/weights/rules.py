@@ -34,11 +34,16 @@ _MOST_LAYERS = 10_000  # what a configuration may ask for before its weights wer
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """``ours``: path with slashes. ``theirs``: name in the checkpoint. ``layout``: how their axes become ours."""
+    """``ours``: path with slashes. ``theirs``: name in the checkpoint. ``layout``: how their axes become ours.
+
+    ``layers``: the numbers of the layers that are stacked, the first of them where the array has fewer; None for 0, 1,
+    2 and so on.
+    """
 
     ours: str
     theirs: str
     layout: Layout = SAME
+    layers: tuple[int, ...] | None = None
 
 
 def linear(ours: str, theirs: str, layout: Layout = LINEAR) -> tuple[Rule, Rule]:
@@ -111,7 +116,7 @@ def places(rules: Sequence[Rule], abstract: PyTree) -> dict[str, Place]:
         shape = rule.layout.shape_in_theirs(leaf.shape[1:] if stacked else leaf.shape)
         floating = jnp.issubdtype(leaf.dtype, jnp.floating)
         for layer in range(leaf.shape[0]) if stacked else (None,):
-            key = theirs.replace(LAYER, str(layer))
+            key = theirs.replace(LAYER, str(layer if rule.layers is None or layer is None else rule.layers[layer]))
             if key in found:
                 raise ValueError(f"{name} and {'/'.join(found[key].path)} both want {key}")
             found[key] = Place(path, layer, rule.layout, shape, floating)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 
-from sana_jax.autoencoders import WanAutoencoder, wan_autoencoder
+from sana_jax.autoencoders import WanAutoencoder, blockwise, wan_autoencoder
 from sana_jax.autoencoders.base import latent_frames, pixel_frames
 from sana_jax.autoencoders.tiling import Tiles
 from sana_jax.autoencoders.wan import WanDecoder, WanEncoder
@@ -25,7 +25,7 @@ VIDEOS = oracle.draw(2, 17, 16, 24, 3)
 @pytest.fixture(autouse=True, scope="module")
 def _quick_and_exact():
     with pytest.MonkeyPatch.context() as patch, jax.default_matmul_precision("highest"):
-        patch.setattr(wan_autoencoder, "compile_ahead", oracle.quick_compile)
+        patch.setattr(blockwise, "compile_ahead", oracle.quick_compile)
         yield
 
 

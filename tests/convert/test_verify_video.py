@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from convert.verify import verify_model
-from sana_jax.autoencoders import wan_autoencoder
+from sana_jax.autoencoders import blockwise
 from sana_jax.diffusion.flow import shift_sigma
 from sana_jax.errors import UserError
 from tests.parity import video_pipeline_oracle, wan_oracle
@@ -29,7 +29,7 @@ def published(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _quickly(monkeypatch):
-    monkeypatch.setattr(wan_autoencoder, "compile_ahead", wan_oracle.quick_compile)
+    monkeypatch.setattr(blockwise, "compile_ahead", wan_oracle.quick_compile)
 
 
 def verify(source, *components, **options) -> tuple[bool, str]:

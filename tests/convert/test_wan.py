@@ -7,7 +7,7 @@ import torch
 
 from convert import main as command
 from convert.verify import verify_model
-from sana_jax.autoencoders import wan_autoencoder
+from sana_jax.autoencoders import blockwise
 from tests.convert.cases import tensors_of
 from tests.parity import wan_oracle
 
@@ -32,7 +32,7 @@ def test_there_and_back(published, tmp_path, capsys):
 
 
 def test_verify_compares_and_finds_a_fault(published, monkeypatch):
-    monkeypatch.setattr(wan_autoencoder, "compile_ahead", wan_oracle.quick_compile)
+    monkeypatch.setattr(blockwise, "compile_ahead", wan_oracle.quick_compile)
     lines: list[str] = []
     size = {"height": 6, "width": 10}
     assert verify_model(published, report=lines.append, **size), lines

@@ -14,12 +14,14 @@ import torch
 
 from sana_jax import SanaImageToVideoPipeline, SanaVideoPipeline
 from sana_jax.diffusion.samplers import from_scheduler_config
+from sana_jax.errors import UserError
 from tests.parity import video_pipeline_oracle as oracle
 from tests.parity.sana_oracle import relative_error
 
 FRAMES, HEIGHT, WIDTH = 9, 32, 64
 LATENTS, PIXELS = 1e-5, 2e-4
 TEXT = {"prompt": oracle.PROMPTS, "complex_human_instruction": oracle.INSTRUCTION, "negative_prompt": "blurry"}
+SIZE_NAMES = ("frames", "height", "width")
 SIZE = {"height": HEIGHT, "width": WIDTH, "frames": FRAMES}
 OURS = {"video": SanaVideoPipeline, "image-to-video": SanaImageToVideoPipeline}
 
@@ -62,7 +64,7 @@ def compare(theirs, ours, arguments: dict) -> None:
     expected_latents, expected_pixels = (run_theirs(theirs, kind, **arguments) for kind in ("latent", "np"))
     error, difference = relative_error(latents, expected_latents), np.abs(pixels - expected_pixels).max()
     print(f"latents {error:.2e}, pixels {difference:.2e}")
-    assert pixels.shape == (*expected_pixels.shape[:1], FRAMES, HEIGHT, WIDTH, 3)
+    assert pixels.shape == (*expected_pixels.shape[:1], *(arguments[name] for name in SIZE_NAMES), 3)
     assert expected_pixels.std() > 0.05  # not videos of one colour
     assert error <= LATENTS
     assert difference <= PIXELS
@@ -85,6 +87,21 @@ def test_image_to_video(models, sampler):
     arguments = {**TEXT, **SIZE, "num_inference_steps": 4, "guidance_scale": 4.0}
     arguments |= {"image": oracle.picture(2 * HEIGHT, 2 * WIDTH), "latents": oracle.noise(2, FRAMES, HEIGHT, WIDTH, 1)}
     compare(theirs, ours, arguments)
+
+
+@pytest.mark.parametrize("kind", ["video", "image-to-video"])
+def test_latents_of_ltx2(tmp_path, kind):
+    """As the 720p model: every latent is a token, and the autoencoder's decoder is not causal."""
+    theirs = oracle.save(kind, tmp_path, "ltx2")
+    ours = OURS[kind].from_pretrained(tmp_path, residency="all")
+    size = {"frames": 17, "height": 64, "width": 96}
+    arguments = {**TEXT, **size, "num_inference_steps": 2, "guidance_scale": 4.0}
+    arguments["latents"] = oracle.noise(2, *size.values(), seed=1, autoencoder="ltx2")
+    if kind == "image-to-video":
+        arguments["image"] = oracle.picture(64, 96)
+    compare(theirs, ours, arguments)
+    with pytest.raises(UserError, match=r"16 frames; a video has 1 \+ 8·k of them"):
+        ours(**{**arguments, "frames": 16, "latents": None})
 
 
 def test_several_videos_of_each_prompt_and_image(models):

@@ -15,8 +15,9 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from convert.engine import export_model, import_model
-from sana_jax.autoencoders import WanAutoencoder, load_autoencoder, wan_autoencoder
-from sana_jax.autoencoders.wan import WanDecoder, WanEncoder, mean_and_log_variance
+from sana_jax.autoencoders import WanAutoencoder, blockwise, load_autoencoder
+from sana_jax.autoencoders.base import mean_and_log_variance
+from sana_jax.autoencoders.wan import WanDecoder, WanEncoder
 from sana_jax.autoencoders.wan_config import WanConfig
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.weights import save_params
@@ -52,7 +53,7 @@ def _exact_products():
 @pytest.fixture
 def quick(monkeypatch):
     """Autoencoders compile in less time than users' do."""
-    monkeypatch.setattr(wan_autoencoder, "compile_ahead", oracle.quick_compile)
+    monkeypatch.setattr(blockwise, "compile_ahead", oracle.quick_compile)
 
 
 @functools.cache

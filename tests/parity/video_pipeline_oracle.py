@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import (
+    AutoencoderKLLTX2Video,
     AutoencoderKLWan,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -15,7 +16,7 @@ from diffusers import (
     SanaVideoTransformer3DModel,
 )
 
-from tests.parity import wan_oracle
+from tests.parity import ltx2_vae_oracle, wan_oracle
 from tests.parity.pipeline_oracle import INSTRUCTION, PROMPTS, make_text_encoder, make_tokenizer, picture, randomise
 
 __all__ = ["INSTRUCTION", "PROMPTS", "make_pipeline", "noise", "picture", "save"]
@@ -36,22 +37,34 @@ TRANSFORMER = {
     "qk_norm": "rms_norm_across_heads",
     "rope_max_seq_len": 64,
 }
+# as the 720p model: every latent is a token
+TRANSFORMER_OF_LTX2 = TRANSFORMER | {
+    "in_channels": ltx2_vae_oracle.LATENT_CHANNELS,
+    "out_channels": ltx2_vae_oracle.LATENT_CHANNELS,
+    "patch_size": (1, 1, 1),
+    "sample_size": 22,
+}
 KINDS = {"video": SanaVideoPipeline, "image-to-video": SanaImageToVideoPipeline}
 
 
-def make_pipeline(kind: str):
+def make_pipeline(kind: str, autoencoder: str = "wan"):
     """A tiny pipeline of a kind, with every parameter random; both kinds have the same weights."""
     generator = torch.Generator().manual_seed(5)
+    wan = autoencoder == "wan"
     parts = {
         "tokenizer": make_tokenizer(),
         "text_encoder": make_text_encoder(),
-        "vae": AutoencoderKLWan(**{**wan_oracle.SMALL, "dim_mult": [1, 1, 1, 1], "base_dim": 4}),
-        "transformer": SanaVideoTransformer3DModel(**TRANSFORMER),
+        "transformer": SanaVideoTransformer3DModel(**(TRANSFORMER if wan else TRANSFORMER_OF_LTX2)),
         "scheduler": make_scheduler("dpm" if kind == "video" else "euler"),
     }
     for name in ("text_encoder", "transformer"):
         randomise(parts[name].eval(), generator)
-    wan_oracle.randomise(parts["vae"], 3)
+    if wan:
+        vae = AutoencoderKLWan(**{**wan_oracle.SMALL, "dim_mult": [1, 1, 1, 1], "base_dim": 4})
+        parts["vae"] = wan_oracle.randomise(vae, 3)
+    else:
+        vae = AutoencoderKLLTX2Video(**ltx2_vae_oracle.fields("published order"))
+        parts["vae"] = ltx2_vae_oracle.randomise(vae, 3)
     pipeline = KINDS[kind](**parts)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
@@ -64,14 +77,17 @@ def make_scheduler(name: str):
     return DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=8.0)
 
 
-def noise(count: int, frames: int, height: int, width: int, seed: int = 0) -> np.ndarray:
+def noise(count: int, frames: int, height: int, width: int, seed: int = 0, autoencoder: str = "wan") -> np.ndarray:
     """Unit normal latents (B, C, T, h, w) of videos of ``frames`` x ``height`` x ``width`` pixels."""
-    shape = (count, LATENT_CHANNELS, (frames - 1) // 4 + 1, height // 8, width // 8)
+    channels, temporal, spatial = (
+        (LATENT_CHANNELS, 4, 8) if autoencoder == "wan" else (ltx2_vae_oracle.LATENT_CHANNELS, 8, 32)
+    )
+    shape = (count, channels, (frames - 1) // temporal + 1, height // spatial, width // spatial)
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
-def save(kind: str, directory: Path):
+def save(kind: str, directory: Path, autoencoder: str = "wan"):
     """Saves the pipeline of a kind and returns it."""
-    pipeline = make_pipeline(kind)
+    pipeline = make_pipeline(kind, autoencoder)
     pipeline.save_pretrained(directory)
     return pipeline

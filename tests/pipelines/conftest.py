@@ -63,13 +63,23 @@ def opened(published) -> Callable[[str], Any]:
 def quick_programs():
     """Programs are compiled without LLVM's optimiser, which is most of the time that compiling takes."""
     from sana_jax import compilation
-    from sana_jax.autoencoders import wan_autoencoder
+    from sana_jax.autoencoders import blockwise
     from tests.parity.wan_oracle import quick_compile
 
     with pytest.MonkeyPatch.context() as patched:
-        for module in (compilation, wan_autoencoder):
+        for module in (compilation, blockwise):
             patched.setattr(module, "compile_ahead", quick_compile)
         yield
+
+
+@pytest.fixture(scope="session")
+def world_model(tmp_path_factory) -> pathlib.Path:
+    """A tiny random world model as diffusers saves it; do not change it."""
+    from tests.parity import world_pipeline_oracle
+
+    directory = tmp_path_factory.mktemp("world")
+    world_pipeline_oracle.save(directory)
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from sana_jax import SanaVideoPipeline, generate
-from sana_jax.autoencoders import wan_autoencoder
+from sana_jax.autoencoders import blockwise
 from sana_jax.errors import run_command_line
 from sana_jax.videos import as_bytes, read_video
 from tests.parity.pipeline_oracle import picture
@@ -23,7 +23,7 @@ SIZE = ("--height", 32, "--width", 64, "--binning", "off", "--frames", 5, "--ste
 
 @pytest.fixture(autouse=True)
 def _quick_decoding(monkeypatch):
-    monkeypatch.setattr(wan_autoencoder, "compile_ahead", quick_compile)
+    monkeypatch.setattr(blockwise, "compile_ahead", quick_compile)
 
 
 def call(*words) -> int:

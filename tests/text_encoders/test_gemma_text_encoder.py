@@ -194,7 +194,7 @@ def test_the_whole_program_equals_the_one_layer_by_layer(directory, monkeypatch,
     encoder = GemmaTextEncoder.from_directory(directory, dtype)
     by_layers, mask = encoder.encode(PROMPTS)
     assert "text encoder's layer" in capsys.readouterr().out
-    monkeypatch.setattr(gemma_encoder, "_is_on_one_cpu", lambda params: False)
+    monkeypatch.setattr(gemma_encoder, "is_on_one_cpu", lambda params: False)
     whole, _ = encoder.encode(PROMPTS)
     assert "text encoder for 3 prompts" in capsys.readouterr().out
     assert relative_error(by_layers[mask == 1], whole[mask == 1]) <= (TOLERANCE if dtype == "float32" else 0.01)

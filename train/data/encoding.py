@@ -18,7 +18,6 @@ from kernels.typing import Float, UInt8
 from sana_jax.autoencoders import Autoencoder, VideoAutoencoder
 from sana_jax.autoencoders.base import latent_frames
 from sana_jax.autoencoders.dc_autoencoder import LARGEST_UNTILED
-from sana_jax.autoencoders.wan_autoencoder import LARGEST_AT_ONCE
 from sana_jax.pipelines.model_directory import ModelDirectory
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights.identity import weights_id
@@ -28,6 +27,7 @@ Say = Callable[[str], None]
 LATENT_NAMES = ("z", "npy")
 _MOST_PICTURES = 64  # of one batch
 _MOST_CLIPS = 16
+_LARGEST_AT_ONCE = 2**21  # pixels of the clips that go through an autoencoder without networks together
 _MOST_PROMPTS = 8
 _LOSSES_SHOWN = 3  # prompts that are too long: so many are printed, the rest counted
 _TOO_LONG = "is longer than max_sequence_length"
@@ -89,7 +89,8 @@ class ClipEncoder(PictureEncoder):
 
     def batch_size(self, height: int, width: int, count: int) -> int:
         """How many clips of a size, of which there are ``count``, go through the network at once."""
-        most = max(1, min(_MOST_CLIPS, LARGEST_AT_ONCE // (height * width * self.frames)))
+        largest = getattr(self.autoencoder, "largest_at_once", _LARGEST_AT_ONCE)
+        most = max(1, min(_MOST_CLIPS, largest // (height * width * self.frames)))
         return min(most, 1 << max(count - 1, 0).bit_length())
 
     def __call__(self, clips: UInt8[np.ndarray, "B *F H W C"]) -> Float[jax.Array, "B T h w c"]:
@@ -205,7 +206,7 @@ def autoencoder_identity(model: ModelDirectory) -> dict[str, Any]:
     fields = dict(_without_names(autoencoder.to_config()))
     if hasattr(autoencoder, "weights"):
         tiles, videos = autoencoder.tiles, hasattr(autoencoder, "temporal_factor")
-        limit = {"pixels_at_once": LARGEST_AT_ONCE} if videos else {"untiled_pixels": LARGEST_UNTILED}
+        limit = {"pixels_at_once": autoencoder.largest_at_once} if videos else {"untiled_pixels": LARGEST_UNTILED}
         fields |= {
             "weights": weights_id(_home(model) / "vae"),
             "dtype": jnp.dtype(autoencoder.dtype).name,

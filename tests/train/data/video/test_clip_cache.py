@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax.autoencoders import PixelVideoAutoencoder, WanAutoencoder
+from sana_jax.autoencoders import LTX2VideoAutoencoder, PixelVideoAutoencoder, WanAutoencoder
 from sana_jax.errors import CheckpointError, UserError
 from tests.train.data.cache_cases import contents, gray_model, prepared, stop_request
 from tests.train.data.video.clip_cases import SIZE, clip_config, video_model, videos
@@ -175,25 +175,31 @@ def test_motion_scores_are_in_captions(model, tmp_path):
         prepared(config, model)
 
 
-def test_latents_of_a_network_are_those_of_the_clips(model, data, tmp_path, monkeypatch):
-    from tests.parity import wan_oracle
+@pytest.mark.parametrize(
+    ("family", "latent_shape"), [(WanAutoencoder, (3, 4, 8, 4)), (LTX2VideoAutoencoder, (3, 2, 4, 8))]
+)
+def test_latents_of_a_network_are_those_of_the_clips(model, data, tmp_path, monkeypatch, family, latent_shape):
+    from tests.parity import ltx2_vae_oracle, wan_oracle
 
-    monkeypatch.setattr("sana_jax.autoencoders.wan_autoencoder.compile_ahead", wan_oracle.quick_compile)
-    wan_oracle.torch_model("two levels").save_pretrained(tmp_path / "model" / "vae")
-    wan = WanAutoencoder.from_directory(tmp_path / "model" / "vae", say=lambda line: None)
-    model = dataclasses.replace(model, path=tmp_path / "model", autoencoder=wan)
+    monkeypatch.setattr("sana_jax.autoencoders.blockwise.compile_ahead", wan_oracle.quick_compile)
+    wan = family is WanAutoencoder
+    published = wan_oracle.torch_model("two levels") if wan else ltx2_vae_oracle.torch_model("one stage")
+    published.save_pretrained(tmp_path / "model" / "vae")
+    autoencoder = family.from_directory(tmp_path / "model" / "vae", say=lambda line: None)
+    model = dataclasses.replace(model, path=tmp_path / "model", autoencoder=autoencoder)
     config = clip_config(data, tmp_path / "cache", clips_per_video=1, clip_size=(8, 16), latent_dtype="float32")
     directory, lines = prepared(config, model)
     assert any(line.startswith("decoded again, clips have a mean squared error of") for line in lines)
     dataset = CachedData(directory, config.data)
-    assert list(dataset.buckets) == [(3, 4, 8, 4)]
+    assert list(dataset.buckets) == [latent_shape]
     source = open_clips(config.data, lines.append)
     clips = [source.read_clips([record], [View(8, 16)]).clips for record in source.records]
     videos = np.stack([next(iter(each.values())) for each in clips]).astype(np.float32) / 127.5 - 1
-    np.testing.assert_allclose(dataset.batch(np.arange(2)).latents, wan.encode(videos), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(dataset.batch(np.arange(2)).latents, autoencoder.encode(videos), rtol=1e-4, atol=1e-4)
     fields = dataset.identity.fields
     assert fields["clips.frames"] == 5
-    assert fields["autoencoder.class"] == "AutoencoderKLWan"
+    assert fields["autoencoder.class"] == family.class_name
+    assert fields["autoencoder.pixels_at_once"] == autoencoder.largest_at_once
 
 
 class _Network(PixelVideoAutoencoder):

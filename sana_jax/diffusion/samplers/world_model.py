@@ -1,0 +1,217 @@
+"""How SANA-WM is sampled in causal blocks: one after another with a state, or overlapping in a staircase.
+
+Both are Euler's method with a level of its own for every latent frame. Frames that are given are clean from the start:
+their level is 0, the network is told so, and no step changes them.
+
+Source: the sampling code of NVlabs/Sana, as recorded in this repository's vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Float, PyTree
+from sana_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
+from sana_jax.diffusion.samplers.base import Schedule, require_positive
+from sana_jax.errors import UserError
+
+# What the distilled student was trained with, and what the streaming command takes by default.
+DISTILLED_STEPS = (1000, 967, 908, 764)
+STREAMING_STEPS = (1000, 960, 889, 727)
+CHUNK_STRATEGIES = ("uniform", "first_plus_one", "first_frame")
+NOT_STARTED = -1.0  # in place of a timestep
+
+# (latents (B, T, H, W, C), timestep (B, T), state) -> (velocity, state after this block): closes over the network, its
+# parameters, captions, camera, guidance and the block's first frame.
+BlockVelocity = Callable[
+    [Float[Array, "B T H W C"], Float[Array, "B T"], PyTree], tuple[Float[Array, "B T H W C"], PyTree]
+]
+
+
+def chunk_starts(num_frames: int, chunk_frames: int = 3, strategy: str = "first_plus_one") -> tuple[int, ...]:
+    """First latent frame of every causal block; a rest that is shorter than a block joins the last one.
+
+    Args:
+        num_frames: latent frames of the video.
+        chunk_frames: of a block.
+        strategy: ``uniform``, all alike; ``first_plus_one``, the first one frame longer (the published one: 13 frames
+            are (0, 4, 7, 10)); ``first_frame``, the first frame a block of its own.
+
+    Raises:
+        UserError: numbers below 1, or another strategy.
+    """
+    require_positive("num_frames", num_frames)
+    require_positive("chunk_frames", chunk_frames)
+    if strategy not in CHUNK_STRATEGIES:
+        raise UserError(f"strategy={strategy!r} is not known; choose one of {', '.join(CHUNK_STRATEGIES)}")
+    first = {"uniform": chunk_frames, "first_plus_one": chunk_frames + 1, "first_frame": 1}[strategy]
+    starts = [0, *range(first, num_frames, chunk_frames)]
+    alone = 2 if strategy == "first_frame" else 1  # the first block, and the one behind a frame of its own, stay
+    if len(starts) > alone and num_frames - starts[-1] < chunk_frames:
+        starts.pop()
+    return tuple(starts)
+
+
+def listed_schedule(timesteps: Sequence[int], num_levels: int = NUM_TRAIN_TIMESTEPS) -> Schedule:
+    """A schedule of listed timesteps, of levels timestep/num_levels; 0 at the end, listed or not, is the clean result.
+
+    Formed in float32, in which σ·num_levels is the listed whole number again.
+
+    Args:
+        timesteps: whole numbers from noise to data, such as ``STREAMING_STEPS``.
+        num_levels: the timestep of pure noise.
+
+    Raises:
+        UserError: timesteps that do not decrease, or lie outside 1..num_levels.
+    """
+    steps = tuple(timesteps)
+    steps = steps[:-1] if steps[1:] and steps[-1] == 0 else steps
+    whole = bool(steps) and all(float(step).is_integer() for step in steps)
+    if not whole or any(np.diff(steps) >= 0) or not steps[-1] > 0 or steps[0] > num_levels:
+        raise UserError(
+            f"timesteps={tuple(timesteps)} must be whole numbers that decrease, at most {num_levels} and above 0, such "
+            f"as {STREAMING_STEPS}"
+        )
+    sigmas = np.array([*steps, 0], np.float32) / np.float32(num_levels)
+    return Schedule(sigmas[:-1] * np.float32(num_levels), sigmas)
+
+
+def euler_step(
+    latents: Float[Array, "B T H W C"],
+    velocity: Float[Array, "B T H W C"],
+    sigma: Float[Array, "T"],
+    next_sigma: Float[Array, "T"],
+) -> Float[Array, "B T H W C"]:
+    """``x − (σ − σ_next)·velocity`` with levels of each frame, float32; frames whose level stays are left as they are.
+
+    Args:
+        latents: noised latents.
+        velocity: of the network.
+        sigma: level of every frame.
+        next_sigma: level to which it goes.
+    """
+    change = (jnp.asarray(next_sigma, jnp.float32) - jnp.asarray(sigma, jnp.float32))[:, None, None, None]
+    latents = latents.astype(jnp.float32)
+    return jnp.where(change == 0, latents, latents + change * velocity.astype(jnp.float32))
+
+
+def generate_block(
+    velocity_fn: BlockVelocity,
+    state: PyTree,
+    latents: Float[Array, "B T H W C"],
+    schedule: Schedule,
+    given: Float[Array, "B G H W C"] | None = None,
+) -> Float[Array, "B T H W C"]:
+    """One block, clean, float32. The state is read and not written; ``read_block`` writes it.
+
+    Args:
+        velocity_fn: the network at this block.
+        state: what the blocks before have left.
+        latents: standard normal.
+        schedule: the steps; of it ``sigmas`` and ``timesteps`` are read.
+        given: clean first frames of the block, which stay as they are.
+    """
+    batch, frames = latents.shape[:2]
+    latents = jnp.asarray(latents, jnp.float32)
+    count = 0 if given is None else given.shape[1]
+    if given is not None:
+        latents = jnp.concatenate([given.astype(jnp.float32), latents[:, count:]], axis=1)
+    open_frames = jnp.arange(frames) >= count
+    sigmas, timesteps = jnp.asarray(schedule.sigmas), jnp.asarray(schedule.timesteps)
+
+    def step(latents, levels):
+        timestep, sigma, next_sigma = levels
+        times = jnp.broadcast_to(jnp.where(open_frames, timestep, 0), (batch, frames))
+        velocity, _ = velocity_fn(latents, times, state)
+        return euler_step(latents, velocity, *(jnp.where(open_frames, x, 0) for x in (sigma, next_sigma))), None
+
+    return jax.lax.scan(step, latents, (timesteps, sigmas[:-1], sigmas[1:]))[0]
+
+
+def read_block(velocity_fn: BlockVelocity, state: PyTree, block: Float[Array, "B T H W C"]) -> PyTree:
+    """The state after the pass at timestep 0 on a clean block.
+
+    Args:
+        velocity_fn: the network at this block.
+        state: what the blocks before have left.
+        block: its clean latents.
+    """
+    return velocity_fn(block, jnp.zeros(block.shape[:2], jnp.float32), state)[1]
+
+
+class Staircase(NamedTuple):
+    """Steps of all blocks of a video, each some steps behind the one before.
+
+    Attributes:
+        starts: the first step of every block, int64 (blocks,).
+        timesteps: what the network is told of a block at a step, float32 (blocks, steps); ``NOT_STARTED`` before its
+            first, 0 after its last.
+    """
+
+    starts: np.ndarray
+    timesteps: np.ndarray
+
+    def active(self, step: int) -> int:
+        """How many blocks, from the first on, have started at a step."""
+        return int((self.starts <= step).sum())
+
+
+def staircase(num_blocks: int, schedule: Schedule, interval: float) -> Staircase:
+    """Lets every block begin ``interval`` of a run behind the one before; all of them run at the same time.
+
+    Args:
+        num_blocks: causal blocks of the video.
+        schedule: the steps of one block.
+        interval: as a share of a block's steps: 1 is one block after another, 0 all at once.
+
+    Raises:
+        UserError: an interval outside 0..1, or no block.
+    """
+    require_positive("num_blocks", num_blocks)
+    if not 0 <= interval <= 1:
+        raise UserError(f"interval={interval} is not allowed; allowed is a share of a block's steps from 0 to 1")
+    steps = schedule.num_inference_steps
+    starts = np.array([int(block * interval * steps) for block in range(num_blocks)], np.int64)
+    timesteps = np.full((num_blocks, starts[-1] + steps), NOT_STARTED, np.float32)
+    for block, start in enumerate(starts):
+        timesteps[block, start : start + steps] = schedule.timesteps
+        timesteps[block, start + steps :] = 0
+    return Staircase(starts, timesteps)
+
+
+def staircase_step(
+    plan: Staircase,
+    step: int,
+    block_starts: Sequence[int],
+    latents: Float[Array, "B T H W C"],
+    velocity_fn: Callable[[Float[Array, "B A H W C"], Float[Array, "B A"]], Float[Array, "B A H W C"]],
+    given_frames: int = 0,
+    num_levels: int = NUM_TRAIN_TIMESTEPS,
+) -> Float[Array, "B T H W C"]:
+    """One step of all blocks that have started; the others keep their noise.
+
+    Args:
+        plan: which block is where.
+        step: the step, in the plan's columns.
+        block_starts: the first frame of every block.
+        latents: of the whole video, float32.
+        velocity_fn: the network on the frames of the blocks that have started, of which there are A.
+        given_frames: clean first frames, which stay as they are.
+        num_levels: the timestep of pure noise.
+    """
+    frames, active = latents.shape[1], plan.active(step)
+    ends = [*block_starts[1:], frames]
+    lengths = np.diff([0, *ends[:active]])
+    now = np.repeat(plan.timesteps[:active, step], lengths)
+    last = step + 1 == plan.timesteps.shape[1]
+    after = np.zeros_like(now) if last else np.repeat(plan.timesteps[:active, step + 1], lengths)
+    now[:given_frames] = after[:given_frames] = 0
+    seen = latents[:, : len(now)]
+    velocity = velocity_fn(seen, jnp.broadcast_to(jnp.asarray(now), (len(latents), len(now))))
+    stepped = euler_step(seen, velocity, now / np.float32(num_levels), after / np.float32(num_levels))
+    return jnp.concatenate([stepped, latents[:, len(now) :]], axis=1)

@@ -1,0 +1,215 @@
+"""Softmax attention whose memory does not grow with queries times keys, in both passes.
+
+Keys are taken block by block with a running maximum and sum ("online softmax", arXiv 1805.02867; FlashAttention, arXiv
+2205.14135): no array has an entry for every pair of a query and a key. The backward pass computes the weights of a
+block again from each query's logarithm of its sum.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Bool, Float
+from sana_jax.errors import UserError
+
+# Scores of one block are float32: at 20 heads these take 40 MB per example.
+QUERY_BLOCK, KEY_BLOCK = 1024, 512
+_LOWEST = -1e30  # a maximum of no scores: finite, so that differences from it are numbers
+
+
+def blockwise_attention(
+    query: Float[Array, "B M h d"],
+    key: Float[Array, "B N h d"],
+    value: Float[Array, "B N h e"],
+    frame_mask: Bool[Array, "#B P Q"] | None = None,
+    *,
+    scale: float | None = None,
+    query_block: int = QUERY_BLOCK,
+    key_block: int = KEY_BLOCK,
+) -> Float[Array, "B M h e"]:
+    """``softmax(scale · q kᵀ) v`` over all keys, or over those whose frame a query's frame may see.
+
+    Products and sums are float32 whatever the inputs are; the weights are rounded to ``value``'s dtype before they
+    multiply it, as fused attention does.
+
+    Args:
+        query: M queries of h heads, in P frames of M/P tokens where a mask is given.
+        key: N keys, in Q frames of N/Q tokens.
+        value: their values.
+        frame_mask: whether the queries of frame p see the keys of frame q; None for all. Blocks of keys that no query
+            of a block sees are skipped. A query that sees no key gives 0.
+        scale: factor of the scores; None for 1/√d.
+        query_block: queries taken at a time.
+        key_block: keys taken at a time.
+
+    Returns:
+        In ``query``'s dtype.
+
+    Raises:
+        UserError: a mask whose frames do not divide queries and keys into equal parts.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if frame_mask is not None:
+        frame_mask = jnp.asarray(frame_mask)
+        frames = frame_mask.shape[1:]
+        if query.shape[1] % frames[0] or key.shape[1] % frames[1]:
+            raise UserError(
+                f"frame_mask of {frames[0]} x {frames[1]} frames for {query.shape[1]} queries and {key.shape[1]} keys: "
+                "each must be a whole number of tokens per frame; give one row per frame of queries, one column per "
+                "frame of keys"
+            )
+    sizes = min(query_block, query.shape[1]), min(key_block, key.shape[1])
+    return _attention(query, key, value, frame_mask, float(scale), sizes)
+
+
+def _blocks(arrays: tuple[Array, ...], size: int) -> tuple[Array, ...]:
+    """(B, N, ...) -> (blocks, B, size, ...), filled up with zeros."""
+
+    def cut(x: Array) -> Array:
+        count = math.ceil(x.shape[1] / size)
+        padding = [(0, 0)] * x.ndim
+        padding[1] = (0, count * size - x.shape[1])
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+
+    return tuple(cut(x) for x in arrays)
+
+
+def _joined(blocks: Array, tokens: int) -> Array:
+    """The inverse of ``_blocks``, without what was filled up."""
+    moved = jnp.moveaxis(blocks, 0, 1)
+    return moved.reshape(moved.shape[0], -1, *moved.shape[3:])[:, :tokens]
+
+
+def _seen(mask: Array | None, queries: Array, keys: Array, counts: tuple[int, int]) -> Array:
+    """Whether query tokens see key tokens, both given by number: (B or 1, 1, queries, keys)."""
+    there = (keys < counts[1])[None, None, None, :]
+    if mask is None:
+        return there
+    frame_of_query = jnp.minimum(queries, counts[0] - 1) // (counts[0] // mask.shape[1])
+    frame_of_key = jnp.minimum(keys, counts[1] - 1) // (counts[1] // mask.shape[2])
+    return there & mask[:, frame_of_query][:, :, frame_of_key][:, None]
+
+
+def _scores(query: Array, key: Array, scale: float) -> Array:
+    return _product("bmhd,bnhd->bhmn", query, key) * scale
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    work = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=work)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(query, key, value, mask, scale, sizes):
+    return _forward(query, key, value, mask, scale, sizes)[0]
+
+
+def _forward(query, key, value, mask, scale, sizes):
+    """The result, and of every query the logarithm of the sum of its exponentials (B, h, M)."""
+    counts = (query.shape[1], key.shape[1])
+    work = jnp.promote_types(query.dtype, jnp.float32)
+    keys, values = _blocks((key, value), sizes[1])
+    starts = jnp.arange(len(keys)) * sizes[1]
+
+    def one_query_block(_, inputs):
+        own, first = inputs
+        numbers = first + jnp.arange(sizes[0])
+        rows = (own.shape[0], own.shape[2], sizes[0])
+        begin = (
+            jnp.full(rows, _LOWEST, work),
+            jnp.zeros(rows, work),
+            jnp.zeros((*rows, value.shape[-1]), work),
+        )
+
+        def one_key_block(carry, inputs):
+            their_keys, their_values, start = inputs
+            seen = _seen(mask, numbers, start + jnp.arange(sizes[1]), counts)
+
+            def attend(carry):
+                highest, total, summed = carry
+                scores = jnp.where(seen, _scores(own, their_keys, scale), -jnp.inf)
+                higher = jnp.maximum(highest, scores.max(-1))
+                weights = jnp.exp(scores - higher[..., None])
+                shrink = jnp.exp(highest - higher)
+                added = _product("bhmn,bnhe->bhme", weights.astype(value.dtype), their_values)
+                return higher, total * shrink + weights.sum(-1), summed * shrink[..., None] + added
+
+            return _if_any(mask, seen, attend, carry), None
+
+        (highest, total, summed), _ = jax.lax.scan(one_key_block, begin, (keys, values, starts))
+        nothing = total == 0
+        out = summed / jnp.where(nothing, 1, total)[..., None]
+        log_sum = jnp.where(nothing, 0, highest + jnp.log(jnp.where(nothing, 1, total)))
+        return None, (jnp.swapaxes(out, 1, 2).astype(query.dtype), log_sum)
+
+    (queries,) = _blocks((query,), sizes[0])
+    _, (out, log_sum) = jax.lax.scan(one_query_block, None, (queries, jnp.arange(len(queries)) * sizes[0]))
+    log_sum = jnp.moveaxis(log_sum, 0, 2).reshape(query.shape[0], query.shape[2], -1)[..., : counts[0]]
+    return _joined(out, counts[0]), log_sum
+
+
+def _if_any(mask: Array | None, seen: Array, attend: Any, carry: Any) -> Any:
+    """``attend(carry)``, or ``carry`` where a mask hides all of the block."""
+    return attend(carry) if mask is None else jax.lax.cond(seen.any(), attend, lambda carry: carry, carry)
+
+
+def _forward_rule(query, key, value, mask, scale, sizes):
+    out, log_sum = _forward(query, key, value, mask, scale, sizes)
+    return out, (query, key, value, mask, out, log_sum)
+
+
+def _backward_rule(scale, sizes, kept, cotangent):
+    query, key, value, mask, out, log_sum = kept
+    counts = (query.shape[1], key.shape[1])
+    work = jnp.promote_types(query.dtype, jnp.float32)
+    along = (out.astype(work) * cotangent.astype(work)).sum(-1)  # (B, M, h)
+    rows = (query, cotangent.astype(query.dtype), jnp.moveaxis(log_sum, 1, 2), along)
+    queries = _blocks(rows, sizes[0])
+    query_starts = jnp.arange(len(queries[0])) * sizes[0]
+
+    def one_key_block(query_gradient, inputs):
+        own_keys, own_values, first = inputs
+        numbers = first + jnp.arange(sizes[1])
+
+        def one_query_block(carry, inputs):
+            their, upstream, log_sum, along, start, gradient = inputs
+            seen = _seen(mask, start + jnp.arange(sizes[0]), numbers, counts)
+
+            def attend(carry):
+                key_gradient, value_gradient, gradient = carry
+                log_sum_, along_ = (jnp.swapaxes(x, 1, 2)[..., None] for x in (log_sum, along))
+                scores = _scores(their, own_keys, scale)
+                weights = jnp.where(seen, jnp.exp(scores - log_sum_), 0)
+                added = _product("bhmn,bmhe->bnhe", weights.astype(value.dtype), upstream)
+                towards = _product("bmhe,bnhe->bhmn", upstream, own_values)
+                slope = (weights * (towards - along_)).astype(query.dtype)
+                key_gradient = key_gradient + scale * _product("bhmn,bmhd->bnhd", slope, their)
+                gradient = gradient + scale * _product("bhmn,bnhd->bmhd", slope, own_keys)
+                return key_gradient, value_gradient + added, gradient
+
+            carry = _if_any(mask, seen, attend, (*carry, gradient))
+            return carry[:2], carry[2]
+
+        begin = jnp.zeros(own_keys.shape, work), jnp.zeros(own_values.shape, work)
+        found, query_gradient = jax.lax.scan(one_query_block, begin, (*queries, query_starts, query_gradient))
+        return query_gradient, found
+
+    keys, values = _blocks((key, value), sizes[1])
+    starts = jnp.arange(len(keys)) * sizes[1]
+    query_gradient = jnp.zeros(queries[0].shape, work)
+    query_gradient, (key_gradient, value_gradient) = jax.lax.scan(one_key_block, query_gradient, (keys, values, starts))
+    gradients = (
+        _joined(query_gradient, counts[0]).astype(query.dtype),
+        _joined(key_gradient, counts[1]).astype(key.dtype),
+        _joined(value_gradient, counts[1]).astype(value.dtype),
+    )
+    return *gradients, None if mask is None else np.zeros(mask.shape, jax.dtypes.float0)
+
+
+_attention.defvjp(_forward_rule, _backward_rule)

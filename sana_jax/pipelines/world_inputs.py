@@ -1,0 +1,160 @@
+"""What a call of SANA-WM is told of its picture and its camera: brought to one size and one number of frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from kernels.typing import Float
+from sana_jax.autoencoders.base import pixel_frames
+from sana_jax.camera import (
+    ActionScheme,
+    CameraInputs,
+    action_to_c2w,
+    camera_inputs,
+    check_poses,
+    intrinsics_of_field,
+    plan_resize_and_crop,
+    read_intrinsics,
+    snap_frames,
+)
+from sana_jax.errors import UserError
+from sana_jax.models.sana_wm import MAX_POSITIONS
+from sana_jax.pipelines.image_inputs import to_network_range
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DEFAULT_FIELD = 60.0  # degrees across, where nothing is said of the camera's lens
+DEFAULT_SCHEME = "v1"
+
+
+class WorldView(NamedTuple):
+    """The picture and the camera at the size of the video.
+
+    Attributes:
+        pixels: the picture in [-1, 1].
+        intrinsics: fx, fy, cx, cy of every frame, in pixels of the video.
+        camera: what the network is told of it.
+    """
+
+    pixels: Float[np.ndarray, "1 H W 3"]
+    intrinsics: Float[np.ndarray, "F 4"]
+    camera: CameraInputs
+
+
+def camera_path(
+    action: str | None,
+    c2w: Any,
+    num_frames: int | None,
+    scheme: str | ActionScheme | None,
+    temporal_factor: int,
+    say: Callable[[str], None] = print,
+) -> Float[np.ndarray, "F 4 4"]:
+    """The poses of a video, 1 + temporal_factor·k of them; poses that are left out are said.
+
+    Args:
+        action: an action string, which must make ``num_frames`` frames where that is given.
+        c2w: camera-to-world matrices in place of it, ``num_frames`` or more.
+        num_frames: of the video; None for as many as there are poses.
+        scheme: what the keys of ``action`` mean; None for ``v1``.
+        temporal_factor: pixel frames per latent frame.
+        say: prints a line.
+
+    Raises:
+        UserError: both or neither of action and c2w, a malformed action, poses that are not rigid, a number of frames
+            that does not go with them, or a video that is too short or too long.
+    """
+    if (action is None) == (c2w is None):
+        given = "neither is" if action is None else "both are"
+        raise UserError(f"action and c2w: {given} given, and exactly one is allowed: give one of them")
+    whole = isinstance(num_frames, int | np.integer) and not isinstance(num_frames, bool) and num_frames >= 1
+    if num_frames is not None and not whole:
+        raise UserError(f"num_frames {num_frames!r} is not allowed; choose a whole number, 1 + {temporal_factor}·k")
+    if action is not None:
+        poses = action_to_c2w(action, DEFAULT_SCHEME if scheme is None else scheme, num_frames=num_frames)
+    elif scheme is not None:
+        raise UserError(
+            "action_scheme would not be used with c2w; it says what the keys of an action mean: leave it out"
+        )
+    else:
+        poses = check_poses(c2w)
+    there = len(poses)
+    asked = there if num_frames is None else int(num_frames)
+    if asked > there:
+        raise UserError(
+            f"num_frames {asked} with a c2w of {there} poses; allowed is one pose for every frame: give more poses, or "
+            f"ask for {snap_frames(there, available=there, temporal_factor=temporal_factor)} frames"
+        )
+    frames = snap_frames(asked, available=there, temporal_factor=temporal_factor)
+    _check_length(frames, asked, temporal_factor)
+    if frames != asked:
+        say(f"{asked} frames become {frames}: videos of this model have 1 + {temporal_factor}k frames")
+    if frames != there and num_frames is not None and frames == asked:
+        say(f"c2w: the first {frames} of {there} poses are taken")
+    return poses[:frames]
+
+
+def _check_length(frames: int, asked: int, temporal_factor: int) -> None:
+    latent = 1 + (frames - 1) // temporal_factor
+    if latent < 2:
+        raise UserError(
+            f"{asked} frames are less than the model makes, which is {1 + temporal_factor} or more beginning with the "
+            "image: lengthen the camera's path"
+        )
+    if latent > MAX_POSITIONS:
+        most = pixel_frames(MAX_POSITIONS, temporal_factor)
+        raise UserError(
+            f"{frames} frames are {latent} latent frames, and the model has positions for {MAX_POSITIONS}; allowed are "
+            f"{most} frames and fewer: cut the camera's path"
+        )
+
+
+def view_at(
+    picture: Image.Image,
+    c2w: Float[np.ndarray, "F 4 4"],
+    intrinsics: Any,
+    size: tuple[int, int],
+    temporal_factor: int,
+    spatial_factor: int,
+    say: Callable[[str], None] = print,
+) -> WorldView:
+    """The picture scaled to cover ``size`` (height, width) and cropped to its middle; the intrinsics move with it.
+
+    Args:
+        picture: what the video begins with.
+        c2w: a pose for every frame.
+        intrinsics: fx, fy, cx, cy in pixels of the picture as it is given, in any of the forms of ``read_intrinsics``;
+            None for a camera that spans 60 degrees across.
+        size: of the video, in pixels.
+        temporal_factor: pixel frames per latent frame.
+        spatial_factor: pixels per side of a latent pixel.
+        say: prints a line.
+
+    Raises:
+        UserError: intrinsics that are none of this picture.
+    """
+    source = (picture.height, picture.width)
+    if intrinsics is None:
+        intrinsics = intrinsics_of_field(DEFAULT_FIELD, *source)
+        say(
+            f"intrinsics: none are given; a camera is taken that spans {DEFAULT_FIELD:g} degrees across, fx and fy "
+            f"{intrinsics[0]:.1f} in pixels of the {source[1]}x{source[0]} image"
+        )
+    values = read_intrinsics(intrinsics, len(c2w), *source)
+    plan = plan_resize_and_crop(source, size)
+    if plan.resized != plan.target:
+        axis = 0 if plan.resized[0] > size[0] else 1
+        share = 1 - size[axis] / plan.resized[axis]
+        say(
+            f"image of {source[0]}x{source[1]} pixels for a video of {size[0]}x{size[1]}: {share:.1%} of its "
+            f"{('height', 'width')[axis]} is cropped, half on each side"
+        )
+    moved = plan.intrinsics(values)
+    height, width = size
+    camera = camera_inputs(
+        c2w, moved, height=height, width=width, temporal_factor=temporal_factor, spatial_factor=spatial_factor
+    )
+    return WorldView(to_network_range(plan.image(picture), height, width), moved, camera)

@@ -1,0 +1,357 @@
+"""SANA-WM: a world that a camera moves through, from a picture, a text and a path of the camera."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Float, Int
+from sana_jax.autoencoders.base import latent_frames, pixel_frames
+from sana_jax.camera import ActionScheme
+from sana_jax.diffusion.samplers import FlowEuler, Schedule
+from sana_jax.diffusion.samplers.world_refiner import SINK_FRAMES
+from sana_jax.diffusion.sampling import sample_scan
+from sana_jax.errors import UserError
+from sana_jax.models.sana_wm import SanaWMTransformer
+from sana_jax.pipelines.base import OutputType, Size, StepEndCallback, Stopwatch
+from sana_jax.pipelines.checks import check_finite, check_multiple
+from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
+from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
+from sana_jax.pipelines.sampling_function import Encoded, guided_velocity, is_guided
+from sana_jax.pipelines.video_base import VideoPipeline, VideoRequest
+from sana_jax.pipelines.world_inputs import WorldView, camera_path, view_at
+from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork
+from sana_jax.pipelines.world_refiner import SanaWMRefiner, SanaWMRefinerOutput
+from sana_jax.videos import check_fps
+
+_NOT_OPTIONS = ("self", "latents", "fps", "output_type")  # of the refiner's call
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaWMPipelineOutput:
+    """What a call has made.
+
+    Attributes:
+        frames: a list of one video, which is a list of PIL images; an array (1, F, H, W, 3) in [0, 1]; or latents
+            (1, C, T, h, w), as asked for. Of a refined video without the frames that anchor it.
+        c2w: the camera-to-world matrix of every frame of ``frames``; of all frames where these are latents.
+        latents: the first stage's (1, C, T, h, w), normalised as the transformers see them.
+        refined: what the refiner has returned, its ``frames`` being latents where ``frames`` are; None without it.
+        fps: frames per second at which they are to be shown.
+        compile_seconds: of the transformer's program; 0 where it was compiled before.
+        sampling_seconds: of everything after the text.
+        device_bytes: what the transformer's program holds on the device; None where that is not known.
+        seconds: of each stage: text, encode, denoise (without compiling), decode or refine.
+        sampled_size: height and width in pixels.
+    """
+
+    frames: Any
+    c2w: Float[np.ndarray, "F 4 4"]
+    latents: Float[np.ndarray, "1 C T h w"]
+    refined: SanaWMRefinerOutput | None = None
+    fps: float = 16.0
+    compile_seconds: float = 0.0
+    sampling_seconds: float = 0.0
+    device_bytes: int | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    sampled_size: tuple[int, int] | None = None
+
+
+class SanaWMPipeline(VideoPipeline):
+    """Makes one video at a time; arguments as in ``SamplingPipeline``.
+
+    The picture is the first latent frame: it is clean, its timestep is 0, and no step changes it.
+    """
+
+    class_name = "SanaWMPipeline"
+    transformer: SanaWMTransformer
+    sampler: FlowEuler
+
+    def check_components(self) -> None:
+        """Raises ``UserError`` for another sampler than Euler's, or latents of another number of frames."""
+        self._check_sampler()
+        factor, config = self.autoencoder.temporal_factor, self.transformer.config
+        if config.use_chunk_plucker_post_attn and config.chunk_plucker_channels != 6 * factor:
+            raise UserError(
+                f"chunk_plucker_channels {config.chunk_plucker_channels} with an autoencoder of {factor} frames per "
+                f"latent; allowed is {6 * factor}, six for each of them: take both from one model"
+            )
+
+    def _check_sampler(self) -> None:
+        if not isinstance(self.sampler, FlowEuler):
+            raise UserError(
+                f"{self.class_name} with the sampler {type(self.sampler).__name__}; allowed is FlowEuler, which leaves "
+                "the first frame as it is: set it, or leave the sampler to the model"
+            )
+
+    def __call__(
+        self,
+        image: Any,
+        prompt: str | None = None,
+        negative_prompt: str = "",
+        *,
+        action: str | None = None,
+        c2w: Float[np.ndarray, "F 4 4"] | None = None,
+        intrinsics: Any = None,
+        action_scheme: str | ActionScheme | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        fps: float | None = None,
+        seed: int = 0,
+        latents: Float[Array, "1 C T H W"] | None = None,
+        prompt_embeds: Float[Array, "1 L C"] | None = None,
+        prompt_attention_mask: Int[Array, "1 L"] | None = None,
+        negative_prompt_embeds: Float[Array, "1 L C"] | None = None,
+        negative_prompt_attention_mask: Int[Array, "1 L"] | None = None,
+        max_sequence_length: int | None = None,
+        chi_prompt: Sequence[str] | None = None,
+        refine: SanaWMRefiner | None = None,
+        refiner_options: Mapping[str, Any] | None = None,
+        output_type: OutputType = "pil",
+        callback_on_step_end: StepEndCallback | None = None,
+        progress_bar: bool = False,
+    ) -> SanaWMPipelineOutput:
+        """Makes a video. What is None comes from ``self.defaults``.
+
+        Without ``callback_on_step_end`` and ``progress_bar`` all steps are one program.
+
+        Args:
+            image: what the video begins with: file, PIL image, or array (H, W, 3). It is scaled to cover the video
+                and cropped to its middle, which a line says.
+            prompt: what the video shows.
+            negative_prompt: what it should not be.
+            action: keys and for how many frames they are held, such as ``"w-80,jw-40,w-40"``; see
+                ``sana_jax.camera``. The video has one frame more, of these the first 1 + 8k.
+            c2w: camera-to-world matrices in place of ``action``, with OpenCV's axes; the first may be any.
+            intrinsics: fx, fy, cx, cy in pixels of the image as it is given: (4,), (3, 3), (F, 4) or (F, 3, 3). None
+                takes a camera that spans 60 degrees across, and says so.
+            action_scheme: what keys mean: ``"v1"`` (diffusers; None takes it), ``"v2"``, or a scheme of your own.
+            num_frames: frames of the video. An action must make as many; of ``c2w`` the first are taken. None: all.
+            height: pixels of the video.
+            width: the same.
+            num_inference_steps: sampling steps.
+            guidance_scale: classifier-free guidance; 1 or below runs without, at half the cost.
+            fps: frames per second, for showing the video and for the refiner.
+            seed: of the noise; 0 to 2³² - 1.
+            latents: the noise to start from instead, unit normal, (1, C, T, h, w); that of frame 0 is not used.
+            prompt_embeds: encoded prompt (1, L, C) in place of ``prompt``, with ``prompt_attention_mask`` (1, L).
+            prompt_attention_mask: 1 where a token counts.
+            negative_prompt_embeds: likewise in place of ``negative_prompt``.
+            negative_prompt_attention_mask: likewise.
+            max_sequence_length: prompt tokens that count, where the text encoder has that setting.
+            chi_prompt: lines put before the prompt, where the text encoder has that setting; empty for none.
+            refine: the second stage, which refines the latents and draws the frames. The first of them, which anchor
+                it, are left out.
+            refiner_options: further arguments of its call, such as ``seed``, ``checkpoint_dir`` or ``noise``.
+            output_type: ``"pil"``; ``"np"``, (1, F, H, W, 3) in [0, 1]; or ``"latent"``, (1, C, T, h, w).
+            callback_on_step_end: called as (pipeline, step, timestep, {"latents": (1, C, T, h, w)}) after every step;
+                if it returns False, sampling ends there.
+            progress_bar: shows the steps.
+
+        Raises:
+            UserError: a value that is not allowed, arguments that exclude one another or would not be used, or values
+                that stop being finite; the message names the stage.
+        """
+        self._check_sampler()
+        request = VideoRequest(
+            prompt=_one_text("prompt", prompt, refine, refiner_options),
+            negative_prompt=negative_prompt,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            latents=latents,
+            prompt_embeds=_three_axes(prompt_embeds),
+            prompt_attention_mask=prompt_attention_mask,
+            negative_prompt_embeds=_three_axes(negative_prompt_embeds),
+            negative_prompt_attention_mask=negative_prompt_attention_mask,
+            max_sequence_length=max_sequence_length,
+            complex_human_instruction=_instruction(chi_prompt, prompt_embeds),
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            progress_bar=progress_bar,
+        )
+        steps, scale = self._steps_and_scale(request)
+        fps = self.fps if fps is None else check_fps(fps)
+        refiner, options = self._refiner(refine, refiner_options, request.prompt, fps)
+        temporal, spatial = self.autoencoder.temporal_factor, self.autoencoder.spatial_factor
+        poses = camera_path(action, c2w, num_frames, action_scheme, temporal)
+        size = self._world_size(height, width)
+        start = self._noise(latents, 1, latent_frames(len(poses), temporal), size, seed)[:, 1:]
+        picture = read_picture(image, shortest=min(SHORTEST_SIDE, *size.sampled))
+        view = view_at(picture, poses, intrinsics, size.sampled, temporal, spatial)
+
+        watch = Stopwatch()
+        conditions = self._conditions(request, is_guided(scale))
+        self._leave(TEXT)
+        watch.end("text")
+        given = self._given(view)
+        self._leave(AUTOENCODER)
+        watch.end("encode")
+        sampled = self._sample(watch, self.sampler.schedule(steps), start, conditions, scale, given, request)
+        whole = jnp.concatenate([given.frames, sampled], axis=1)
+        self._leave(TRANSFORMER)
+        watch.end("denoise")
+        refined, latents = None, np.asarray(jnp.moveaxis(whole, -1, 1))
+        if refiner is None:
+            frames = self._videos(whole, size, output_type)
+        else:
+            refined = refiner(latents, output_type=output_type, **options)
+            frames = refined.frames
+        watch.end("decode" if refiner is None else "refine")
+        shown = _shown_poses(poses, frames, output_type, refined, options, temporal)
+        seconds = sum(seconds for stage, seconds in watch.seconds.items() if stage != "text")
+        timing = (watch.compile_seconds, seconds, watch.device_bytes, dict(watch.seconds))
+        return SanaWMPipelineOutput(frames, shown, latents, refined, fps, *timing, size.sampled)
+
+    # -- what a call asks for ------------------------------------------------------------------------------------
+
+    def _world_size(self, height: int | None, width: int | None) -> Size:
+        height = self.defaults.height if height is None else height
+        width = self.defaults.width if width is None else width
+        _, rows, columns = self.transformer.config.patch_size
+        check_multiple("height", height, self.autoencoder.spatial_factor * rows)
+        check_multiple("width", width, self.autoencoder.spatial_factor * columns)
+        return Size((height, width), (height, width))
+
+    def _refiner(
+        self, refine: Any, given: Mapping[str, Any] | None, prompt: str | None, fps: float
+    ) -> tuple[SanaWMRefiner | None, dict[str, Any]]:
+        """The refiner, with this pipeline's autoencoder where it has none, and the arguments of its call."""
+        if refine is None:
+            if given:
+                raise UserError("refiner_options would not be used without refine; give a SanaWMRefiner")
+            return None, {}
+        if not isinstance(refine, SanaWMRefiner):
+            raise UserError(
+                f"refine {type(refine).__name__} is not allowed; allowed is a SanaWMRefiner: "
+                "SanaWMRefiner.from_pretrained(directory, autoencoder=pipeline.autoencoder)"
+            )
+        names = [name for name in inspect.signature(SanaWMRefiner.__call__).parameters if name not in _NOT_OPTIONS]
+        options = dict(given or {})
+        if unknown := sorted(set(options) - set(names)):
+            raise UserError(f"refiner_options has {', '.join(unknown)}; allowed are {', '.join(names)}")
+        if options.get("prompt_embeds") is None:
+            options.setdefault("prompt", prompt)
+        if refine.autoencoder is None:
+            refine = refine.with_autoencoder(self.autoencoder)
+        channels = refine.transformer.config.in_channels
+        if channels != self.autoencoder.latent_channels:
+            raise UserError(
+                f"a refiner of {channels} latent channels for a first stage of {self.autoencoder.latent_channels}; "
+                "allowed are the same: take both from one model"
+            )
+        return refine, {**options, "fps": fps}
+
+    # -- its stages ----------------------------------------------------------------------------------------------
+
+    def _given(self, view: WorldView) -> WorldGiven:
+        """The picture's latents and the camera, for one video."""
+        first = jnp.asarray(self.autoencoder.encode(jnp.asarray(view.pixels[None])), jnp.float32)
+        check_finite("encoding of the image", first, self.made)
+        takes = self.transformer.config.use_chunk_plucker_post_attn
+        plucker = jnp.asarray(view.camera.chunk_plucker[None]) if takes else None
+        return WorldGiven(first, jnp.asarray(view.camera.conditions[None]), plucker)
+
+    def _sample(
+        self,
+        watch: Stopwatch,
+        schedule: Schedule,
+        start: Float[Array, "1 N H W C"],
+        conditions: tuple[Encoded, Encoded | None],
+        scale: float,
+        given: WorldGiven,
+        request: VideoRequest,
+    ) -> Float[Array, "1 N H W C"]:
+        """The latents behind the given frames, clean: all steps in one program, or one by one to be looked at."""
+        network, sampler, params, lora = WorldNetwork(self.transformer), self.sampler, self.params, self._runtime_lora
+        positive, negative = conditions
+        scale = jnp.float32(scale)
+        name = f"for latents {'x'.join(map(str, (1, start.shape[1] + 1, *start.shape[2:])))}"
+
+        def step(params, lora, latents, timestep, positive, negative, scale, given):
+            return guided_velocity(
+                network, params, latents, timestep, positive, negative, scale, control=given, lora=lora
+            )
+
+        if request.callback_on_step_end is None and not request.progress_bar:
+            count = schedule.num_inference_steps
+
+            def run(params, lora, latents, positive, negative, scale, given, schedule):
+                def velocity(latents, timestep):
+                    return step(params, lora, latents, timestep, positive, negative, scale, given)
+
+                return sample_scan(sampler, schedule, velocity, latents).latents
+
+            arguments = (params, lora, start, positive, negative, scale, given, jax.tree.map(jnp.asarray, schedule))
+            program = self.programs.get(f"{count} steps of the transformer {name}", "whole run", run, *arguments)
+            sampled = jax.block_until_ready(watch.compiled(program)(*arguments))
+            check_finite(f"sampling in {count} steps", sampled, self.made)
+            return sampled
+
+        arguments = (params, lora, start, jnp.float32(1.0), positive, negative, scale, given)
+        compiled = watch.compiled(self.programs.get(f"the transformer {name}", "step", step, *arguments))
+
+        def velocity(latents: Array, timestep: Array) -> Array:
+            return compiled(params, lora, latents, timestep, positive, negative, scale, given)
+
+        def whole(latents: Array) -> Array:
+            return jnp.concatenate([given.frames, latents], axis=1)
+
+        options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
+        return self._run(sampler, schedule, velocity, start, **options).latents
+
+
+def _one_text(name: str, text: Any, refine: Any, refiner_options: Mapping[str, Any] | None) -> str | None:
+    """A prompt, or a list of one."""
+    if isinstance(text, list | tuple) and len(text) == 1:
+        text = text[0]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{name} {text!r} is not allowed; a world has one text: call once for each")
+    if text is None and refine is not None and not {"prompt", "prompt_embeds"} & set(refiner_options or {}):
+        raise UserError(
+            "the refiner needs a prompt, and embeddings of the first stage are given in place of it; give "
+            "refiner_options its prompt or prompt_embeds"
+        )
+    return text
+
+
+def _instruction(chi_prompt: Any, prompt_embeds: Any) -> Any:
+    if isinstance(chi_prompt, str):
+        raise UserError("chi_prompt is a list of lines, not one string: put it in a list")
+    if chi_prompt is not None and prompt_embeds is not None:
+        raise UserError("chi_prompt would not be used, since prompt_embeds are given; leave it out")
+    return chi_prompt
+
+
+def _three_axes(embeds: Any) -> Any:
+    """Embeddings (1, L, C), also of diffusers' shape (1, 1, L, C)."""
+    if embeds is not None and np.ndim(embeds) == 4 and np.shape(embeds)[1] == 1:
+        return jnp.asarray(embeds)[:, 0]
+    return embeds
+
+
+def _shown_poses(
+    poses: Float[np.ndarray, "F 4 4"],
+    frames: Any,
+    output_type: OutputType,
+    refined: SanaWMRefinerOutput | None,
+    options: Mapping[str, Any],
+    temporal_factor: int,
+) -> Float[np.ndarray, "F 4 4"]:
+    """The poses of the frames that are returned."""
+    poses = np.asarray(poses, np.float32)
+    if output_type == "latent":
+        return poses[: pixel_frames(frames.shape[2], temporal_factor)]
+    first = 0
+    if refined is not None:
+        first = options.get("sink_size", SINK_FRAMES)
+    return poses[first : first + len(frames[0])]

@@ -1,0 +1,65 @@
+"""SANA-WM's transformer, as samplers see it: clean first frames stand before the latents, beside them the camera."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import Array, Float, PyTree
+from sana_jax.models.sana_wm import SanaWMTransformer
+from sana_jax.pipelines.sampling_function import Encoded, transformer_variables
+
+
+class WorldGiven(NamedTuple):
+    """What a world is made from besides its prompt.
+
+    Attributes:
+        frames: clean latent frames that the videos begin with.
+        camera_conditions: of all latent frames, see ``sana_jax.camera.CameraInputs``.
+        chunk_plucker: the same; None for networks that take no Plücker coordinates.
+    """
+
+    frames: Float[Array, "b G H W C"]
+    camera_conditions: Float[Array, "b T 20"]
+    chunk_plucker: Float[Array, "b T H W P"] | None
+
+
+class WorldNetwork(NamedTuple):
+    """A bidirectional world model. Arguments of ``velocity`` as ``guided_velocity`` gives them."""
+
+    transformer: SanaWMTransformer
+
+    def velocity(
+        self,
+        params: PyTree,
+        latents: Float[Array, "B N H W C"],
+        timestep: Float[Array, ""],
+        conditions: Encoded,
+        identity: None = None,
+        given: WorldGiven | None = None,
+        lora: PyTree | None = None,
+    ) -> Float[Array, "B N H W C"]:
+        """The velocity of the frames behind the given ones, in float32.
+
+        The network sees the given frames at timestep 0. ``given`` is for the batch, or for a part of it that is
+        repeated, as guidance does. ``identity`` is not for world models.
+        """
+        batch = latents.shape[0]
+        parts = batch // given.frames.shape[0]
+        given = jax.tree.map(lambda array: jnp.concatenate([array] * parts), given)
+        start = given.frames.shape[1]
+        whole = jnp.concatenate([given.frames, latents], axis=1)
+        clean = jnp.arange(whole.shape[1]) < start
+        timesteps = jnp.broadcast_to(jnp.where(clean, 0.0, timestep), whole.shape[:2])
+        output = self.transformer.apply(
+            transformer_variables(params, lora),
+            whole,
+            conditions.embeds,
+            timesteps,
+            conditions.mask,
+            given.camera_conditions,
+            given.chunk_plucker,
+        )
+        return output[:, start:].astype(jnp.float32)

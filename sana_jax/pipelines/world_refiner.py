@@ -1,0 +1,587 @@
+"""SANA-WM's second stage: LTX-2 refines the first stage's latents, block after block, in constant memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kernels.typing import Array, Float, PyTree
+from sana_jax.autoencoders.base import VideoAutoencoder, pixel_frames
+from sana_jax.compilation import Programs
+from sana_jax.contract import Contract
+from sana_jax.diffusion.samplers.world_refiner import BLOCK_FRAMES, SIGMAS, SINK_FRAMES, WINDOW_FRAMES, RefinerSampler
+from sana_jax.errors import UserError
+from sana_jax.images import to_pil
+from sana_jax.models.ltx2 import LTX2VideoTransformer
+from sana_jax.models.ltx2_connectors import LTX2Connectors
+from sana_jax.models.ltx2_prefix import LTX2Prefix
+from sana_jax.pipelines.base import OutputType
+from sana_jax.pipelines.checks import OUTPUT_TYPES, check_common_options, check_finite
+from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency, check_residency, leave
+from sana_jax.pipelines.world_refiner_blocks import block_place, capture_sink, denoise_block, read_block
+from sana_jax.pipelines.world_refiner_checkpoint import RefinerCheckpoint, digest
+from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
+from sana_jax.weights.components import Resident
+
+CONNECTORS = "text connectors"
+DEFAULT_FPS, DEFAULT_SEED = 16.0, 42
+_NOISE = 2**31 + 3  # apart from the noise of other pipelines
+BlockEndCallback = Callable[["SanaWMRefiner", int, dict[str, Any]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SanaWMRefinerOutput:
+    """What a call has made.
+
+    Attributes:
+        frames: latents (B, C, T, h, w), the sink's as they were given; or, without the first ``sink_size`` frames of
+            pixels, an array (B, F, H, W, 3) in [0, 1] or a list of videos, each a list of PIL images; as asked for.
+        block_count: blocks of the video that are refined now.
+        finished: whether these are all; False where a callback ended it.
+        resumed_blocks: how many of them an earlier run had refined.
+        block_seconds: of every block that was refined now, without compiling.
+        compile_seconds: of all programs; 0 where they were compiled before.
+        device_bytes: what the program that refines a block holds on the device; None where that is not known.
+        seconds: of each stage, compiling included: text, refine, decode.
+    """
+
+    frames: Any
+    block_count: int
+    finished: bool
+    resumed_blocks: int = 0
+    block_seconds: tuple[float, ...] = ()
+    compile_seconds: float = 0.0
+    device_bytes: int | None = None
+    seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+class SanaWMRefiner:
+    """Refines latent videos; compiled programs are kept, one for each combination of shapes.
+
+    Args:
+        transformer: LTX-2's video half.
+        params: its parameters: a tree, or a ``Resident`` that reads them when they are needed.
+        connectors: from the text encoder's states to the transformer's prompt.
+        connectors_params: its parameters.
+        text_encoder: reads prompts; None where only ``prompt_embeds`` will be given.
+        autoencoder: draws videos from latents; None where latents are wanted.
+        residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
+        weights: component -> a short name for its weights' bytes, for telling runs apart.
+        contract: what the weights need of the computation; None where they come from nowhere.
+
+    Raises:
+        UserError: networks that do not belong together.
+    """
+
+    class_name: ClassVar[str] = "SanaWMRefiner"
+    made: ClassVar[str] = "videos"
+
+    def __init__(
+        self,
+        transformer: LTX2VideoTransformer,
+        params: PyTree | Resident,
+        connectors: LTX2Connectors,
+        connectors_params: PyTree | Resident,
+        text_encoder: Gemma3TextEncoder | None = None,
+        autoencoder: VideoAutoencoder | None = None,
+        *,
+        residency: Residency = "text_encoder_freed",
+        weights: Mapping[str, str] | None = None,
+        contract: Contract | None = None,
+    ) -> None:
+        check_residency(residency)
+        self.transformer = transformer
+        self.transformer_weights = _resident(TRANSFORMER, params)
+        self.connectors = connectors
+        self.connectors_weights = _resident(CONNECTORS, connectors_params)
+        self.text_encoder = text_encoder
+        self.autoencoder = autoencoder
+        self.residency = residency
+        self.weights = dict(weights or {})
+        self.contract = contract
+        self.programs = Programs()
+        self._compile_seconds = 0.0
+        self._device_bytes: int | None = None
+        self._check_components()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        dtype: Any = None,
+        variant: str | None = None,
+        autoencoder: VideoAutoencoder | None = None,
+        residency: Residency = "text_encoder_freed",
+    ) -> SanaWMRefiner:
+        """Reads a refiner's directory, as published (diffusers' ``SanaWMLTX2Refiner``) or converted.
+
+        Args:
+            path: the directory, or ``organisation/name`` on the Hub if there is no such directory.
+            dtype: ``"float32"`` or ``"bfloat16"``, of all networks but the autoencoder; None takes float32 where a
+                network's weights are stored so, else bfloat16.
+            variant: of the published weight files: ``"bf16"``, ``"fp16"``.
+            autoencoder: of the first stage's pipeline, whose weights are then shared; None takes the directory's, if
+                there is one.
+            residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            UserError: a file is damaged, a value is not allowed, or the networks do not belong together.
+            CheckpointError: weights are missing, damaged, or do not fit.
+        """
+        from sana_jax.pipelines.world_refiner_opening import open_refiner
+
+        found = open_refiner(path, dtype=dtype, variant=variant, autoencoder=autoencoder)
+        return cls(**found, residency=residency)
+
+    def with_autoencoder(self, autoencoder: VideoAutoencoder) -> SanaWMRefiner:
+        """The same refiner, weights and programs shared, that draws with this autoencoder.
+
+        Raises:
+            UserError: an autoencoder of other latents.
+        """
+        drawing = copy.copy(self)
+        drawing.autoencoder = autoencoder
+        drawing._check_components()
+        return drawing
+
+    # -- the call ------------------------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        latents: Float[Array, "B C T H W"],
+        prompt: str | None = None,
+        *,
+        fps: float = DEFAULT_FPS,
+        sink_size: int = SINK_FRAMES,
+        seed: int = DEFAULT_SEED,
+        block_size: int | None = BLOCK_FRAMES,
+        kv_max_frames: int = WINDOW_FRAMES,
+        sigmas: Sequence[float] = SIGMAS,
+        noise: Float[Array, "B C N H W"] | None = None,
+        prompt_embeds: Float[Array, "b L D"] | None = None,
+        output_type: OutputType | None = None,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        callback_on_block_end: BlockEndCallback | None = None,
+        say: Callable[[str], None] = print,
+    ) -> SanaWMRefinerOutput:
+        """Refines a latent video, or several with one prompt.
+
+        Block b is a function of (seed, b), the prompt and the latents up to its end: a longer video begins alike.
+
+        Args:
+            latents: the first stage's, normalised as the transformers see them.
+            prompt: what the video shows, usually the first stage's prompt.
+            fps: frames of pixels per second.
+            sink_size: first latent frames, which every block sees and which stay as they are.
+            seed: of the noise, with the block and the video; 0 to 2³² - 1.
+            block_size: latent frames of a block. None, all at once, is refused.
+            kv_max_frames: latent frames of sink and earlier blocks that a block sees, at most.
+            sigmas: noise levels, from the first to 0.
+            noise: the noise itself in place of the seed's: unit normal, for all latent frames behind the sink.
+            prompt_embeds: an encoded prompt, from ``encode_prompt``, in place of ``prompt``.
+            output_type: ``"latent"``, ``"np"`` or ``"pil"``; None for ``"pil"`` where there is an autoencoder, else
+                ``"latent"``.
+            checkpoint_dir: a folder that keeps every block as it is refined. Called again with the same arguments after
+                any end, the pipeline goes on behind the last whole block, and the latents are those that it would have
+                had. The folder of another run is refused.
+            callback_on_block_end: called as (pipeline, block, {"latents": (B, C, T, h, w)}) after every block that is
+                refined now; if it returns False, the call ends there.
+            say: prints a line.
+
+        Raises:
+            UserError: a value that is not allowed, arguments that exclude one another, or values that stop being
+                finite.
+        """
+        sampler = RefinerSampler(sigmas, block_size, sink_size, kv_max_frames)
+        output_type = self._output_type(output_type)
+        video = self._latents(latents)
+        blocks = sampler.blocks(video.shape[1])
+        drawn = self._noise(noise, seed, video.shape, sampler)
+        self._check_prompt(prompt, prompt_embeds, video.shape[0])
+        self._notes(sampler, fps, video.shape[1], say)
+        begin, seconds = time.perf_counter(), {}
+        self._compile_seconds, self._device_bytes = 0.0, None
+        checkpoint, done = None, []
+        if checkpoint_dir is not None:
+            given = {"prompt": prompt, "prompt_embeds": digest(prompt_embeds), "noise": digest(noise)}
+            settings = self._settings(sampler, fps, seed, video, given)
+            checkpoint = RefinerCheckpoint(checkpoint_dir, settings, say)
+            done = checkpoint.open([(video.shape[0], end - start, *video.shape[2:]) for start, end in blocks])
+        finished, block_seconds = list(done), ()
+        if len(done) < len(blocks):
+            embeds = self.encode_prompt(prompt) if prompt_embeds is None else jnp.asarray(prompt_embeds)
+            _spent(seconds, "text", begin)
+            begin = time.perf_counter()
+            run = _Run(self, sampler, video, drawn, embeds, fps, checkpoint, callback_on_block_end, say)
+            block_seconds = run.refine(finished)
+            self._leave(TRANSFORMER)
+            _spent(seconds, "refine", begin)
+        elif done:
+            say(f"{checkpoint.path} has all {len(blocks)} blocks; nothing is refined")
+        begin = time.perf_counter()
+        whole = np.concatenate([video[:, : sampler.sink_frames], *finished], axis=1)
+        frames = self._frames(whole, sampler, output_type)
+        _spent(seconds, "decode", begin)
+        return SanaWMRefinerOutput(
+            frames,
+            len(finished),
+            len(finished) == len(blocks),
+            len(done),
+            tuple(block_seconds),
+            self._compile_seconds,
+            self._device_bytes,
+            seconds,
+        )
+
+    # -- its steps, also for a first stage whose latents come block by block ---------------------------------------
+
+    def encode_prompt(self, prompt: str) -> Float[Array, "1 L D"]:
+        """A prompt as the transformer sees it; the text encoder and the connectors leave memory then.
+
+        Raises:
+            UserError: an empty prompt, or a pipeline without a text encoder.
+        """
+        if self.text_encoder is None:
+            raise UserError("this refiner has no text encoder; give prompt_embeds, or read a whole model directory")
+        states, mask = self.text_encoder.encode([prompt])
+        leave(TEXT, self.residency, self.networks)
+        connectors, mask = self.connectors, jnp.asarray(mask)
+
+        def run(params, states, mask):
+            return connectors.apply({"params": params}, states, mask)[0]
+
+        name = f"the text connectors for {states.shape[1]} tokens"
+        embeds = self._run(name, "connectors", run, self.connectors_weights.params, states, mask)
+        if self.residency != "all":
+            self.connectors_weights.free()
+        check_finite("the text connectors", embeds, self.made)
+        return embeds
+
+    def start(
+        self, sink: Float[Array, "B T H W C"], prompt_embeds: Float[Array, "B L D"], sampler: RefinerSampler, fps: float
+    ) -> LTX2Prefix:
+        """The state before the first block.
+
+        Args:
+            sink: the first stage's latents of the first ``sampler.sink_frames`` frames.
+            prompt_embeds: from ``encode_prompt``, one for each video.
+            sampler: how the video is cut.
+            fps: frames of pixels per second.
+        """
+        transformer, history = self.transformer, sampler.history_frames
+
+        def run(params, sink, prompt, rotation):
+            return capture_sink(transformer, params, sink, prompt, rotation, history)
+
+        rotation = transformer.config.rotation(sink.shape[1:4], fps=fps)
+        arguments = (self._cast(sink), self._cast(prompt_embeds), rotation)
+        name = f"the refiner's first frames of {'x'.join(map(str, sink.shape))}"
+        return self._run(name, ("sink", history), run, self.transformer_weights.params, *arguments)
+
+    def refine(
+        self,
+        latents: Float[Array, "B T H W C"],
+        noise: Float[Array, "B T H W C"],
+        block: int,
+        prompt_embeds: Float[Array, "B L D"],
+        state: LTX2Prefix,
+        sampler: RefinerSampler,
+        fps: float,
+    ) -> Float[Array, "B T H W C"]:
+        """A block's refined latents; ``state`` is read and not written.
+
+        Args:
+            latents: the first stage's; a last block may have fewer frames than the others.
+            noise: unit normal, the same shape.
+            block: its index, from 0 behind the sink.
+            prompt_embeds: as for ``start``.
+            state: what the blocks before have left.
+            sampler: how the video is cut.
+            fps: frames of pixels per second.
+        """
+        transformer = self.transformer
+
+        def run(params, latents, noise, prompt, place, state, schedule):
+            return denoise_block(transformer, params, latents, noise, prompt, place, state, schedule)
+
+        frames = latents.shape[1]
+        place = block_place(transformer.config, sampler, latents.shape[2:4], block, frames, fps)
+        schedule = sampler.schedule(float(transformer.config.timestep_scale_multiplier))
+        whole, drawn = (self._cast(_filled_up(array, sampler)) for array in (latents, noise))
+        arguments = (whole, drawn, self._cast(prompt_embeds), place, state, schedule)
+        name = f"the refiner for blocks of {'x'.join(map(str, whole.shape))}"
+        return self._run(name, "refine", run, self.transformer_weights.params, *arguments)[:, :frames]
+
+    def read(
+        self,
+        refined: Float[Array, "B T H W C"],
+        block: int,
+        prompt_embeds: Float[Array, "B L D"],
+        state: LTX2Prefix,
+        sampler: RefinerSampler,
+        fps: float,
+    ) -> LTX2Prefix:
+        """The state after a refined block; takes the memory of ``state``. Arguments as for ``refine``."""
+        transformer = self.transformer
+
+        def run(params, refined, prompt, place, state):
+            return read_block(transformer, params, refined, prompt, place, state)
+
+        place = block_place(transformer.config, sampler, refined.shape[2:4], block, refined.shape[1], fps)
+        whole = self._cast(_filled_up(refined, sampler))
+        arguments = (whole, self._cast(prompt_embeds), place, state)
+        name = f"the refiner's reading of blocks of {'x'.join(map(str, whole.shape))}"
+        return self._run(name, "read", run, self.transformer_weights.params, *arguments, donate=(4,))
+
+    @property
+    def networks(self) -> dict[str, Resident | None]:
+        """Every network's weights; None where there is none."""
+        return {
+            TEXT: getattr(self.text_encoder, "weights", None),
+            CONNECTORS: self.connectors_weights,
+            TRANSFORMER: self.transformer_weights,
+            AUTOENCODER: getattr(self.autoencoder, "weights", None),
+        }
+
+    # -- what a call asks for ------------------------------------------------------------------------------------
+
+    def _check_components(self) -> None:
+        text, connectors, transformer = self.text_encoder, self.connectors.config, self.transformer.config
+        if connectors.caption_channels != transformer.caption_channels:
+            raise UserError(
+                f"connectors of width {connectors.caption_channels} for a transformer whose prompts have "
+                f"{transformer.caption_channels}; take both from one model"
+            )
+        if text is not None and (text.embedding_dim, text.state_count) != (
+            connectors.caption_channels,
+            connectors.text_proj_in_factor,
+        ):
+            raise UserError(
+                f"a text encoder with {text.state_count} states of width {text.embedding_dim} for connectors that take "
+                f"{connectors.text_proj_in_factor} of {connectors.caption_channels}; take both from one model"
+            )
+        registers = connectors.video_connector_num_learnable_registers
+        if text is not None and registers and text.max_length % registers:
+            raise UserError(
+                f"max_sequence_length {text.max_length} is not a multiple of the connectors' {registers} registers; "
+                "choose one, such as 1024"
+            )
+        channels = getattr(self.autoencoder, "latent_channels", transformer.in_channels)
+        if channels != transformer.in_channels or transformer.velocity_channels != transformer.in_channels:
+            raise UserError(
+                f"a transformer from {transformer.in_channels} to {transformer.velocity_channels} channels with an "
+                f"autoencoder of {channels}; all must be alike: take them from one model"
+            )
+
+    def _output_type(self, output_type: str | None) -> str:
+        if output_type is None:
+            return "latent" if self.autoencoder is None else "pil"
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type {output_type!r} is not allowed; choose one of {', '.join(OUTPUT_TYPES)}")
+        if output_type != "latent" and self.autoencoder is None:
+            raise UserError(
+                f"output_type {output_type!r} needs an autoencoder, and this refiner has none; choose latent, or give "
+                "from_pretrained the first stage's: autoencoder=pipeline.autoencoder"
+            )
+        return output_type
+
+    def _latents(self, latents: Any) -> Float[np.ndarray, "B T H W C"]:
+        channels = self.transformer.config.in_channels
+        if np.ndim(latents) != 5 or np.shape(latents)[1] != channels or 0 in np.shape(latents):
+            raise UserError(
+                f"latents of shape {np.shape(latents)}; allowed is (B, {channels}, T, h, w), none of them 0: give the "
+                "first stage's latents"
+            )
+        # as the network gets them: the sink's frames are returned so
+        video = np.asarray(jnp.asarray(latents).astype(self.transformer.dtype).astype(jnp.float32))
+        check_finite("the first stage", video, self.made)
+        return np.moveaxis(video, 1, -1)
+
+    def _noise(
+        self, noise: Any, seed: int, shape: tuple[int, ...], sampler: RefinerSampler
+    ) -> Callable[[int, int], Float[Array, "B T H W C"]]:
+        """(block, frames of it) -> its noise."""
+        check_common_options("latent", 1, seed)
+        batch, frames, height, width, channels = shape
+        if noise is None:
+            size = (sampler.block_frames, height, width, channels)
+            return lambda block, count: block_noise(seed, block, batch, size)[:, :count]
+        if seed != DEFAULT_SEED:
+            raise UserError(f"seed {seed} would not be used, since noise is given; leave one of them out")
+        wanted = (batch, channels, frames - sampler.sink_frames, height, width)
+        if np.shape(noise) != wanted:
+            raise UserError(
+                f"noise of shape {np.shape(noise)}; these latents and sink_size={sampler.sink_frames} need {wanted}, "
+                "(B, C, T - sink_size, h, w): give noise of that shape"
+            )
+        given = np.moveaxis(np.asarray(noise, np.float32), 1, -1)
+        size = sampler.block_frames
+        return lambda block, count: given[:, block * size : block * size + count]
+
+    def _check_prompt(self, prompt: Any, embeds: Any, batch: int) -> None:
+        if (prompt is None) == (embeds is None):
+            given = "neither" if prompt is None else "both"
+            raise UserError(f"prompt and prompt_embeds: {given} given; exactly one is allowed: give one of them")
+        if prompt is not None and not isinstance(prompt, str):
+            raise UserError(f"prompt {prompt!r} is a {type(prompt).__name__}; allowed is one text: call once for each")
+        channels = self.transformer.config.caption_channels
+        fits = embeds is None or (
+            np.ndim(embeds) == 3 and np.shape(embeds)[0] in (1, batch) and np.shape(embeds)[2] == channels
+        )
+        if not fits:
+            raise UserError(
+                f"prompt_embeds of shape {np.shape(embeds)}; allowed is (1 or {batch}, L, {channels}): give what "
+                "encode_prompt returns"
+            )
+
+    def _notes(self, sampler: RefinerSampler, fps: float, frames: int, say: Callable[[str], None]) -> None:
+        """Lines on what the refiner was not trained for; raises ``UserError`` for a frame rate that is none."""
+        config = self.transformer.config
+        config.rotation((1, 1, 1), fps=fps)
+        if not sampler.is_published:
+            published = RefinerSampler()
+            say(
+                f"the published refiner was trained with sink_size {published.sink_frames}, block_size "
+                f"{published.block_frames}, kv_max_frames {published.window_frames} and sigmas {published.sigmas}, not "
+                f"with {sampler.sink_frames}, {sampler.block_frames}, {sampler.window_frames} and {sampler.sigmas}"
+            )
+        seconds = pixel_frames(frames, config.vae_scale_factors[0]) / fps
+        if seconds > config.pos_embed_max_pos:
+            say(
+                f"{seconds:.1f} seconds at {fps:g} frames per second: LTX-2 was trained with positions up to "
+                f"{config.pos_embed_max_pos} seconds, and later frames may suffer"
+            )
+
+    def _settings(
+        self, sampler: RefinerSampler, fps: float, seed: int, video: np.ndarray, given: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """All that decides what the refined latents are, for comparing with those of an earlier run."""
+        text = self.text_encoder if given["prompt"] is not None else None
+        encoder = {} if text is None else {"dtype": str(jnp.dtype(text.dtype)), "max_length": text.max_length}
+        return {
+            "latents": [list(video.shape), digest(video)],
+            **given,
+            "seed": seed if given["noise"] is None else None,
+            "fps": float(fps),
+            "sink_size": int(sampler.sink_frames),
+            "block_size": int(sampler.block_frames),
+            "kv_max_frames": int(sampler.window_frames),
+            "sigmas": list(sampler.sigmas),
+            "dtype": str(jnp.dtype(self.transformer.dtype)),
+            "transformer": self.transformer.config.to_dict(),
+            "connectors": self.connectors.config.to_dict(),
+            "text_encoder": encoder,
+            "weights": self.weights,
+        }
+
+    # -- programs, memory, frames out ----------------------------------------------------------------------------
+
+    def _run(self, name: str, what: Any, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
+        """Runs a function in the program for these shapes, compiled once."""
+        program = self.programs.get(name, what, function, *arguments, donate=donate)
+        self._compile_seconds += program.seconds
+        if what == "refine":
+            self._device_bytes = program.device_bytes
+        return program.run(*arguments)
+
+    def _cast(self, array: Any) -> Array:
+        return jnp.asarray(array).astype(self.transformer.dtype)
+
+    def _leave(self, name: str) -> None:
+        leave(name, self.residency, self.networks)
+
+    def _frames(self, latents: Float[np.ndarray, "B T h w C"], sampler: RefinerSampler, output_type: str) -> Any:
+        """Latents as asked for; videos are decoded one after another, and lose the frames that anchor them."""
+        if output_type == "latent":
+            return np.ascontiguousarray(np.moveaxis(latents, -1, 1))
+        videos = []
+        for video in latents:
+            decoded = np.asarray(self.autoencoder.decode(jnp.asarray(video)[None]), np.float32)[0]
+            check_finite("decoding", decoded[None], self.made)
+            videos.append(np.clip(decoded[sampler.sink_frames :] / 2 + 0.5, 0.0, 1.0))
+        self._leave(AUTOENCODER)
+        return np.stack(videos) if output_type == "np" else [[to_pil(frame) for frame in video] for video in videos]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One call's blocks."""
+
+    pipeline: SanaWMRefiner
+    sampler: RefinerSampler
+    video: Float[np.ndarray, "B T H W C"]
+    noise: Callable[[int, int], Float[Array, "B T H W C"]]
+    embeds: Float[Array, "b L D"]
+    fps: float
+    checkpoint: RefinerCheckpoint | None
+    callback: BlockEndCallback | None
+    say: Callable[[str], None]
+
+    def refine(self, blocks: list[np.ndarray]) -> list[float]:
+        """Refines those blocks that are not in ``blocks`` yet and appends them; returns the seconds of each."""
+        pipeline, sampler, fps, video = self.pipeline, self.sampler, self.fps, self.video
+        embeds = jnp.broadcast_to(self.embeds, (video.shape[0], *self.embeds.shape[1:]))
+        ends = sampler.blocks(video.shape[1])
+        if blocks:
+            self.say(f"going on behind block {len(blocks)} of {len(ends)}, once the blocks before are read again")
+        state = pipeline.start(video[:, : sampler.sink_frames], embeds, sampler, fps)
+        for block, refined in enumerate(blocks):
+            state = pipeline.read(refined, block, embeds, state, sampler, fps)
+        seconds: list[float] = []
+        for block in range(len(blocks), len(ends)):
+            begin, compiled = time.perf_counter(), pipeline._compile_seconds
+            start, end = ends[block]
+            latents, noise = video[:, start:end], self.noise(block, end - start)
+            refined = pipeline.refine(latents, noise, block, embeds, state, sampler, fps)
+            refined = np.asarray(refined.astype(jnp.float32))
+            check_finite(f"block {block + 1} of {len(ends)}", refined, pipeline.made)
+            if self.checkpoint is not None:
+                self.checkpoint.save(block, refined)
+            blocks.append(refined)
+            if block + 1 < len(ends):
+                state = pipeline.read(refined, block, embeds, state, sampler, fps)
+                jax.block_until_ready(state.appended)
+            seconds.append(time.perf_counter() - begin - (pipeline._compile_seconds - compiled))
+            self.say(f"block {block + 1} of {len(ends)} refined in {seconds[-1]:.1f} s")
+            if self.callback is not None and not self._goes_on(block, refined):
+                break
+        return seconds
+
+    def _goes_on(self, block: int, refined: np.ndarray) -> bool:
+        answer = self.callback(self.pipeline, block, {"latents": np.moveaxis(refined, -1, 1)})
+        if answer is not None and answer is not False:
+            raise UserError(
+                f"callback_on_block_end returned {answer!r}, which would not be used: allowed is None, or False to stop"
+            )
+        return answer is None
+
+
+def block_noise(seed: int, block: int, batch: int, shape: tuple[int, ...]) -> Float[Array, "B T H W C"]:
+    """Unit normal noise of one block of each video: a function of the seed, the block and the video's place alone."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), block)
+    draw = jax.vmap(lambda video: jax.random.normal(jax.random.fold_in(key, video), shape, jnp.float32))
+    return draw(jnp.arange(batch))
+
+
+def _filled_up(block: Float[Array, "B T H W C"], sampler: RefinerSampler) -> Float[Array, "B T H W C"]:
+    """A last block with zeros behind its frames."""
+    missing = sampler.block_frames - block.shape[1]
+    return jnp.pad(jnp.asarray(block), ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+
+
+def _resident(name: str, params: PyTree | Resident) -> Resident:
+    return params if isinstance(params, Resident) else Resident.of(name, params)
+
+
+def _spent(seconds: dict[str, float], stage: str, begin: float) -> None:
+    seconds[stage] = time.perf_counter() - begin

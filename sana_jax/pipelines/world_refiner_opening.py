@@ -1,0 +1,138 @@
+"""A directory of SANA-WM's refiner to its networks, and to an autoencoder where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import PyTree
+from sana_jax.autoencoders import VideoAutoencoder, load_autoencoder
+from sana_jax.contract import infer_contract, stored_dtypes
+from sana_jax.dtypes import parse_dtype
+from sana_jax.errors import UserError
+from sana_jax.files import read_json
+from sana_jax.models import ltx2, ltx2_connectors
+from sana_jax.models.ltx2 import LTX2VideoTransformer
+from sana_jax.models.ltx2_config import LTX2_CLASS, REFINER_CLASS, LTX2Config
+from sana_jax.models.ltx2_connectors import LTX2Connectors, LTX2ConnectorsConfig
+from sana_jax.pipelines.opening import find_model
+from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
+from sana_jax.weights.components import CONVERTED, DIFFUSERS_STEM, Resident, open_component
+from sana_jax.weights.converted import lazy_saved_tree
+from sana_jax.weights.identity import weights_id
+from sana_jax.weights.rules import Rule
+from sana_jax.weights.tables.ltx2 import AUDIO, connectors_rules, transformer_rules
+from sana_jax.weights.trees import abstract_tree
+
+PUBLISHED_CLASSES = ("SanaWMLTX2Refiner", "SanaWMRefiner")
+_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+_FLOAT16 = {"float16": "the refiner's activations overflow in it; bfloat16 is recommended"}
+
+
+def open_refiner(
+    path: str | os.PathLike[str], *, dtype: Any, variant: str | None, autoencoder: VideoAutoencoder | None
+) -> dict[str, Any]:
+    """What ``SanaWMRefiner`` is made of; arguments and errors as in ``SanaWMRefiner.from_pretrained``.
+
+    All configurations are read and all weights compared with them; the weights themselves are read later.
+    """
+    if dtype is not None:
+        parse_dtype(dtype, "dtype", _FLOAT16)
+    directory = find_model(path, variant)
+    index = _index(directory)
+    _check_scheduler(directory / "scheduler" / "scheduler_config.json")
+    contract = infer_contract(directory, variant)
+    if dtype is not None:
+        contract.check(jnp.dtype(parse_dtype(dtype)).name)
+    config = LTX2Config.from_dict(_component(directory, "transformer", (REFINER_CLASS, LTX2_CLASS)))
+    transformer_dtype = _dtype(dtype, directory / "transformer", variant)
+    transformer = LTX2VideoTransformer(config, dtype=transformer_dtype)
+    connectors_config = LTX2ConnectorsConfig.from_dict(
+        _component(directory, "connectors", (ltx2_connectors.CLASS_NAME,))
+    )
+    connectors_dtype = _dtype(dtype, directory / "connectors", variant)
+    connectors = LTX2Connectors(connectors_config, dtype=connectors_dtype)
+    text_encoder = Gemma3TextEncoder.from_directory(directory, dtype=dtype, variant=variant)
+    length = index.get("text_max_sequence_length", text_encoder.max_length)
+    if autoencoder is None and (directory / "vae" / "config.json").is_file():
+        autoencoder = load_autoencoder(directory / "vae", variant=variant)
+    shapes = jax.eval_shape(lambda: ltx2.init_params(transformer, jax.random.key(0)))
+    connectors_shapes = jax.eval_shape(lambda: ltx2_connectors.init_params(connectors, jax.random.key(0)))
+    return {
+        "transformer": transformer,
+        "params": _open(directory / "transformer", transformer_rules(config), shapes, transformer_dtype, variant),
+        "connectors": connectors,
+        "connectors_params": _open(
+            directory / "connectors",
+            connectors_rules(connectors_config),
+            connectors_shapes,
+            connectors_dtype,
+            variant,
+        ),
+        "text_encoder": dataclasses.replace(text_encoder, max_length=length),
+        "autoencoder": autoencoder,
+        "contract": contract,
+        "weights": {part: weights_id(directory / part) for part in ("transformer", "connectors", "text_encoder")},
+    }
+
+
+def _index(directory: Path) -> Mapping[str, Any]:
+    path = directory / "model_index.json"
+    index = read_json(path)
+    if index.get("_class_name") not in PUBLISHED_CLASSES:
+        raise UserError(
+            f"{path} has _class_name {index.get('_class_name')!r}; SanaWMRefiner allows "
+            f"{' or '.join(PUBLISHED_CLASSES)}: name the refiner's directory, which is another than SANA-WM's"
+        )
+    return index
+
+
+def _component(directory: Path, folder: str, classes: Sequence[str]) -> dict[str, Any]:
+    path = directory / folder / "config.json"
+    config = read_json(path)
+    if config.get("_class_name", classes[0]) not in classes:
+        raise UserError(
+            f"{path} has _class_name {config['_class_name']!r}; allowed is {' or '.join(classes)}: choose a refiner of "
+            "SANA-WM"
+        )
+    return config
+
+
+def _check_scheduler(path: Path) -> None:
+    """Raises ``UserError`` for a scheduler that would not leave the noise levels as they are given."""
+    config = read_json(path)
+    wanted = {"_class_name": _SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
+    wanted |= {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
+    wanted |= {"invert_sigmas": False, "stochastic_sampling": False, "num_train_timesteps": 1000}
+    for name, allowed in wanted.items():
+        if config.get(name, allowed) != allowed:
+            raise UserError(
+                f"{path} has {name} {config[name]!r}; allowed is {allowed!r}, for the refiner's noise levels are used "
+                "as they are listed: download it again"
+            )
+
+
+def _dtype(dtype: Any, directory: Path, variant: str | None) -> Any:
+    """A given dtype, or float32 where all weights are stored so, else bfloat16."""
+    if dtype is not None:
+        return parse_dtype(dtype, "dtype", _FLOAT16)
+    if (directory / CONVERTED).is_dir():
+        stored = {jnp.dtype(leaf.dtype).name for leaf in jax.tree.leaves(lazy_saved_tree(directory / CONVERTED))}
+    else:
+        stored = stored_dtypes(directory, DIFFUSERS_STEM, variant)
+    if "float16" in stored:
+        print(
+            f"{directory} is stored in float16, in which the refiner overflows; it runs in bfloat16. dtype='float32' "
+            "keeps every bit"
+        )
+    return jnp.float32 if stored == {"float32"} else jnp.bfloat16
+
+
+def _open(directory: Path, rules: Sequence[Rule], shapes: PyTree, dtype: Any, variant: str | None) -> Resident:
+    return open_component(directory, rules, abstract_tree(shapes, dtype), variant=variant, ignored=AUDIO)

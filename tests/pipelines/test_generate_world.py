@@ -1,0 +1,122 @@
+"""``python -m sana_jax.generate`` with a world model and its refiner."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from convert.engine import import_model
+from sana_jax import SanaWMRefiner, generate
+from sana_jax.errors import run_command_line
+from sana_jax.videos import read_video
+from tests.parity import refiner_oracle
+from tests.parity.pipeline_oracle import picture
+
+QUICK = ("--prompt", "a red panda", "--max-sequence-length", 7, "--instruction", "none", "--enlarge", 1)
+SIZE = ("--height", 16, "--width", 24, "--steps", 1, "--guidance-scale", 1)
+
+
+def call(*words) -> int:
+    with pytest.raises(SystemExit) as caught:
+        run_command_line(lambda: generate.main([str(word) for word in words]))
+    return caught.value.code
+
+
+def error_of(capsys, *words) -> str:
+    assert call(*words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("refiner")
+    refiner_oracle.save(directory)
+    return directory
+
+
+def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, tmp_path, capsys):
+    import av
+
+    picture(30, 50).save(tmp_path / "first.png")
+    path = tmp_path / "out.mp4"
+    words = ("--model", world_model, "--image", tmp_path / "first.png", "--action", "w-4,jw-4", "--frames", 9)
+    words += ("--intrinsics", "40", "41", "26", "14", "--seed", 3, "--output", path)
+    words += ("--refiner", refiner, "--refiner-checkpoint", tmp_path / "blocks", "--low-memory")
+    assert call(*QUICK, *SIZE, *words) == 0
+    said = capsys.readouterr().out
+    for part in (
+        "model: ",
+        "SANA-WM of 2 blocks, width 48",
+        "camera: 9 frames, path 0.400 units, yaw -4.8°, pitch +0.0°",
+        "sampling: 1 x 9 frames of 16x24 pixels that begin with",
+        "16 per second, 1 steps of FlowEuler(flow_shift=9.8",
+        "in memory: encode: autoencoder",
+        "in memory for the refiner: text",
+        "image of 30x50 pixels for a video of 16x24: 11.1% of its width is cropped",
+        "block 2 of 2 refined",
+        f"video: {path}, 8 frames, 0.50 seconds",
+    ):
+        assert part in said
+    frames, fps = read_video(path)
+    assert frames.shape == (8, 16, 24, 3)
+    assert fps == 16
+    with av.open(str(path)) as container:
+        notes = json.loads(container.metadata["comment"])
+    expected = {"action": "w-4,jw-4", "action_scheme": "v1", "intrinsics": "40, 41, 26, 14", "frames": "9"}
+    assert expected.items() <= notes.items()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["blocks", "first.png", "out.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ((), ("--action and --c2w: neither is given", "w-80")),
+        (("--action", "w-8", "--c2w", "poses.npy"), ("both are given",)),
+        (("--action", "w-8", "--frames", 17), ("makes 9 frames", "not the 17")),
+        (("--action", "x-8"), ("'x'", "scheme v1")),
+        (("--action", "x-8", "--action-scheme", "v2"), ("scheme v2",)),
+        (("--c2w", "poses.npy"), ("poses.npy is missing", "--c2w takes")),
+        (("--c2w", "broken.npy"), ("broken.npy is no .npy file of numbers",)),
+        (("--c2w", "few.npy", "--frames", 11), ("--frames 11 with a c2w of 9 poses",)),
+        (("--c2w", "few.npy", "--action-scheme", "v1"), ("would not be used with c2w",)),
+        (("--action", "w-8", "--intrinsics", 1, 2, 3), ("--intrinsics 1 2 3 is not allowed", "fx fy cx cy")),
+        (("--action", "w-8", "--refiner-checkpoint", "blocks"), ("without --refiner",)),
+        (("--action", "w-8", "--refiner", "nowhere/at/all"), ("nowhere/at/all",)),
+        (("--action", "w-8", "--num-videos", 2), ("--num-videos 2", "one video at a time")),
+        (("--action", "w-8", "--motion-score", 30), ("--motion-score would not be used by SanaWMPipeline",)),
+        (("--action", "w-8", "--sampler", "dpm_solver"), ("sampler DPMSolver",)),
+    ],
+)
+def test_mistakes_are_one_line(world_model, tmp_path, capsys, monkeypatch, words, parts):
+    monkeypatch.chdir(tmp_path)
+    picture(30, 50).save("first.png")
+    np.save("few.npy", np.tile(np.eye(4), (9, 1, 1)))
+    (tmp_path / "broken.npy").write_text("no")
+    kept = sorted(entry.name for entry in tmp_path.iterdir())
+    common = ("--model", world_model, "--output", "out.mp4", "--image", "first.png")
+    error = error_of(capsys, *common, *QUICK, *SIZE, *words)
+    for part in parts:
+        assert part in error
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == kept
+
+
+def test_other_mistakes(world_model, video_model, tmp_path, capsys):
+    rest = (*QUICK, "--output", tmp_path / "out.mp4")
+    assert "--image is missing" in error_of(capsys, "--model", world_model, "--action", "w-8", *rest)
+    error = error_of(capsys, "--model", video_model, "--action", "w-8", *rest)
+    assert "--action would not be used by SanaVideoPipeline" in error
+
+
+def test_a_refiner_s_directory_says_what_it_needs(refiner, tmp_path, capsys):
+    contract = SanaWMRefiner.from_pretrained(refiner).contract
+    assert contract.family == "SANA-WM's refiner, LTX-2 of 2 blocks, width 32"
+    assert (contract.dtypes, contract.flow_shift, contract.sampler) == (("float32", "bfloat16"), 1.0, "flow_euler")
+    assert (contract.size_multiple, contract.frame_rule) == (32, "1 + 8k, 16 per second")
+    import_model(refiner, tmp_path / "converted")
+    assert "contract: compute in float32 or bfloat16" in capsys.readouterr().out
+    assert SanaWMRefiner.from_pretrained(tmp_path / "converted").contract == contract
