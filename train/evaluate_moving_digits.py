@@ -95,7 +95,7 @@ def evaluate(config: EvaluateConfig) -> Figures:
     if config.from_images:
         images = first_frames(dataset, captions)
         pipeline = SanaImageToVideoPipeline.from_pretrained(config.model, weights=config.weights)
-        clips = pipeline([to_pil(image) for image in images], captions, **options).frames
+        clips = pipeline([to_pil(image).convert("RGB") for image in images], captions, **options).frames
         first = float(np.abs(clips[:, 0] - images).max())
     elif pipeline_of(config.model) == "LongSanaVideoPipeline":
         pipeline = LongSanaVideoPipeline.from_pretrained(config.model, weights=config.weights)

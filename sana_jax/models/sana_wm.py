@@ -212,9 +212,8 @@ class SanaWMTransformer(nn.Module):
             frame_valid_mask: False for frames that are padding: others do not depend on them, but for softmax's main
                 branch, where they stay as keys of score 0, as published.
             block_starts: the first frame of every block among the T frames given, ascending from 0.
-            convolution_starts: the first frames of the stretches within which the short convolution sees later frames;
-                None for ``block_starts``. The original code takes the multiples of its chunk size instead, where that
-                divides the number of frames.
+            convolution_starts: where the short convolution restarts looking ahead; None for ``block_starts``. The
+                original code takes the multiples of its chunk size, where that divides the number of frames.
             state: what the blocks before have left, from ``init_state`` or an earlier call.
             first_frame: position of the first of the T frames in the whole video; it may be traced, see ``rope_3d``.
 
@@ -227,18 +226,16 @@ class SanaWMTransformer(nn.Module):
         cfg = self.config
         batch, frames, height, width, _ = hidden_states.shape
         if self.is_initializing():  # parameters of everything, whatever is given
-            shape = (batch, frames, height, width, cfg.chunk_plucker_channels)
-            camera_conditions = jnp.ones((batch, frames, 20))
-            chunk_plucker = jnp.zeros(shape) if cfg.use_chunk_plucker_post_attn else None
+            camera_conditions, chunk_plucker = jnp.ones((batch, frames, 20)), None
+            if cfg.use_chunk_plucker_post_attn:
+                chunk_plucker = jnp.zeros((*hidden_states.shape[:-1], cfg.chunk_plucker_channels))
         grid = self._check(hidden_states, timestep, camera_conditions, chunk_plucker, block_starts)
         starts = tuple(block_starts or (0,))
         layout = CausalLayout(grid, starts, starts if convolution_starts is None else tuple(convolution_starts))
-        if convolution_starts is not None:
-            _check_starts("convolution_starts", layout.convolution_starts, frames)
+        _check_starts("convolution_starts", layout.convolution_starts, frames)
         if state is not None:
             check_state(state, cfg, batch, grid[1:])
         attention = self._attention_inputs(layout, camera_conditions, frame_valid_mask, state, first_frame)
-
         x = self._embed("patch_embedding", hidden_states, grid)
         plucker = None
         if chunk_plucker is not None:
@@ -247,15 +244,13 @@ class SanaWMTransformer(nn.Module):
             # beside Plücker coordinates it is of no use, and part of every checkpoint
             x = x + self._embed("raymap_embedding", direction_map(camera_conditions, height, width), grid)
 
-        embedding, time = TimeEmbedding(cfg.hidden_size, dtype=self.dtype, name="time_embed")(
-            jnp.trunc(timestep).reshape(-1), None
-        )
+        embed_times = TimeEmbedding(cfg.hidden_size, dtype=self.dtype, name="time_embed")
+        embedding, time = embed_times(jnp.trunc(timestep).reshape(-1), None)
         embedding, time = (array.reshape(batch, frames, *array.shape[1:]) for array in (embedding, time))
         caption = CaptionProjection(cfg.hidden_size, self.dtype, name="caption_projection")(encoder_hidden_states)
         if cfg.y_norm:
             caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.astype(bool)
-
         inputs = BlockInputs(attention, caption, mask, time, plucker)
         x, after = self._blocks(x, inputs, layout, state)
         velocity = self._output(x, embedding, grid)

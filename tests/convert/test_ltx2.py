@@ -58,7 +58,7 @@ def test_there_and_back(kind, tmp_path):
 
 
 def test_a_model_of_both_is_opened(tmp_path):
-    """Also under LTX-2's own class name; such a model has no contract."""
+    """Also under LTX-2's own class name."""
     model("transformer").save_pretrained(tmp_path / "transformer")
     config = json.loads((tmp_path / "transformer" / "config.json").read_text())
     config["_class_name"] = LTX2VideoTransformer3DModel.__name__
@@ -69,7 +69,7 @@ def test_a_model_of_both_is_opened(tmp_path):
     opened = open_model(tmp_path)
     assert {part.folder for part in opened.components} == set(NAMES)
     assert not opened.failures
-    assert opened.contract is None
+    assert opened.contract.family == "SANA-WM's refiner, LTX-2 of 2 blocks, width 28"
 
 
 def test_a_damaged_file_is_refused(tmp_path):

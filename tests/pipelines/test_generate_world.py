@@ -114,7 +114,7 @@ def test_other_mistakes(world_model, video_model, tmp_path, capsys):
 
 def test_a_refiner_s_directory_says_what_it_needs(refiner, tmp_path, capsys):
     contract = SanaWMRefiner.from_pretrained(refiner).contract
-    assert contract.family == "SANA-WM's refiner, LTX-2 of 2 blocks, width 32"
+    assert contract.family == "SANA-WM's refiner, LTX-2 of 2 blocks, width 28"
     assert (contract.dtypes, contract.flow_shift, contract.sampler) == (("float32", "bfloat16"), 1.0, "flow_euler")
     assert (contract.size_multiple, contract.frame_rule) == (32, "1 + 8k, 16 per second")
     import_model(refiner, tmp_path / "converted")

@@ -1,4 +1,4 @@
-"""SanaWMPipeline: what is said and refused, before anything is computed; directories and what they say of themselves."""
+"""SanaWMPipeline: what is said and refused, before anything is computed; directories and what they say."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_bad_input_is_refused_before_anything_is_computed(pipe, changes, parts):
 def test_refiners_that_do_not_fit(pipe):
     arguments = {"image": picture(30, 50), **GOOD}
     refiner = tiny_refiner()
-    with pytest.raises(UserError, match="4 .* with an autoencoder of 8; all must be alike"):
+    with pytest.raises(UserError, match=r"4 .* with an autoencoder of 8; all must be alike"):
         pipe(**arguments, refine=refiner)
     with pytest.raises(UserError, match="refiner_options has sede; allowed are prompt, sink_size"):
         pipe(**arguments, refine=refiner, refiner_options={"sede": 1})
@@ -195,5 +195,5 @@ def test_directories_of_other_kinds(world_model, video_model, tmp_path):
     refiner = tmp_path / "refiner"
     refiner.mkdir()
     (refiner / "model_index.json").write_text(json.dumps({"_class_name": "SanaWMLTX2Refiner"}))
-    with pytest.raises(UserError, match="is SANA-WM's refiner.*as refiner"):
+    with pytest.raises(UserError, match=r"is SANA-WM's refiner.*as refiner"):
         SanaWMPipeline.from_pretrained(refiner)
