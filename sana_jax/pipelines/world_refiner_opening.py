@@ -47,10 +47,10 @@ def open_refiner(
     directory = find_model(path, variant)
     index = _index(directory)
     _check_scheduler(directory / "scheduler" / "scheduler_config.json")
+    config = LTX2Config.from_dict(_component(directory, "transformer", (REFINER_CLASS, LTX2_CLASS)))
     contract = infer_contract(directory, variant)
     if dtype is not None:
         contract.check(jnp.dtype(parse_dtype(dtype)).name)
-    config = LTX2Config.from_dict(_component(directory, "transformer", (REFINER_CLASS, LTX2_CLASS)))
     transformer_dtype = _dtype(dtype, directory / "transformer", variant)
     transformer = LTX2VideoTransformer(config, dtype=transformer_dtype)
     connectors_config = LTX2ConnectorsConfig.from_dict(
