@@ -271,6 +271,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         print(f"video: {result.path}, {result.frame_count} frames, {result.frame_count / result.fps:.2f} seconds")
         return result.path
     if is_video:
+        settings["frames"] = len(result.frames[0])  # a refiner leaves some out
         return write_videos(config, result, _metadata(config, settings))
     return _write(config, result, settings)
 

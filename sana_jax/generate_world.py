@@ -51,15 +51,16 @@ def world_arguments(
     given = None if config.c2w is None else _array(config.c2w, "--c2w", "poses (frames, 4, 4)")
     action = made.pop("action", None)
     path = camera_path(action, given, num_frames, scheme, pipeline.autoencoder.temporal_factor)
-    print(f"camera: {summarize_trajectory(path).describe()}")
+    named = None if action is None else find_scheme(DEFAULT_SCHEME if scheme is None else scheme).name
+    read_as = "" if named is None else f", keys as in scheme {named}"
+    print(f"camera: {summarize_trajectory(path).describe()}{read_as}")
     made["c2w"] = path
     if config.intrinsics:
         made["intrinsics"] = read_intrinsics_option(config.intrinsics)
     if config.refiner is not None:
         made["refine"] = _open_refiner(config, pipeline)
-    if config.refiner_checkpoint is not None:
-        made["refiner_options"] = {"checkpoint_dir": config.refiner_checkpoint}
-    named = None if action is None else find_scheme(DEFAULT_SCHEME if scheme is None else scheme).name
+        made["refiner_options"] = {"seed": config.seed, "checkpoint_dir": config.refiner_checkpoint}
+        print("the refiner leaves the first frame out, which anchors it")
     settings = {
         "frames": len(path),
         "height": config.height or pipeline.defaults.height,

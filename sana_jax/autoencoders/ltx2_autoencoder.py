@@ -79,7 +79,7 @@ class LTX2VideoAutoencoder(BlockwiseVideoAutoencoder):
                 "allowed are the same: take them from one model"
             )
         if type(streaming_context) is not int or streaming_context < 0:
-            raise UserError(f"streaming_context={streaming_context!r} is not allowed; choose 0, 1 or 2")
+            raise UserError(f"streaming_context={streaming_context!r} is not allowed; choose 0, 1, 2 or more")
         if config.decoder_causal and (streaming_context or frame_tiles is not None):
             raise UserError(
                 "this decoder is causal and streams exactly, so frame_tiles and streaming_context would not be used: "

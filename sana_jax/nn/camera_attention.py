@@ -389,7 +389,7 @@ def _combined(module: nn.Module, x: Frames, main: Array, camera: Array | None) -
     module.sow("intermediates", "camera", camera)
     found = main.reshape(x.shape).astype(dtype)
     if camera is not None:
-        # zeros at first, as published: training begins without the camera branch's noise
+        # zeros at first, as in the original training (diffusers' class does not): it begins without this branch's noise
         out = Linear(width, dtype=dtype, kernel_init=nn.initializers.zeros, name="to_out_camera")
         found = found + out(camera.reshape(x.shape).astype(dtype))
     # starts as a constant

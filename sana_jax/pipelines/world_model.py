@@ -186,6 +186,8 @@ class SanaWMPipeline(VideoPipeline):
         poses = camera_path(action, c2w, num_frames, action_scheme, temporal)
         size = self._world_size(height, width)
         start = self._noise(latents, 1, latent_frames(len(poses), temporal), size, seed)[:, 1:]
+        if refiner is not None:
+            refiner.check((1, start.shape[1] + 1, *start.shape[2:]), output_type, **options)
         picture = read_picture(image, shortest=min(SHORTEST_SIDE, *size.sampled))
         view = view_at(picture, poses, intrinsics, size.sampled, temporal, spatial)
 

@@ -26,14 +26,20 @@ from sana_jax.models.ltx2_prefix import LTX2Prefix
 from sana_jax.pipelines.base import OutputType
 from sana_jax.pipelines.checks import OUTPUT_TYPES, check_common_options, check_finite
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency, check_residency, leave
-from sana_jax.pipelines.world_refiner_blocks import block_place, capture_sink, denoise_block, read_block
+from sana_jax.pipelines.world_refiner_blocks import (
+    block_noise,
+    block_place,
+    capture_sink,
+    denoise_block,
+    filled_up,
+    read_block,
+)
 from sana_jax.pipelines.world_refiner_checkpoint import RefinerCheckpoint, digest
 from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
 from sana_jax.weights.components import Resident
 
 CONNECTORS = "text connectors"
 DEFAULT_FPS, DEFAULT_SEED = 16.0, 42
-_NOISE = 2**31 + 3  # apart from the noise of other pipelines
 BlockEndCallback = Callable[["SanaWMRefiner", int, dict[str, Any]], Any]
 
 
@@ -205,9 +211,7 @@ class SanaWMRefiner:
         sampler = RefinerSampler(sigmas, block_size, sink_size, kv_max_frames)
         output_type = self._output_type(output_type)
         video = self._latents(latents)
-        blocks = sampler.blocks(video.shape[1])
-        drawn = self._noise(noise, seed, video.shape, sampler)
-        self._check_prompt(prompt, prompt_embeds, video.shape[0])
+        blocks, drawn = self._asked(video.shape, sampler, seed, noise, prompt, prompt_embeds)
         self._notes(sampler, fps, video.shape[1], say)
         begin, seconds = time.perf_counter(), {}
         self._compile_seconds, self._device_bytes = 0.0, None
@@ -242,6 +246,15 @@ class SanaWMRefiner:
             self._device_bytes,
             seconds,
         )
+
+    def check(self, shape: tuple[int, ...], output_type: OutputType | None = None, **given: Any) -> None:
+        """Raises what a call with these arguments would raise for latents (B, T, h, w, C) that are not there yet."""
+        names = {"sigmas": SIGMAS, "block_size": BLOCK_FRAMES, "sink_size": SINK_FRAMES, "kv_max_frames": WINDOW_FRAMES}
+        sampler = RefinerSampler(*(given.get(name, default) for name, default in names.items()))
+        self._output_type(output_type)
+        seed, rest = given.get("seed", DEFAULT_SEED), (given.get(name) for name in ("noise", "prompt", "prompt_embeds"))
+        self._asked(shape, sampler, seed, *rest)
+        self.transformer.config.rotation((1, 1, 1), fps=given.get("fps", DEFAULT_FPS))
 
     # -- its steps, also for a first stage whose latents come block by block ---------------------------------------
 
@@ -317,7 +330,7 @@ class SanaWMRefiner:
         frames = latents.shape[1]
         place = block_place(transformer.config, sampler, latents.shape[2:4], block, frames, fps)
         schedule = sampler.schedule(float(transformer.config.timestep_scale_multiplier))
-        whole, drawn = (self._cast(_filled_up(array, sampler)) for array in (latents, noise))
+        whole, drawn = (self._cast(filled_up(array, sampler)) for array in (latents, noise))
         arguments = (whole, drawn, self._cast(prompt_embeds), place, state, schedule)
         name = f"the refiner for blocks of {'x'.join(map(str, whole.shape))}"
         return self._run(name, "refine", run, self.transformer_weights.params, *arguments)[:, :frames]
@@ -338,7 +351,7 @@ class SanaWMRefiner:
             return read_block(transformer, params, refined, prompt, place, state)
 
         place = block_place(transformer.config, sampler, refined.shape[2:4], block, refined.shape[1], fps)
-        whole = self._cast(_filled_up(refined, sampler))
+        whole = self._cast(filled_up(refined, sampler))
         arguments = (whole, self._cast(prompt_embeds), place, state)
         name = f"the refiner's reading of blocks of {'x'.join(map(str, whole.shape))}"
         return self._run(name, "read", run, self.transformer_weights.params, *arguments, donate=(4,))
@@ -406,6 +419,15 @@ class SanaWMRefiner:
         video = np.asarray(jnp.asarray(latents).astype(self.transformer.dtype).astype(jnp.float32))
         check_finite("the first stage", video, self.made)
         return np.moveaxis(video, 1, -1)
+
+    def _asked(
+        self, shape: tuple[int, ...], sampler: RefinerSampler, seed: int, noise: Any, prompt: Any, embeds: Any
+    ) -> tuple[tuple[tuple[int, int], ...], Callable[[int, int], Float[Array, "B T H W C"]]]:
+        """Beginning and end of every block, and (block, frames of it) -> its noise."""
+        blocks = sampler.blocks(shape[1])
+        drawn = self._noise(noise, seed, shape, sampler)
+        self._check_prompt(prompt, embeds, shape[0])
+        return blocks, drawn
 
     def _noise(
         self, noise: Any, seed: int, shape: tuple[int, ...], sampler: RefinerSampler
@@ -564,19 +586,6 @@ class _Run:
                 f"callback_on_block_end returned {answer!r}, which would not be used: allowed is None, or False to stop"
             )
         return answer is None
-
-
-def block_noise(seed: int, block: int, batch: int, shape: tuple[int, ...]) -> Float[Array, "B T H W C"]:
-    """Unit normal noise of one block of each video: a function of the seed, the block and the video's place alone."""
-    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), block)
-    draw = jax.vmap(lambda video: jax.random.normal(jax.random.fold_in(key, video), shape, jnp.float32))
-    return draw(jnp.arange(batch))
-
-
-def _filled_up(block: Float[Array, "B T H W C"], sampler: RefinerSampler) -> Float[Array, "B T H W C"]:
-    """A last block with zeros behind its frames."""
-    missing = sampler.block_frames - block.shape[1]
-    return jnp.pad(jnp.asarray(block), ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
 
 
 def _resident(name: str, params: PyTree | Resident) -> Resident:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -25,6 +26,8 @@ from sana_jax.models.ltx2 import ROTATED, UNROTATED, LTX2VideoTransformer
 from sana_jax.models.ltx2_config import LTX2Config
 from sana_jax.models.ltx2_prefix import LTX2Prefix, append_history, init_prefix
 from sana_jax.nn.ltx2_rope import GridRotation
+
+_NOISE = 2**31 + 3  # apart from the noise of other pipelines
 
 
 class BlockPlace(NamedTuple):
@@ -155,3 +158,16 @@ def _seen(x: Float[Array, "B T H W C"], place: BlockPlace, state: LTX2Prefix) ->
         "prefix": state,
         "sink_rotation": place.sink_rotation,
     }
+
+
+def block_noise(seed: int, block: int, batch: int, shape: tuple[int, ...]) -> Float[Array, "B T H W C"]:
+    """Unit normal noise of one block of each video: a function of the seed, the block and the video's place alone."""
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), _NOISE), block)
+    draw = jax.vmap(lambda video: jax.random.normal(jax.random.fold_in(key, video), shape, jnp.float32))
+    return draw(jnp.arange(batch))
+
+
+def filled_up(block: Float[Array, "B T H W C"], sampler: RefinerSampler) -> Float[Array, "B T H W C"]:
+    """A last block with zeros behind its frames."""
+    missing = sampler.block_frames - block.shape[1]
+    return jnp.pad(jnp.asarray(block), ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))

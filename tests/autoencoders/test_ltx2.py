@@ -130,7 +130,7 @@ def test_streaming_with_context(published):
     [
         (True, {"streaming_context": 1}, "this decoder is causal and streams exactly, so"),
         (True, {"frame_tiles": FrameTiles()}, "frame_tiles and streaming_context would not be used"),
-        (False, {"streaming_context": -1}, "streaming_context=-1 is not allowed; choose 0, 1 or 2"),
+        (False, {"streaming_context": -1}, "streaming_context=-1 is not allowed; choose 0, 1, 2 or more"),
         (False, {"streaming_context": True}, "streaming_context=True is not allowed"),
         (False, {"dtype": "float16"}, "choose float32 or bfloat16"),
     ],

@@ -52,7 +52,8 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
     for part in (
         "model: ",
         "SANA-WM of 2 blocks, width 48",
-        "camera: 9 frames, path 0.400 units, yaw -4.8°, pitch +0.0°",
+        "camera: 9 frames, path 0.400 units, yaw -4.8°, pitch +0.0°, keys as in scheme v1",
+        "the refiner leaves the first frame out",
         "sampling: 1 x 9 frames of 16x24 pixels that begin with",
         "16 per second, 1 steps of FlowEuler(flow_shift=9.8",
         "in memory: encode: autoencoder",
@@ -67,7 +68,7 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
     assert fps == 16
     with av.open(str(path)) as container:
         notes = json.loads(container.metadata["comment"])
-    expected = {"action": "w-4,jw-4", "action_scheme": "v1", "intrinsics": "40, 41, 26, 14", "frames": "9"}
+    expected = {"action": "w-4,jw-4", "action_scheme": "v1", "intrinsics": "40, 41, 26, 14", "frames": "8"}
     assert expected.items() <= notes.items()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["blocks", "first.png", "out.mp4"]
 

@@ -103,6 +103,24 @@ def test_refiners_that_do_not_fit(pipe):
         pipe(**arguments, refine=refiner, refiner_options={"sede": 1})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"block_size": None}, "in a single shot, is not allowed"),
+        ({"sigmas": (0.5, 0.9, 0.0)}, "sigmas"),
+        ({"sink_size": 5}, "5 latent frames with sink_size=5"),
+        ({"noise": np.zeros((1, 8, 1, 4, 6))}, "noise of shape"),
+        ({"prompt_embeds": np.zeros((1, 8, 16)), "prompt": "a"}, "both given"),
+    ],
+)
+def test_a_refiners_arguments_are_checked_before_its_latents_are_there(options, message):
+    """``SanaWMPipeline`` asks this before it samples them."""
+    refiner = tiny_refiner()
+    channels = refiner.transformer.config.in_channels
+    with pytest.raises(UserError, match=message):
+        refiner.check((1, 5, 4, 6, channels), "latent", **{"prompt": "a", **options})
+
+
 def test_frames_and_lenses_that_are_changed_are_said(capsys):
     def frames_of(count, **options):
         poses = camera_path(None, straight(count), options.get("num_frames"), None, 8)

@@ -14,8 +14,8 @@ from PIL import Image
 from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
 from sana_jax.errors import UserError
 from sana_jax.pipelines import world_refiner_checkpoint
-from sana_jax.pipelines.world_refiner import SanaWMRefiner, block_noise
-from sana_jax.pipelines.world_refiner_blocks import block_place, refine_block
+from sana_jax.pipelines.world_refiner import SanaWMRefiner
+from sana_jax.pipelines.world_refiner_blocks import block_noise, block_place, refine_block
 from sana_jax.weights.components import Resident
 from tests.pipelines.tiny_refiner import (
     BLOCKS,
