@@ -179,9 +179,11 @@ def test_forms_are_equal(remat, scan_blocks):
     assert oracle.relative_error(out, expected_out) <= SAME_PROGRAM_TOLERANCE
     errors = gradient_errors(gradients, expected, qk_norm=True)
     assert {name: error for name, error in errors.items() if not error <= GRADIENT_TOLERANCE} == {}
-    if not scan_blocks:
-        # Without the barrier the compiler would merge the recomputed values with those of the forward pass.
-        assert ("optimization_barrier" in run.lower(*arguments).as_text()) == (remat == "full")
+    if remat == "full" and not scan_blocks:
+        # Without its barrier the compiler would merge the recomputed values with those of the forward pass.
+        plain = output_and_gradients_function(variant, "none", scan_blocks)
+        barriers, others = (each.lower(*arguments).as_text().count("optimization_barrier") for each in (run, plain))
+        assert barriers >= others + oracle.jax_config(variant).num_layers
 
 
 def test_unknown_remat_policy_is_named():
