@@ -23,6 +23,7 @@ from tests.convert.cases import as_original, files_of, transformer
 
 SECONDS = 30
 CHUNKS, PER_CHUNK = 10, 30
+QUICK_CHUNKS = 5  # in make test; the others are in make prove
 WEIGHTS = "transformer/diffusion_pytorch_model-00001-of-00002.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"
 JSON_FILES = ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json", INDEX)
@@ -349,7 +350,9 @@ def run(words: list[str], where: str) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("chunk", range(CHUNKS))
+@pytest.mark.parametrize(
+    "chunk", [pytest.param(chunk, marks=pytest.mark.prove if chunk >= QUICK_CHUNKS else ()) for chunk in range(CHUNKS)]
+)
 def test_mutations(chunk, good, tmp_path, tiny_widths, capsys):
     wanted = weights_of(good / "model")
     outcomes = {"refused": 0, "equal": 0}

@@ -76,7 +76,7 @@ def test_what_comes_out(pipe, capsys):
     assert [picture.size for picture in pictures] == [(8, 8)] * 7
 
 
-@pytest.mark.parametrize("window", [None, 1])
+@pytest.mark.parametrize("window", [None, pytest.param(1, marks=pytest.mark.prove)])
 def test_every_pass_by_hand(pipe, window):
     """Blocks, steps, noise, positions, captions and the state that the clean pass leaves."""
     config = pipe.transformer.config
