@@ -22,6 +22,7 @@ from sana_jax.models.ltx2_prefix import LTX2Prefix, prefix_mask
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.embeddings import CaptionProjection, TimeEmbedding
 from sana_jax.nn.initializers import scaled_normal, torch_uniform
+from sana_jax.nn.layers import layers_of
 from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.ltx2_layers import KeysValues, LTX2Attention, LTX2FeedForward, bare_rms_norm, modulated_rms_norm
 from sana_jax.nn.ltx2_rope import GridRotation, HeadRotation, rotate_heads, spread
@@ -236,8 +237,7 @@ class LTX2VideoTransformer(nn.Module):
             }
             block = block_class(self.config, self.dtype, parent=None)
             captured, outputs = [], []
-            for layer in range(layers):
-                variables, own_prefix = jax.tree.map(lambda array, layer=layer: array[layer], (stacked, by_layer))
+            for variables, own_prefix in layers_of((stacked, by_layer), layers):
                 x, own_captured = block.apply(variables, x, shared, own_prefix, capture)
                 captured.append(own_captured)
                 outputs.append(x)

@@ -19,6 +19,7 @@ from sana_jax.component_config import known_fields
 from sana_jax.errors import UserError
 from sana_jax.models.sana import check_field
 from sana_jax.nn.initializers import torch_uniform
+from sana_jax.nn.layers import layers_of
 from sana_jax.nn.linear import Linear
 from sana_jax.nn.ltx2_layers import LTX2Attention, LTX2FeedForward, bare_rms_norm
 from sana_jax.nn.ltx2_rope import INTERLEAVED, ROPE_TYPES, SPLIT, HeadRotation, text_rotation
@@ -217,8 +218,7 @@ class VideoConnector(nn.Module):
             self.variables["params"]["transformer_blocks"],
             ConnectorBlock(self.config, self.dtype, parent=None),
         )
-        for layer in range(layers):
-            params = jax.tree.map(lambda array, layer=layer: array[layer], stacked)
+        for params in layers_of(stacked, layers):
             x = block.apply({"params": params}, x, rotation, key_mask)
         return x
 

@@ -9,7 +9,6 @@ and one block at a time with a state.
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -42,6 +41,7 @@ from sana_jax.nn.camera_attention import (
 from sana_jax.nn.caption_attention import CaptionAttention
 from sana_jax.nn.embeddings import CaptionProjection, TimeEmbedding
 from sana_jax.nn.initializers import scaled_normal, torch_uniform, xavier_uniform
+from sana_jax.nn.layers import layers_of
 from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.mix_ffn import TemporalGLUMBConv
 from sana_jax.nn.norms import RMSNorm
@@ -380,11 +380,11 @@ def _run_scanned(config: SanaWMConfig, run, x: Array, delta: PyTree, softmax: Py
 
 def _run_unrolled(config: SanaWMConfig, run, x: Array, delta: PyTree, softmax: PyTree) -> tuple[Array, tuple]:
     """One block after another."""
-    stacks, found = (delta, softmax), ([], [])
+    counts, found = (len(config.delta_layers), len(config.softmax_layers)), ([], [])
+    layers = [iter(layers_of(stack, count) if count else ()) for stack, count in zip((delta, softmax), counts)]
     for layer in range(config.num_layers):
         kind = int(config.is_softmax(layer))
-        own = jax.tree.map(operator.itemgetter(len(found[kind])), stacks[kind])
-        x, state = run(bool(kind), x, own)
+        x, state = run(bool(kind), x, next(layers[kind]))
         found[kind].append(state)
     joined = (jax.tree.map(lambda *leaves: jnp.stack(leaves), *states) if states else None for states in found)
     return x, tuple(joined)

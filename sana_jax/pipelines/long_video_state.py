@@ -26,6 +26,7 @@ import numpy as np
 from kernels.typing import Array, Float, PyTree
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_file
+from sana_jax.pipelines.resumed_folder import damaged_file, told_differences
 
 _STATE = "state.npz"
 
@@ -127,22 +128,14 @@ class ResumeFolder:
         return self.path / f"latents-{block:05d}.npy"
 
     def _check(self, before: Mapping[str, Any]) -> None:
-        now = self._settings
-        names = [*now, *(name for name in before if name not in now)]
-        differ = [
-            f"{name} {before.get(name)!r} there and {now.get(name)!r} here"
-            for name in names
-            if before.get(name) != now.get(name)
-        ]
+        differ = told_differences(before, self._settings)
         if differ:
             raise UserError(
-                f"{self.path} is of a video with other settings: {'; '.join(differ)}; give the same, or name another "
-                "output"
+                f"{self.path} is of a video with other settings: {differ}; give the same, or name another output"
             )
 
     def _damaged(self, path: pathlib.Path, reason: Any) -> UserError:
-        said = " ".join(str(reason).split())[:200] or type(reason).__name__
-        return UserError(f"{path} is damaged ({said}); remove {self.path} and begin anew")
+        return damaged_file(path, self.path, reason)
 
 
 def _bits_of(dtype: Any) -> np.dtype:

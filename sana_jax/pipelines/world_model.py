@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +61,34 @@ class SanaWMPipelineOutput:
     device_bytes: int | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sampled_size: tuple[int, int] | None = None
+
+
+class _Asked(NamedTuple):
+    """A call, after a look at all of it.
+
+    Attributes:
+        request: what it shares with the calls of other pipelines.
+        steps: of sampling.
+        scale: of guidance.
+        fps: frames per second.
+        size: of the video.
+        poses: of every frame.
+        view: the image and the camera at that size.
+        start: the noise, without the first frame.
+        refiner: the second stage, if there is one.
+        options: of its call.
+    """
+
+    request: VideoRequest
+    steps: int
+    scale: float
+    fps: float
+    size: Size
+    poses: Float[np.ndarray, "F 4 4"]
+    view: WorldView
+    start: Float[Array, "1 N h w C"]
+    refiner: SanaWMRefiner | None
+    options: Mapping[str, Any]
 
 
 class SanaWMPipeline(VideoPipeline):
@@ -190,29 +218,34 @@ class SanaWMPipeline(VideoPipeline):
             refiner.check((1, start.shape[1] + 1, *start.shape[2:]), output_type, **options)
         picture = read_picture(image, shortest=min(SHORTEST_SIDE, *size.sampled))
         view = view_at(picture, poses, intrinsics, size.sampled, temporal, spatial)
+        return self._make(_Asked(request, steps, scale, fps, size, poses, view, start, refiner, options))
 
-        watch = Stopwatch()
-        conditions = self._conditions(request, is_guided(scale))
+    def _make(self, asked: _Asked) -> SanaWMPipelineOutput:
+        """Runs the stages, one network after another."""
+        watch, request = Stopwatch(), asked.request
+        conditions = self._conditions(request, is_guided(asked.scale))
         self._leave(TEXT)
         watch.end("text")
-        given = self._given(view)
+        given = self._given(asked.view)
         self._leave(AUTOENCODER)
         watch.end("encode")
-        sampled = self._sample(watch, self.sampler.schedule(steps), start, conditions, scale, given, request)
+        schedule = self.sampler.schedule(asked.steps)
+        sampled = self._sample(watch, schedule, asked.start, conditions, asked.scale, given, request)
         whole = jnp.concatenate([given.frames, sampled], axis=1)
         self._leave(TRANSFORMER)
         watch.end("denoise")
         refined, latents = None, np.asarray(jnp.moveaxis(whole, -1, 1))
-        if refiner is None:
-            frames = self._videos(whole, size, output_type)
+        if asked.refiner is None:
+            frames = self._videos(whole, asked.size, request.output_type)
         else:
-            refined = refiner(latents, output_type=output_type, **options)
+            refined = asked.refiner(latents, output_type=request.output_type, **asked.options)
             frames = refined.frames
-        watch.end("decode" if refiner is None else "refine")
-        shown = _shown_poses(poses, frames, output_type, refined, options, temporal)
+        watch.end("decode" if refined is None else "refine")
+        factor = self.autoencoder.temporal_factor
+        shown = _shown_poses(asked.poses, frames, request.output_type, refined, asked.options, factor)
         seconds = sum(seconds for stage, seconds in watch.seconds.items() if stage != "text")
         timing = (watch.compile_seconds, seconds, watch.device_bytes, dict(watch.seconds))
-        return SanaWMPipelineOutput(frames, shown, latents, refined, fps, *timing, size.sampled)
+        return SanaWMPipelineOutput(frames, shown, latents, refined, asked.fps, *timing, asked.size.sampled)
 
     # -- what a call asks for ------------------------------------------------------------------------------------
 

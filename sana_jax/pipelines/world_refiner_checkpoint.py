@@ -25,6 +25,7 @@ import numpy as np
 from kernels.typing import Array, Float
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_file, read_json, write_json
+from sana_jax.pipelines.resumed_folder import damaged_file, told_differences
 
 _MANIFEST, _FORMAT = "manifest.json", 1
 
@@ -121,22 +122,15 @@ class RefinerCheckpoint:
         return latents
 
     def _check(self, before: Mapping[str, Any]) -> None:
-        now = self._settings
-        names = [*now, *(name for name in before if name not in now)]
-        differ = [
-            f"{name} {before.get(name)!r} there and {now.get(name)!r} here"
-            for name in names
-            if before.get(name) != now.get(name)
-        ]
+        differ = told_differences(before, self._settings)
         if differ:
             raise UserError(
-                f"checkpoint_dir {self.path} is of a refinement with other settings: {'; '.join(differ)}; give the "
+                f"checkpoint_dir {self.path} is of a refinement with other settings: {differ}; give the "
                 "same, or name another directory"
             )
 
     def _damaged(self, path: pathlib.Path, reason: Any) -> UserError:
-        said = " ".join(str(reason).split())[:200] or type(reason).__name__
-        return UserError(f"{path} is damaged ({said}); remove {self.path} and begin anew")
+        return damaged_file(path, self.path, reason)
 
 
 def digest(*arrays: Any) -> str | None:

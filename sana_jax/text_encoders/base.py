@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from kernels.typing import Float, Int
+from sana_jax.errors import UserError
 
 
 class TextEncoder(Protocol):
@@ -36,3 +37,12 @@ class TextEncoder(Protocol):
     def to_config(self) -> dict[str, Any]:
         """What ``text_encoder/config.json`` holds, ``_class_name`` included."""
         ...
+
+
+def check_max_length(value: Any, published: int) -> None:
+    """Raises ``UserError`` where ``value`` is no number of tokens that an encoding may have."""
+    if type(value) is not int or value < 2:
+        raise UserError(
+            f"max_sequence_length {value!r} is not allowed; allowed is a whole number from 2 (the begin token and one "
+            f"more): {published} is the published one"
+        )

@@ -27,6 +27,7 @@ from sana_jax.models.gemma import (
     shared_by_layers,
     split_layers,
 )
+from sana_jax.text_encoders.base import check_max_length
 from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.weights.components import CONVERTED, TRANSFORMERS_STEM, Resident, open_component
@@ -76,11 +77,7 @@ class GemmaTextEncoder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", parse_dtype(self.dtype, "text encoder dtype", _FLOAT16))
-        if type(self.max_length) is not int or self.max_length < 2:
-            raise UserError(
-                f"max_sequence_length {self.max_length!r} is not allowed; allowed is a whole number from 2 (the begin "
-                "token and one more): 300 is the published one"
-            )
+        check_max_length(self.max_length, 300)
         lines = self.complex_human_instruction
         if not lines:
             object.__setattr__(self, "complex_human_instruction", None)

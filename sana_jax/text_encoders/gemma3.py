@@ -28,6 +28,7 @@ from sana_jax.models.gemma import (
     split_layers,
 )
 from sana_jax.models.gemma3_config import Gemma3Config
+from sana_jax.text_encoders.base import check_max_length
 from sana_jax.text_encoders.gemma import LENGTH_MULTIPLE, is_on_one_cpu, open_gemma
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.weights.components import Resident
@@ -68,11 +69,7 @@ class Gemma3TextEncoder:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", parse_dtype(self.dtype, "text encoder dtype", _FLOAT16))
-        if type(self.max_length) is not int or self.max_length < 2:
-            raise UserError(
-                f"max_sequence_length {self.max_length!r} is not allowed; allowed is a whole number from 2 (the begin "
-                "token and one more): 1024 is the published one"
-            )
+        check_max_length(self.max_length, 1024)
 
     @classmethod
     def from_directory(

@@ -197,7 +197,9 @@ def test_short_convolution_on_the_plain_grid(case):
 
 @pytest.mark.parametrize("variant", [pytest.param(name, marks=proof(name)) for name in HPARAMS["variants"]])
 def test_bidirectional(variant):
-    for case in GOLDEN.children(f"out/{variant}/bidirectional/"):
+    cases = GOLDEN.children(f"out/{variant}/bidirectional/")
+    assert cases
+    for case in cases:
         given = inputs(camera=False) if case == "no_camera" else inputs(case)
         found = compiled(variant)(params(), given)
         assert_recorded(np.moveaxis(found, -1, 1), f"{variant}/bidirectional/{case}", WHOLE_MODEL)
@@ -205,7 +207,9 @@ def test_bidirectional(variant):
 
 @pytest.mark.parametrize("variant", [pytest.param(name, marks=proof(name)) for name in HPARAMS["variants"]])
 def test_all_blocks_at_once(variant):
-    for case in GOLDEN.children(f"out/{variant}/chunk_causal/"):
+    cases = GOLDEN.children(f"out/{variant}/chunk_causal/")
+    assert cases
+    for case in cases:
         explicit = case == "explicit_chunk_index"
         starts = (0, 2, 5) if explicit else STARTS  # the explicit starts are in the recorded name's description
         found = compiled(variant, starts)(params(), inputs("t_frame" if explicit else case))
@@ -332,19 +336,18 @@ def compiled_sampling(variant: str, with_given: bool):
     return jax.jit(run, compiler_options=QUICK_COMPILE)
 
 
-def sample_in_turn(variant: str, case: str) -> tuple[np.ndarray, list[SanaWMState]]:
+def sample_in_turn(variant: str, case: str) -> np.ndarray:
     plain = case == "plain_schedule"
     schedule = FlowEuler(HPARAMS["shift"]).schedule(3) if plain else listed_schedule(HPARAMS["steps"])
     noise = channels_last(GOLDEN["in/noise"])
-    state, blocks, states = empty_state(variant, case, batch=2), [], []
+    state, blocks = empty_state(variant, case, batch=2), []
     for start, end in itertools.pairwise(HPARAMS["chunk_boundaries"]):
         first = channels_last(GOLDEN["in/first_frame"]) if start == 0 and not plain else None
         given = of_block(both_captions(), start, end)
         run = compiled_sampling(variant, first is not None)
-        states.append(state)
         block, state = run(params(), noise[:, start:end], given, state, jnp.int32(start), schedule, first)
         blocks.append(block)
-    return np.moveaxis(np.concatenate(blocks, axis=1), -1, 1), states
+    return np.moveaxis(np.concatenate(blocks, axis=1), -1, 1)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +360,7 @@ def sample_in_turn(variant: str, case: str) -> tuple[np.ndarray, list[SanaWMStat
     ],
 )
 def test_sampling_one_block_after_another(variant, case):
-    found, _ = sample_in_turn(variant, case)
+    found = sample_in_turn(variant, case)
     assert_recorded(found, f"{variant}/streaming_sampler/{case}/output", WHOLE_MODEL)
 
 
@@ -368,13 +371,14 @@ def test_first_frames_of_causal_blocks():
 
 
 def test_listed_steps():
-    for name in GOLDEN.names("out64/"):
-        if name.endswith("scheduler_timesteps"):
-            prefix = name.removesuffix("scheduler_timesteps")
-            schedule = listed_schedule(HPARAMS["steps"])
-            np.testing.assert_array_equal(schedule.timesteps, GOLDEN[name])
-            np.testing.assert_array_equal(schedule.sigmas, GOLDEN[f"{prefix}scheduler_sigmas"])
-            np.testing.assert_array_equal(np.trunc(schedule.timesteps), GOLDEN[f"{prefix}model_timesteps"])
+    recorded = [name for name in GOLDEN.names("out64/") if name.endswith("scheduler_timesteps")]
+    assert recorded
+    schedule = listed_schedule(HPARAMS["steps"])
+    for name in recorded:
+        prefix = name.removesuffix("scheduler_timesteps")
+        np.testing.assert_array_equal(schedule.timesteps, GOLDEN[name])
+        np.testing.assert_array_equal(schedule.sigmas, GOLDEN[f"{prefix}scheduler_sigmas"])
+        np.testing.assert_array_equal(np.trunc(schedule.timesteps), GOLDEN[f"{prefix}model_timesteps"])
 
 
 @pytest.mark.parametrize(
