@@ -33,7 +33,7 @@ test: $(VENV)/.test lint  ## everything that must hold on a CPU
 	$(BIN)/python -m pytest -m 'not prove and not gpu' -n $(TEST_PROCESSES) --dist worksteal tests/train $(ARGS)
 
 prove: $(VENV)/.test  ## the longer proofs: models that must really learn, full-size figures
-	$(BIN)/python -m pytest -m 'prove and not gpu' $(ARGS)
+	XLA_FLAGS="$(XLA_FLAGS)" $(BIN)/python -m pytest -m 'prove and not gpu' $(ARGS)
 
 bench: $(VENV)/.test  ## the benchmark tables
 	$(BIN)/python -m tests.benchmarks.sana_cpu $(ARGS)

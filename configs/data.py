@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from sana_jax.errors import UserError
 
@@ -137,6 +137,8 @@ class VideoDataConfig(ImageDataConfig):
     joint_cache: str | None = None
     """Folder of those pictures' prepared latents; None: beside the run."""
 
+    formats: ClassVar[tuple[str, ...]] = ("auto", "folder", "manifest", "webdataset")
+
     def __post_init__(self):
         super().__post_init__()
         frames, stride, fps = self.clip_frames, self.clip_stride, self.clip_fps
@@ -153,7 +155,7 @@ class VideoDataConfig(ImageDataConfig):
         _require("resolution", self.resolution, size is None or self.resolution is None, "none beside --data.clip-size")
         rate = self.source_fps
         _require("source-fps", rate, rate is None or 0 < rate < float("inf"), "above 0")
-        formats = ("auto", "folder", "manifest", "webdataset")
+        formats = self.formats
         _require("format", self.format, self.format in formats, f"{', '.join(formats)} for clips")
         _require("conditions", " ".join(self.conditions), not self.conditions, "none for clips")
         every, pictures = self.joint_interval, self.joint_pictures

@@ -14,16 +14,47 @@ from dataclasses import dataclass
 from typing import Literal
 
 from configs.checks import require
-from sana_jax.diffusion.samplers.longsana import BLOCK_FRAMES, DENOISING_STEPS, FLOW_SHIFT
+from sana_jax.diffusion.samplers import LongSanaSampler, WorldStreamSampler
+from sana_jax.diffusion.samplers.longsana import BLOCK_FRAMES, DENOISING_STEPS, FLOW_SHIFT, causal_block_starts
+from sana_jax.diffusion.samplers.world_model import chunk_starts
+
+REST_FIRST = "rest_first"
+Blocks = Literal["rest_first", "first_plus_one", "uniform", "first_frame"]
 
 
-def _require_steps(prefix: str, timesteps: tuple[int, ...], flow_shift: float, block_frames: int) -> None:
-    falls = all(later < earlier for earlier, later in itertools.pairwise(timesteps))
-    within = bool(timesteps) and timesteps[0] <= 1000 and timesteps[-1] > 0
-    allowed = "timesteps that fall, at most 1000 and above 0"
-    require(f"{prefix}.timesteps", " ".join(map(str, timesteps)) or "(none)", falls and within, allowed)
-    require(f"{prefix}.flow-shift", flow_shift, 0 < flow_shift < math.inf, "above 0")
-    require(f"{prefix}.block-frames", block_frames, block_frames >= 1, "1 or more")
+class _Causal:
+    """What the stages of a few-step generator have in common, whose fields say how it is sampled."""
+
+    @property
+    def is_world(self) -> bool:
+        """Whether it is for SANA-WM's student, and not for LongSANA's."""
+        return self.flow_shift is None
+
+    def block_starts(self, num_frames: int) -> tuple[int, ...]:
+        """First latent frame of every causal block of a video."""
+        if self.blocks == REST_FIRST:
+            return causal_block_starts(num_frames, self.block_frames)
+        return chunk_starts(num_frames, self.block_frames, self.blocks)
+
+    @property
+    def sampler(self) -> LongSanaSampler | WorldStreamSampler:
+        """The generator's."""
+        cached = getattr(self, "num_cached_blocks", None)
+        options = {"block_frames": self.block_frames, "num_cached_blocks": cached}
+        if not self.is_world:
+            return LongSanaSampler(self.flow_shift, self.timesteps, **options)
+        return WorldStreamSampler(self.timesteps, blocks=self.blocks, sink=getattr(self, "sink", False), **options)
+
+    def _check_causal(self, prefix: str) -> None:
+        steps, shift = self.timesteps, self.flow_shift
+        falls = all(later < earlier for earlier, later in itertools.pairwise(steps))
+        within = bool(steps) and steps[0] <= 1000 and steps[-1] > 0
+        allowed = "timesteps that fall, at most 1000 and above 0"
+        require(f"{prefix}.timesteps", " ".join(map(str, steps)) or "(none)", falls and within, allowed)
+        require(f"{prefix}.flow-shift", shift, shift is None or 0 < shift < math.inf, "above 0, or None for SANA-WM")
+        require(f"{prefix}.block-frames", self.block_frames, self.block_frames >= 1, "1 or more")
+        allowed = "rest_first with a flow shift (LongSANA), and another without (SANA-WM)"
+        require(f"{prefix}.blocks", self.blocks, (self.blocks == REST_FIRST) != self.is_world, allowed)
 
 
 @dataclass(frozen=True)
@@ -52,20 +83,26 @@ class ChunkCausalConfig:
 
 
 @dataclass(frozen=True)
-class OdeInitializationConfig:
+class OdeInitializationConfig(_Causal):
     """Regression onto the teacher's ODE trajectories, which gives the few-step generator its start."""
 
     timesteps: tuple[int, ...] = DENOISING_STEPS
     """Where the trajectories were kept, from noise on; the clean end is kept as well. The sampler's steps."""
-    flow_shift: float = FLOW_SHIFT
-    """Of the table in which the noise level of a timestep is looked up; the sampler's."""
+    flow_shift: float | None = FLOW_SHIFT
+    """Of the table in which the noise level of a timestep is looked up; the sampler's. None: the level is
+    timestep/1000, as SANA-WM's."""
     block_frames: int = BLOCK_FRAMES
-    """Latent frames of a causal block; the first takes the remainder of the clip."""
+    """Latent frames of a causal block."""
+    blocks: Blocks = REST_FIRST
+    """Where the clip's remainder goes: to the first block (rest_first, LongSANA); or, for SANA-WM, whether the first
+    block has a frame more, as many as the others, or the first frame alone, and the last block takes the rest."""
     clean_first_frame: bool = False
     """Give the first latent frame clean, as where a picture is given."""
 
     def __post_init__(self):
-        _require_steps("ode", self.timesteps, self.flow_shift, self.block_frames)
+        self._check_causal("ode")
+        given = self.clean_first_frame
+        require("ode.no-clean-first-frame", "", given or not self.is_world, "left out for SANA-WM, which is given it")
 
 
 @dataclass(frozen=True)
@@ -88,7 +125,7 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
-class SelfForcingConfig:
+class SelfForcingConfig(_Causal):
     """Distribution matching on the generator's own videos: a generator, a fake score that learns, a real one that
     stays.
 
@@ -98,17 +135,28 @@ class SelfForcingConfig:
     generator: str | None = None
     """The model that the generator begins as, usually a run of ODE initialisation, or of self-forcing before streaming;
     None: as the base model. The base model is the real score, and the fake score begins as it."""
+    fake_score: str | None = None
+    """A run of self-forcing whose fake score this one's goes on from; None: it begins as the base model."""
     timesteps: tuple[int, ...] = DENOISING_STEPS
     """The steps of the generator."""
-    flow_shift: float = FLOW_SHIFT
+    flow_shift: float | None = FLOW_SHIFT
     """Of the generator's table, in which noise levels of timesteps are looked up; scores are given samples noised by
-    it."""
-    score_flow_shift: float = 8.0
-    """Of the score networks' own table, from which their clean predictions are made: the base model's in sampling."""
+    it. None: the level is timestep/1000, as SANA-WM's."""
+    score_flow_shift: float | None = 8.0
+    """Of the score networks' own table, from which their clean predictions are made: the base model's in sampling.
+    None with a flow shift of None."""
     block_frames: int = BLOCK_FRAMES
-    """Latent frames of a block; the first takes the remainder."""
+    """Latent frames of a block."""
+    blocks: Blocks = REST_FIRST
+    """Where the video's remainder goes: to the first block (rest_first, LongSANA); or, for SANA-WM, whether the first
+    block has a frame more, as many as the others, or the first frame alone, and the last block takes the rest."""
     num_cached_blocks: int | None = None
     """How many earlier blocks a block sees; None for all."""
+    sink: bool = False
+    """SANA-WM: whether the first block is always one of them."""
+    fresh_noise: bool = True
+    """New noise after each of the generator's steps but the last, as published. False: the noise of the step before,
+    which is how SANA-WM is sampled."""
     same_exit_step: bool = True
     """One exit step for all blocks of a video; otherwise one for each."""
     always_last_step: bool = False
@@ -127,16 +175,22 @@ class SelfForcingConfig:
     """The earliest of them, after the shift."""
     greatest_timestep: int = 980
     """The latest."""
+    least_normalizer: float = 0.0
+    """What the gradient is divided by at least; 1e-6 in SANA-WM's recipe."""
     above_exit_step: bool = False
     """Draw the generator's times, before the shift, no lower than the timestep of the exit step."""
     stream: StreamConfig | None = None
     """Train on windows of a growing video; None for whole videos of one window."""
 
     def __post_init__(self):
-        _require_steps("self-forcing", self.timesteps, self.flow_shift, self.block_frames)
-        for name in ("score_flow_shift", "timestep_shift"):
-            value = getattr(self, name)
-            require(f"self-forcing.{name.replace('_', '-')}", value, 0 < value < math.inf, "above 0")
+        self._check_causal("self-forcing")
+        require("self-forcing.timestep-shift", self.timestep_shift, 0 < self.timestep_shift < math.inf, "above 0")
+        shift, allowed = self.score_flow_shift, "above 0, and None with --self-forcing.flow-shift None"
+        fits = (shift is None) == self.is_world and (shift is None or 0 < shift < math.inf)
+        require("self-forcing.score-flow-shift", shift, fits, allowed)
+        least = self.least_normalizer
+        require("self-forcing.least-normalizer", least, 0 <= least < math.inf, "0 or more")
+        self._check_world()
         cached = self.num_cached_blocks
         require("self-forcing.num-cached-blocks", cached, cached is None or cached >= 1, "1 or more, or None for all")
         require("self-forcing.critic-steps", self.critic_steps, self.critic_steps >= 1, "1 or more")
@@ -151,6 +205,14 @@ class SelfForcingConfig:
         require("self-forcing.state-from-last-step", "", not (self.state_from_last_step and last), allowed)
         allowed = "left out without --self-forcing.same-exit-step"
         require("self-forcing.above-exit-step", "", self.same_exit_step or not self.above_exit_step, allowed)
+
+    def _check_world(self) -> None:
+        """What one of the two generators alone has."""
+        windows = self.num_cached_blocks is not None
+        require("self-forcing.sink", "", not self.sink or (self.is_world and windows), "for SANA-WM with cached blocks")
+        allowed = "for SANA-WM, whose sampler adds no noise"
+        require("self-forcing.no-fresh-noise", "", self.fresh_noise or self.is_world, allowed)
+        require("self-forcing.stream", "of windows", self.stream is None or not self.is_world, "for LongSANA alone")
 
     @property
     def cycle(self) -> tuple[str, ...]:

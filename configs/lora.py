@@ -57,7 +57,7 @@ def lora_warnings(learning_rate: float | None, transformer: SanaConfig) -> list[
         lines.append(
             f"warning: with --optimizer.learning-rate {learning_rate:g} a LoRA {effect}; usual are 1e-5 to 1e-3"
         )
-    if transformer.guidance_embeds:
+    if getattr(transformer, "guidance_embeds", False):
         lines.append(
             "warning: the base model is distilled to few steps (SANA-Sprint); diffusion loss on a distilled model is "
             "experimental and may undo the distillation: prefer a LoRA on SANA or SANA-1.5"

@@ -1,4 +1,4 @@
-"""Every published SANA and SANA-Video transformer: its shape, its size, and how it is meant to be sampled.
+"""Every published SANA, SANA-Video and SANA-WM transformer: its shape, its size, and how it is meant to be sampled.
 
 Names are those of the Hub repositories (``Efficient-Large-Model/<name>``).
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from sana_jax.models.sana import SanaConfig
 from sana_jax.models.sana_video import SanaVideoConfig
+from sana_jax.models.sana_wm import SanaWMConfig
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,9 @@ PUBLISHED_VIDEO_TRANSFORMERS = {
     "SANA-Video_2B_720p_diffusers": PublishedVideoTransformer(
         SanaVideoConfig.sana_video_2b_720p(), 2_057_148_928, spatial_factor=32, temporal_factor=8
     ),
+}
+
+# by its first stage; it was trained with a shift of 9.95
+PUBLISHED_WORLD_TRANSFORMERS = {
+    "SANA-WM_bidirectional": PublishedTransformer(SanaWMConfig(), 2_661_800_448, "bfloat16", 9.8),
 }

@@ -15,13 +15,17 @@ from configs.data import ClipPicturesConfig, ImageDataConfig, MovingDigitsDataCo
 from configs.longsana import ChunkCausalConfig, OdeInitializationConfig, SelfForcingConfig
 from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
 from configs.lora import LoraConfig
+from configs.moving_camera import MovingCameraDataConfig
 from configs.optimizer import OptimizerConfig, check_optimizer
 from configs.prior import PriorConfig
 from configs.sprint import SprintConfig
 from configs.tokens import TokensConfig
+from configs.world import WorldChunksConfig
+from configs.world_data import WorldDataConfig
 from sana_jax.errors import UserError
 from sana_jax.models.sana import SanaConfig
 from sana_jax.models.sana_video import SanaVideoConfig
+from sana_jax.models.sana_wm import SanaWMConfig
 
 
 @dataclass(frozen=True)
@@ -125,7 +129,7 @@ class MeshConfig:
     tensor: int = 1
     """Parts that the width of each layer is cut into."""
     context: int = 1
-    """Parts that a sample's tokens are cut into; used by video models."""
+    """Parts that a clip's latent frames are cut into; used by SANA-WM."""
 
 
 @dataclass(frozen=True)
@@ -160,9 +164,9 @@ class PreviewConfig:
     """What to draw; without any, captions of the data."""
     captions: int = 8
     """How many captions of the data are drawn at most, where no prompts are given."""
-    sampler: Literal["dpm_solver", "flow_euler", "scm", "longsana"] = "dpm_solver"
+    sampler: Literal["dpm_solver", "flow_euler", "scm", "longsana", "world_stream"] = "dpm_solver"
     """Sampler; the run's directory takes it as its default for sampling. scm is SANA-Sprint's, longsana that of ODE
-    initialisation and self-forcing."""
+    initialisation and self-forcing, world_stream that of the same for SANA-WM."""
     seed: int = 0
     """Seed of the noise."""
 
@@ -219,13 +223,15 @@ class RunConfig:
     """Where everything of the run goes."""
     steps: int
     """Optimizer steps in all."""
-    transformer: SanaConfig | SanaVideoConfig | None
+    transformer: SanaConfig | SanaVideoConfig | SanaWMConfig | None
     """The network's shape; None where it is the base model's."""
     data: (
         DigitsDataConfig
         | ImageDataConfig
         | VideoDataConfig
         | MovingDigitsDataConfig
+        | MovingCameraDataConfig
+        | WorldDataConfig
         | TrajectoriesDataConfig
         | PromptsDataConfig
     )
@@ -248,8 +254,8 @@ class RunConfig:
     """Distils the base model to a few steps."""
     prior: PriorConfig | None = None
     """Prior preservation, for pictures of one subject."""
-    chunk_causal: ChunkCausalConfig | None = None
-    """Trains a video model on with causal blocks of frames, each at a noise level of its own."""
+    chunk_causal: ChunkCausalConfig | WorldChunksConfig | None = None
+    """Trains a video model on, or a world model, with causal blocks of frames, each at a noise level of its own."""
     ode: OdeInitializationConfig | None = None
     """Trains a video model with causal blocks to end its teacher's trajectories in a few steps (LongSANA, stage 1)."""
     self_forcing: SelfForcingConfig | None = None
@@ -308,8 +314,7 @@ class RunConfig:
         _require("preview.captions", self.preview.captions, self.preview.captions >= 1, "1 or more")
         _require("max-nonfinite", self.max_nonfinite, self.max_nonfinite >= 0, "0 or more")
         check_optimizer(self.optimizer)
-        context = self.mesh.context
-        _require("mesh.context", context, context == 1, "1, for these networks do not cut a sample's tokens")
+        self._check_context()
         _require("tokens", "without --lora", self.tokens is None or self.lora is not None, "tokens beside a LoRA")
         self._check_few_steps()
         v = self.validation
@@ -322,7 +327,8 @@ class RunConfig:
         _require("validation.sigmas", " ".join(map(str, v.sigmas)), levels, "one or more above 0 and below 1")
         at = " ".join(map(str, self.preview.at))
         _require("preview.at", at, self.preview.every > 0 or not at, "none where --preview.every is 0")
-        if isinstance(self.data, DigitsDataConfig | MovingDigitsDataConfig) and self.transformer is not None:
+        in_memory = isinstance(self.data, DigitsDataConfig | MovingDigitsDataConfig | MovingCameraDataConfig)
+        if in_memory and self.transformer is not None:
             width, wanted = self.data.embedding_dim, self.transformer.caption_channels
             _require("data.embedding-dim", width, width == wanted, f"--transformer.caption-channels, which is {wanted}")
         if isinstance(self.flow, VideoFlowConfig):
@@ -333,21 +339,40 @@ class RunConfig:
         self._check_longsana()
 
     @property
+    def trains_a_world(self) -> bool:
+        """Whether the network is told of a camera."""
+        of_a_world = self.few_steps is not None and self.few_steps.is_world
+        return of_a_world or isinstance(self.transformer, SanaWMConfig) or isinstance(self.data, _WORLD_DATA)
+
+    @property
     def trains_on_clips(self) -> bool:
         """Whether the data is for a video model: clips, pictures as clips of one frame, trajectories, or prompts."""
-        return isinstance(self.data, VideoDataConfig | ClipPicturesConfig | MovingDigitsDataConfig | _FOR_LONGSANA)
+        in_memory = MovingDigitsDataConfig | _WORLD_DATA
+        return isinstance(self.data, VideoDataConfig | ClipPicturesConfig | in_memory | _FOR_LONGSANA)
 
     @property
     def few_steps(self) -> OdeInitializationConfig | SelfForcingConfig | None:
         """What says how the model of ODE initialisation or self-forcing is sampled; None for other runs."""
         return self.ode or self.self_forcing
 
+    def _check_context(self) -> None:
+        """World models alone cut a sample, over its frames; a network that is not known yet may be one."""
+        either = self.transformer is None and isinstance(self.data, _FOR_LONGSANA)
+        context, world = self.mesh.context, self.trains_a_world or either
+        _require("mesh.context", context, context == 1 or world, "1: of all networks SANA-WM's alone cuts its frames")
+
     def _check_few_steps(self) -> None:
         """Previews of distilled models are drawn with their own sampler, LongSANA's in its own steps, unguided."""
-        wanted = "scm" if self.sprint else "longsana" if self.few_steps else None
+        wanted = "scm" if self.sprint else None
+        if self.few_steps is not None:
+            wanted = "world_stream" if self.few_steps.is_world else "longsana"
         sampler = self.preview.sampler
-        fits = sampler == wanted if wanted else sampler not in ("scm", "longsana")
-        names = {"scm": "scm for Sprint training", "longsana": "longsana for ODE initialisation and self-forcing"}
+        fits = sampler == wanted if wanted else sampler not in ("scm", "longsana", "world_stream")
+        names = {
+            "scm": "scm for Sprint training",
+            "longsana": "longsana for ODE initialisation and self-forcing",
+            "world_stream": "world_stream for ODE initialisation and self-forcing of SANA-WM",
+        }
         _require("preview.sampler", sampler, fits, names.get(wanted, "dpm_solver or flow_euler"))
         if self.few_steps is not None:
             steps, scale, count = (
@@ -372,19 +397,41 @@ class RunConfig:
         _require("data", "trajectories", isinstance(data, TrajectoriesDataConfig) == (self.ode is not None), allowed)
         prompts = isinstance(data, PromptsDataConfig) and self.self_forcing is None
         _require("data", "prompts without videos", not prompts, "self-forcing (--self-forcing)")
-        if self.chunk_causal is not None:
+        if isinstance(self.chunk_causal, ChunkCausalConfig):
             share, instead = self.flow.image_to_video, "0 with --chunk-causal; set --chunk-causal.image-to-video"
             _require("flow.image-to-video", share, share == 0, instead)
+        if self.few_steps is not None:
+            self._check_few_step_network()
         if self.self_forcing is None:
             return
         stream = self.self_forcing.stream
         parts, one = self.accumulation, "1 with --self-forcing.stream, whose windows follow one another"
         _require("accumulation", parts, stream is None or parts == 1, one)
 
+    def _check_few_step_network(self) -> None:
+        """LongSANA's settings are for video models, and SANA-WM's for world models, which need a camera."""
+        world = self.few_steps.is_world
+        found = {
+            "--model": None if self.transformer is None else isinstance(self.transformer, SanaWMConfig),
+            "--data": None if isinstance(self.data, _FOR_LONGSANA) else isinstance(self.data, _WORLD_DATA),
+        }
+        for option, is_world in found.items():
+            if is_world not in (None, world):
+                kinds = ("SANA-WM, which is told of a camera", "SANA-Video, which is not")
+                distilled, other = kinds if world else kinds[::-1]
+                use = "longsana_ode, longsana_self_forcing" if world else "sana_wm_ode, sana_wm_self_forcing"
+                raise UserError(
+                    f"the preset {self.preset} distils {distilled}, and {option} is for {other}; name another, or "
+                    f"choose a preset of that kind: {use}"
+                )
+        camera = not (world and isinstance(self.data, PromptsDataConfig))
+        _require("data", "prompts without videos", camera, "clips with the camera's path, for SANA-WM")
+
     def _check_kind(self) -> None:
-        """Clips are for video models, and pictures for the others."""
+        """Clips are for video models, clips with a camera for world models, and pictures for the others."""
         clips, network = self.trains_on_clips, self.transformer
-        wanted = SanaVideoConfig if clips else SanaConfig
+        self._check_world()
+        wanted = SanaVideoConfig | SanaWMConfig if clips else SanaConfig
         if network is not None and not isinstance(network, wanted):
             kinds = ("clips", "a model of pictures") if clips else ("pictures", "a video model")
             which = "its network" if self.model is None else f"--model {self.model}"
@@ -400,7 +447,35 @@ class RunConfig:
         if unused:
             raise UserError(f"--{unused[0]} is for models of pictures, and this run trains on clips; leave it out")
 
+    def _check_world(self) -> None:
+        """World models are trained on clips with a camera, and sampled by Euler's method."""
+        of_either = isinstance(self.data, _FOR_LONGSANA)  # clips that a model has made
+        if self.transformer is not None and not of_either:
+            network, data = isinstance(self.transformer, SanaWMConfig), isinstance(self.data, _WORLD_DATA)
+            which = "its network" if self.model is None else f"--model {self.model}"
+            if network and not data:
+                raise UserError(
+                    f"the preset {self.preset} trains on data without a camera, and {which} is a world model "
+                    "(SANA-WM); choose a preset whose clips have the camera's path: finetune_world, lora_world"
+                )
+            if data and not network:
+                raise UserError(
+                    f"the preset {self.preset} trains on clips with a camera, and {which} is no world model; choose a "
+                    "SANA-WM, or a preset of its own kind: finetune_video, lora_video, finetune, lora"
+                )
+        if not self.trains_a_world:
+            of_a_world = isinstance(self.chunk_causal, WorldChunksConfig)
+            _require(
+                "chunk-causal", "of a world model", not of_a_world or self.transformer is None, "for SANA-WM alone"
+            )
+            return
+        sampler = self.preview.sampler
+        _require("preview.sampler", sampler, bool(self.few_steps) or sampler == "flow_euler", "flow_euler for SANA-WM")
+        longsana = isinstance(self.chunk_causal, ChunkCausalConfig)
+        _require("chunk-causal", "of a video model", not longsana, "that of world models: sana_wm_2b_chunk_causal")
 
+
+_WORLD_DATA = MovingCameraDataConfig | WorldDataConfig
 _FOR_LONGSANA = TrajectoriesDataConfig | PromptsDataConfig
 
 

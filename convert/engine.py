@@ -141,6 +141,7 @@ def export_opened(
             files = f"{count} file{'s' if count > 1 else ''}"
             report(f"{_describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
             _say_missing(component, report)
+            _say_revision(component, report)
         _write_small(model, temporary)
         if model.index is not None:
             write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
@@ -202,6 +203,17 @@ def _say_missing(component: Component, report: Report) -> None:
         report(
             f"{where}exported without {part}, which is not in the source: diffusers reports these weights as missing; "
             "export the published directory to have them"
+        )
+
+
+def _say_revision(component: Component, report: Report) -> None:
+    """One line where diffusers would compute something else with what is exported."""
+    revision = getattr(component.network.config, "revision", "legacy")
+    if revision != "legacy":
+        where = f"{component.folder}: " if component.folder else ""
+        report(
+            f"{where}the revision is {revision}, which diffusers 0.42.1 does not know: it computes these weights as "
+            "legacy, without a word"
         )
 
 

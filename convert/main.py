@@ -38,6 +38,9 @@ class ImportConfig:
     """Of an original file: pixels per side that it was trained for, where the file does not say."""
     flow_shift: float | None = None
     """Of an original file: shift of the noise schedule; None: as published for the size."""
+    revision: Literal["legacy", "current"] | None = None
+    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
+    and says so) or by the original code now (current)."""
     components_from: str | None = None
     """Of an original file: published model whose text encoder, tokenizer and autoencoder complete it."""
     dry_run: bool = False
@@ -65,6 +68,9 @@ class ExportConfig:
     """Of an original file: pixels per side that it was trained for, where the file does not say."""
     flow_shift: float | None = None
     """Of an original file: shift of the noise schedule; None: as published for the size."""
+    revision: Literal["legacy", "current"] | None = None
+    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
+    and says so) or by the original code now (current)."""
     lora: Literal["only", "merged"] | None = None
     """Of a training run of a LoRA: its file alone, or the base model with it in its weights."""
     dry_run: bool = False
@@ -113,6 +119,9 @@ class InspectConfig:
     """Checkpoint of a training run by its step; None: the newest."""
     image_size: int | None = None
     """Of an original file: pixels per side that it was trained for, where the file does not say."""
+    revision: Literal["legacy", "current"] | None = None
+    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
+    and says so) or by the original code now (current)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +130,7 @@ class VerifyConfig:
 
     source: str
     """Model directory (published or converted), one component's directory, a training run, or an original file."""
-    component: tuple[Literal["text_encoder", "transformer", "controlnet", "vae", "pipeline"], ...] = ()
+    component: tuple[Literal["text_encoder", "connectors", "transformer", "controlnet", "vae", "pipeline"], ...] = ()
     """What to compare: one or several of these; none for all that there is."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of both sides. In bfloat16 ours must be about as near to PyTorch's float32 as PyTorch's own bfloat16 is."""
@@ -157,6 +166,9 @@ class VerifyConfig:
     """Checkpoint of a training run by its step; None: the newest."""
     image_size: int | None = None
     """Of an original file: pixels per side that it was trained for, where the file does not say."""
+    revision: Literal["legacy", "current"] | None = None
+    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
+    and says so) or by the original code now (current)."""
 
 
 def _import(config: ImportConfig) -> int:
@@ -176,8 +188,8 @@ def _export(config: ExportConfig) -> int:
     if config.lora is not None:
         from convert.lora import export_run
 
-        if config.image_size is not None or config.flow_shift is not None:
-            raise UserError("--image-size and --flow-shift have no meaning with --lora; leave them out")
+        if any(value is not None for value in (config.image_size, config.flow_shift, config.revision)):
+            raise UserError("--image-size, --flow-shift and --revision have no meaning with --lora; leave them out")
         export_run(
             config.source,
             config.destination,

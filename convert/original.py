@@ -76,6 +76,10 @@ def open_original(path: Path, choices: Choices) -> Model:
     if is_world_model(source):
         _refuse(choices, path, "image_size")
         return _open_world_model(path, choices, source, notes)
+    if choices.revision is not None:
+        raise UserError(
+            f"--revision {choices.revision}: {path.name} is no SANA-WM, which alone has two; leave the option out"
+        )
     axes = len(names["x_embedder.proj.weight"].shape) if "x_embedder.proj.weight" in names else 0
     if axes == 5 and any(name.endswith(".mlp.t_conv.weight") for name in names):
         _refuse(choices, path, "image_size")
@@ -147,14 +151,17 @@ def _open_world_model(path: Path, choices: Choices, source: TensorSource, notes:
 
     renamed = renamed_world_model(source)
     config = infer_world_model_config(renamed)
+    if choices.revision is not None:
+        config["revision"] = choices.revision
     network = network_of(config, f"the configuration inferred from {path.name}", renamed.tensors)
     problems = misfits(renamed, places(network.rules, network.abstract), network.ignored)
     if renamed.dropped:
         notes.append(_describe_dropped(renamed.dropped))
-    notes.append(
-        'computed as diffusers 0.42.1 does; "revision": "current" in transformer/config.json computes it as the '
-        "original code does now"
-    )
+    if choices.revision is None:
+        notes.append(
+            "computed as diffusers 0.42.1 does, revision legacy; --revision current computes it as the original code "
+            'does now, as "revision": "current" in transformer/config.json does'
+        )
     component = Component("transformer", network, config, renamed, problems, _files(path, source), "original")
     shift = choices.flow_shift
     if shift is None:

@@ -56,6 +56,7 @@ class Choices:
         checkpoint_step: of a training run; None for the newest.
         image_size: of an original file: pixels per side that it was trained for.
         flow_shift: of an original file: shift of the noise schedule.
+        revision: of an original file of SANA-WM: ``legacy`` or ``current``; None takes legacy, and says so.
     """
 
     variant: str | None = None
@@ -63,6 +64,7 @@ class Choices:
     checkpoint_step: int | None = None
     image_size: int | None = None
     flow_shift: float | None = None
+    revision: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +176,7 @@ def open_model(path: str | Path, choices: Choices | None = None, *, checksums: b
     if (path / INDEX).is_file() and (path / "checkpoints").is_dir():
         return _open_run(path, choices, checksums)
     _refuse(choices, path, "weights", "checkpoint_step")
+    _refuse_revision(choices, path)
     if (path / INDEX).is_file():
         return _open_directory(path, choices, checksums)
     if (path / CONFIG).is_file():
@@ -195,6 +198,14 @@ def _refuse(choices: Choices, path: Path, *names: str) -> None:
                 f"--{name.replace('_', '-')} {value} has no meaning for {path}, which has one set of weights; leave it "
                 "out"
             )
+
+
+def _refuse_revision(choices: Choices, path: Path) -> None:
+    if choices.revision is not None:
+        raise UserError(
+            f"--revision {choices.revision} is for an original file of SANA-WM; {path} has a config.json that says its "
+            'own, "revision" where it is not legacy: leave the option out, or write it there'
+        )
 
 
 def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
@@ -331,6 +342,7 @@ def _tree_misfits(saved: Any, abstract: Any) -> Misfits:
 def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     """A training run: its transformer or ControlNet, as a component of its own."""
     _refuse(choices, path, "variant", "image_size", "flow_shift")
+    _refuse_revision(choices, path)
     trained_from = BaseModelFile.read(path)
     controlnet = trained_from is not None and trained_from.kind == "controlnet"
     if trained_from is not None and trained_from.kind != "whole" and not controlnet:

@@ -15,6 +15,7 @@ _PIPELINES = {
     "SanaVideoPipeline": "sana_jax.pipelines.text_to_video",
     "SanaWMPipeline": "sana_jax.pipelines.world_model",
     "SanaWMRefiner": "sana_jax.pipelines.world_refiner",
+    "SanaWMStreamingPipeline": "sana_jax.pipelines.world_stream",
 }
 __all__ = [
     "CheckpointError",
@@ -26,6 +27,7 @@ __all__ = [
     "SanaVideoPipeline",
     "SanaWMPipeline",
     "SanaWMRefiner",
+    "SanaWMStreamingPipeline",
     "UserError",
 ]
 

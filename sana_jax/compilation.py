@@ -67,7 +67,7 @@ class Programs:
     """Compiled functions by what they are and the shapes they are for; each is compiled once."""
 
     def __init__(self) -> None:
-        self._compiled: dict[Any, jax.stages.Compiled] = {}
+        self._compiled: dict[Any, tuple[jax.stages.Compiled, int | None]] = {}
 
     def __len__(self) -> int:
         return len(self._compiled)
@@ -90,14 +90,20 @@ class Programs:
         seconds = 0.0
         if key not in self._compiled:
             begin = time.perf_counter()
-            self._compiled[key] = compile_ahead(name, jax.jit(function, donate_argnums=donate), *arguments)
+            compiled = compile_ahead(name, jax.jit(function, donate_argnums=donate), *arguments)
+            self._compiled[key] = compiled, _device_bytes(compiled)
             seconds = time.perf_counter() - begin
-        analysis = self._compiled[key].memory_analysis()
-        device_bytes = None
-        if analysis is not None:
-            parts = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
-            device_bytes = sum(parts) - analysis.alias_size_in_bytes
-        return Program(self._compiled[key], seconds, device_bytes)
+        compiled, device_bytes = self._compiled[key]
+        return Program(compiled, seconds, device_bytes)
+
+
+def _device_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """What a program holds on each device while it runs, by the compiler's own analysis."""
+    analysis = compiled.memory_analysis()
+    if analysis is None:
+        return None
+    parts = (analysis.argument_size_in_bytes, analysis.output_size_in_bytes, analysis.temp_size_in_bytes)
+    return sum(parts) - analysis.alias_size_in_bytes
 
 
 def _placement(leaf: Any) -> Any:

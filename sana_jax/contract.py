@@ -34,6 +34,7 @@ _SAMPLERS = {
     "FlowMatchEulerDiscreteScheduler": "flow_euler",
     "SCMScheduler": "scm",
     "LongSanaScheduler": "longsana",
+    "SanaWMStreamScheduler": "world_stream",
 }
 
 # (width, layers, q and k normalised, guidance as input) of the published networks

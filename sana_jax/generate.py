@@ -3,6 +3,7 @@
 ``python -m sana_jax.generate --model runs/digits --prompt "a handwritten seven" --output seven.png``
 ``python -m sana_jax.generate --model SANA-Video_2B_480p_diffusers --prompt "a tram in the rain" --output tram.mp4``
 ``python -m sana_jax.generate --model SANA-WM --image a.png --prompt "a street" --action "w-80,jw-40" --output a.mp4``
+``python -m sana_jax.generate --stream --model STUDENT --image a.png --prompt "a street" --action "w-960" --out a.mp4``
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ _PASSED = {
     "intrinsics": "intrinsics",
     "refiner": "refine",
     "refiner_checkpoint": "refiner_options",
+    "refiner_stream_blocks": "refine",
 }
 # as in diffusers, world models have another name for it
 _FRAMES = ("frames", "num_frames")
@@ -116,12 +118,16 @@ class GenerateConfig:
     """Frames per second at which a video is shown; None: the model's own, 16."""
     motion_score: int | None = None
     """How much a video should move, written behind the prompt as SANA-Video was trained; 30 is usual. None: nothing."""
+    stream: bool = False
+    """Makes a world chunk by chunk in constant memory, while the file grows; models that were distilled for it do so by
+    themselves."""
     resume: bool = False
-    """Goes on with a video of LongSANA that was interrupted, after its last whole block. All else as before."""
+    """Goes on with a video of LongSANA or a streamed world that was interrupted, after its last whole block. All else
+    as before."""
     num_cached_blocks: int | None = None
-    """How many earlier blocks a block of LongSANA sees, 0 for all; None: the model's own."""
+    """How many blocks a block of LongSANA or of a streamed world sees, 0 for all; None: the model's own."""
     block_frames: int | None = None
-    """Latent frames of LongSANA's blocks; a model that was trained with another number is refused."""
+    """Latent frames of such blocks; a model that was trained with another number is refused."""
     action: str | None = None
     """The camera's path of a world model: keys and for how many frames they are held, as in "w-80,jw-40,w-40"; see
     python -m sana_jax.camera --help. The video has one frame more."""
@@ -135,6 +141,9 @@ class GenerateConfig:
     """Directory of SANA-WM's refiner, or its name on the Hub; None: no refining."""
     refiner_checkpoint: str | None = None
     """A folder that keeps every block as it is refined; the same call goes on behind the last one."""
+    refiner_stream_blocks: bool = False
+    """Keeps the refiner's blocks in host memory and copies each to the device while the one before it computes: 1.4 GB
+    of weights there in place of 26 GB; slower where copying is."""
     sampler: Literal["dpm_solver", "flow_euler"] | None = None
     """How steps are taken; None: as the model says."""
     flow_shift: float | None = None
@@ -161,7 +170,8 @@ class GenerateConfig:
     pag_layers: tuple[int, ...] | None = None
     """Layers that it perturbs; None: the authors' choice for the model."""
     timesteps: tuple[float, ...] | None = None
-    """SANA-Sprint's angles from noise to 0, one more than steps; None: 1.5708, 1.3, 0 for two steps, else even."""
+    """SANA-Sprint's angles from noise to 0, one more than steps; None: 1.5708, 1.3, 0 for two steps, else even. Of a
+    streamed world, whole numbers from 1000 down; None: the model's own."""
     instruction: Literal["default", "none"] = "default"
     """Whether the instruction to enrich the prompt, with which SANA was trained, stands before it."""
     max_sequence_length: int | None = None
@@ -248,9 +258,9 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     _announce(config, pipeline, settings)
     number = "num_videos_per_prompt" if is_video else "num_images_per_prompt"
     fixed = {number: config.num_images, "seed": config.seed, "progress_bar": True}
-    if _is_long(pipeline):
+    if _grows(pipeline):
         fixed = {"seed": config.seed, **long_video_arguments(config, settings, _metadata(config, settings))}
-    if _is_world(pipeline):
+    elif _is_world(pipeline):
         del fixed[number]
     with _with_option_names():
         if config.sweep is not None:
@@ -267,7 +277,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         pictures = [one.images for one in results]
         metadata = _metadata(config, settings)
         return save_sweep(config.output, sweep, pictures, labels, enlarge=config.enlarge, metadata=metadata)
-    if _is_long(pipeline):
+    if _grows(pipeline):
         print(f"video: {result.path}, {result.frame_count} frames, {result.frame_count / result.fps:.2f} seconds")
         return result.path
     if is_video:
@@ -282,22 +292,40 @@ def _is_video(pipeline: SamplingPipeline) -> bool:
 
 def _check_output(config: GenerateConfig, directory: pathlib.Path) -> None:
     """Raises ``UserError`` for an output that the model does not make, before its weights are looked at."""
-    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, WORLD_PIPELINE, pipeline_of
+    from sana_jax.pipelines.model_directory import GROWING_PIPELINES, VIDEO_PIPELINES, WORLD_PIPELINES
 
-    if (name := pipeline_of(directory)) == WORLD_PIPELINE:
-        check_world(config)
+    if (name := _pipeline_name(config, directory)) in WORLD_PIPELINES:
+        check_world(config, streams=name in GROWING_PIPELINES)
     if name in VIDEO_PIPELINES:
-        check_video_output(config, grows=name == "LongSanaVideoPipeline")
+        check_video_output(config, grows=name in GROWING_PIPELINES)
     elif config.sweep is None:
         check_png_path(config.output)
 
 
 def _is_world(pipeline: SamplingPipeline) -> bool:
-    return pipeline.class_name == "SanaWMPipeline"
+    from sana_jax.pipelines.model_directory import WORLD_PIPELINES
+
+    return pipeline.class_name in WORLD_PIPELINES
 
 
-def _is_long(pipeline: SamplingPipeline) -> bool:
-    return pipeline.class_name == "LongSanaVideoPipeline"
+def _grows(pipeline: SamplingPipeline) -> bool:
+    """Whether it writes a video while it makes it."""
+    from sana_jax.pipelines.model_directory import GROWING_PIPELINES
+
+    return pipeline.class_name in GROWING_PIPELINES
+
+
+def _pipeline_name(config: GenerateConfig, directory: pathlib.Path) -> str:
+    """The pipeline that the model is for, or the one that ``--stream`` asks for."""
+    from sana_jax.pipelines.model_directory import WORLD_PIPELINES, WORLD_STREAM, pipeline_of
+
+    name = pipeline_of(directory)
+    if config.stream and name not in WORLD_PIPELINES:
+        raise UserError(
+            f"--stream would not be used by {name}, which is what {config.model} is for; worlds are streamed: leave it "
+            "out, or choose another model"
+        )
+    return WORLD_STREAM if config.stream else name
 
 
 @contextlib.contextmanager
@@ -327,13 +355,14 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
         text_to_image,
         text_to_video,
         world_model,
+        world_stream,
     )
-    from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, WORLD_PIPELINE, pipeline_of
+    from sana_jax.pipelines.model_directory import GROWING_PIPELINES, VIDEO_PIPELINES, WORLD_PIPELINES
     from sana_jax.pipelines.opening import find_model
 
     directory = find_model(config.model, config.variant) if directory is None else directory
-    name = "SanaControlNetPipeline" if config.controlnet is not None else pipeline_of(directory)
-    if name in VIDEO_PIPELINES and name not in ("LongSanaVideoPipeline", WORLD_PIPELINE):
+    name = "SanaControlNetPipeline" if config.controlnet is not None else _pipeline_name(config, directory)
+    if name in VIDEO_PIPELINES and name not in (*GROWING_PIPELINES, *WORLD_PIPELINES):
         wanted = "SanaVideoPipeline" if config.image is None else "SanaImageToVideoPipeline"
         if wanted != name and config.image is None:
             print("no --image is given, so the video is made from the text alone, with the same weights")
@@ -356,7 +385,8 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
             "SanaVideoPipeline": text_to_video.SanaVideoPipeline,
             "SanaImageToVideoPipeline": image_to_video.SanaImageToVideoPipeline,
             "LongSanaVideoPipeline": long_video.LongSanaVideoPipeline,
-            WORLD_PIPELINE: world_model.SanaWMPipeline,
+            "SanaWMPipeline": world_model.SanaWMPipeline,
+            "SanaWMStreamingPipeline": world_stream.SanaWMStreamingPipeline,
         }
         pipeline = classes[name].from_pretrained(directory, **options, **training_run)
     _choose_sampler(config, pipeline)
@@ -371,11 +401,11 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
 
 def _choose_sampler(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
     """The sampler that is asked for, with the model's flow shift unless another is asked for."""
-    from sana_jax.diffusion.samplers import SAMPLERS, SCM, LongSanaSampler, make_sampler
+    from sana_jax.diffusion.samplers import SAMPLERS, SCM, LongSanaSampler, WorldStreamSampler, make_sampler
 
     if config.sampler is None and config.flow_shift is None:
         return
-    if isinstance(pipeline.sampler, SCM | LongSanaSampler):
+    if isinstance(pipeline.sampler, SCM | LongSanaSampler | WorldStreamSampler):
         raise UserError(
             f"--sampler and --flow-shift would not be used by {type(pipeline).__name__}, which has a sampler of its "
             "own; leave them out"
@@ -506,7 +536,7 @@ def _announce(config: GenerateConfig, pipeline: SamplingPipeline, settings: dict
         size += f" from {config.image}" if height and width else ""
         size += f", strength {DEFAULT_STRENGTH if config.strength is None else config.strength:g}"
         size += f" where {config.mask} is white" if config.mask is not None else ""
-    count = 1 if _is_long(pipeline) else len(config.prompt) * config.num_images
+    count = 1 if _grows(pipeline) else len(config.prompt) * config.num_images
     print(
         f"sampling: {count} x {size}, {settings['steps']} steps of "
         f"{settings['sampler']}, guidance {settings['guidance_scale']:g}{acts}, seed {config.seed}, "

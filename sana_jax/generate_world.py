@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _PATH = '--action "w-80,jw-40,w-40", or --c2w poses.npy'
 
 
-def check_world(config: GenerateConfig) -> None:
+def check_world(config: GenerateConfig, *, streams: bool = False) -> None:
     """Raises ``UserError`` for options that a world model lacks or does not have, before its weights are looked at."""
     if config.image is None:
         raise UserError(f"--image is missing; {config.model} makes videos that begin with a picture: name one")
@@ -32,6 +32,13 @@ def check_world(config: GenerateConfig) -> None:
         )
     if config.refiner_checkpoint is not None and config.refiner is None:
         raise UserError("--refiner-checkpoint would not be used without --refiner; name the refiner's directory")
+    if config.refiner_checkpoint is not None and streams:
+        raise UserError(
+            "--refiner-checkpoint would not be used by a streamed world, which keeps its blocks beside the output "
+            "until it is whole; leave it out, and go on with --resume"
+        )
+    if config.refiner_stream_blocks and config.refiner is None:
+        raise UserError("--refiner-stream-blocks would not be used without --refiner; name the refiner's directory")
 
 
 def world_arguments(
@@ -59,7 +66,9 @@ def world_arguments(
         made["intrinsics"] = read_intrinsics_option(config.intrinsics)
     if config.refiner is not None:
         made["refine"] = _open_refiner(config, pipeline)
-        made["refiner_options"] = {"seed": config.seed, "checkpoint_dir": config.refiner_checkpoint}
+        made["refiner_options"] = {"seed": config.seed}
+        if config.refiner_checkpoint is not None:
+            made["refiner_options"]["checkpoint_dir"] = config.refiner_checkpoint
         print("the refiner leaves the first frame out, which anchors it")
     settings = {
         "frames": len(path),
@@ -118,6 +127,7 @@ def _open_refiner(config: GenerateConfig, pipeline: SanaWMPipeline) -> Any:
         variant=config.variant,
         autoencoder=pipeline.autoencoder,
         residency=pipeline.residency,
+        stream_blocks=config.refiner_stream_blocks,
     )
     for line in describe_plan(refiner.residency, refiner.networks):
         print(f"in memory for the refiner: {line}")

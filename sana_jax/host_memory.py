@@ -1,13 +1,35 @@
-"""What the C library does with memory that a program gives back."""
+"""The host's memory: how much of it there is, and what the C library does with what a program gives back."""
 
 from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import pathlib
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _KEPT_BYTES = 2**31 - 1
+
+
+# Of a container: what it may use, and what it uses.
+_CONTAINER_LIMIT, _CONTAINER_USE = "sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"
+
+
+def available_host_bytes(root: str = "/") -> int | None:
+    """Bytes of memory that a program can still take, a container's limit included; None where Linux does not say.
+
+    ``root`` is where the system's files are.
+    """
+    try:
+        lines = pathlib.Path(root, "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+    try:
+        limit, use = (int(pathlib.Path(root, name).read_text()) for name in (_CONTAINER_LIMIT, _CONTAINER_USE))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return max(0, min(free, limit - use))
 
 
 def keep_freed_memory(device: str = "auto") -> bool:

@@ -14,20 +14,26 @@ import numpy as np
 
 from configs.data import ImageDataConfig, MovingDigitsDataConfig, VideoDataConfig
 from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
+from configs.moving_camera import MovingCameraDataConfig
 from configs.schema import DigitsDataConfig, RunConfig
+from configs.world import WorldChunksConfig
+from configs.world_data import WorldDataConfig
 from kernels.typing import Float, Int
 from sana_jax.autoencoders import Autoencoder, VideoAutoencoder
 from sana_jax.autoencoders.base import pixel_frames
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.pipelines.model_directory import WORLD_PIPELINE, WORLD_STREAM
 from sana_jax.pipelines.opening import find_model
 from sana_jax.pipelines.text_to_image import SanaPipeline
 from sana_jax.text_encoders import TextEncoder
 from train.base_model import BaseModel, absolute, open_base_model, open_encoders, settle
+from train.batch import FRAME_VALID
 from train.data import CachedData, Dataset, DigitsData
 from train.data.conditions import KINDS
 from train.data.prior import WithPrior, draw_prior_pictures
 from train.data.video.joint import JointData
+from train.data.video.moving_camera import MovingCameraData
 from train.data.video.moving_digits import MovingDigitsData
 from train.distributed import on_first_process
 from train.longsana_data import open_prompts_data, open_trajectories
@@ -35,6 +41,7 @@ from train.precompute import precompute
 from train.preemption import StopRequest
 from train.recipes import DataShapes, Recipe, make_recipe
 from train.video_data import open_video_data
+from train.world_data import open_world_data
 
 _DIGITS_FPS = 4.0  # slow enough to follow a digit of 8 pixels
 
@@ -86,7 +93,9 @@ class RunParts(NamedTuple):
     def pipeline(self) -> str:
         """The pipeline that samples what the run trains."""
         if self.config.few_steps is not None:
-            return "LongSanaVideoPipeline"
+            return WORLD_STREAM if self.config.few_steps.is_world else "LongSanaVideoPipeline"
+        if self.config.trains_a_world:
+            return WORLD_PIPELINE
         if self.recipe.kind in ("controlnet", "sprint"):
             return {"controlnet": "SanaControlNetPipeline", "sprint": "SanaSprintPipeline"}[self.recipe.kind]
         if self.base is not None:
@@ -136,7 +145,8 @@ def open_base(config: RunConfig) -> tuple[RunConfig, BaseModel | None]:
         "a LoRA beside": config.lora,
         "a ControlNet beside": config.controlnet,
         "a student beside": config.sprint,
-        "causal blocks from": config.chunk_causal,
+        # a world model may learn them from nothing
+        "causal blocks from": None if isinstance(config.chunk_causal, WorldChunksConfig) else config.chunk_causal,
         "a few-step generator from": config.few_steps,
     }
     wanted = [name for name, settings in learners.items() if settings is not None]
@@ -186,8 +196,8 @@ def assemble(
     if isinstance(config.data, DigitsDataConfig):
         dataset = DigitsData(config.data)
         return RunParts(config, base, dataset, make_recipe(config), dataset.text_encoder, dataset.autoencoder)
-    if isinstance(config.data, MovingDigitsDataConfig):
-        dataset = MovingDigitsData(config.data)
+    if isinstance(config.data, MovingDigitsDataConfig | MovingCameraDataConfig):
+        dataset = made_clips(config.data)
         recipe = make_recipe(config, _data_shapes(config, dataset, dataset.autoencoder))
         return RunParts(config, base, dataset, recipe, dataset.text_encoder, dataset.autoencoder)
     encoders = base or open_encoders(config)
@@ -208,6 +218,11 @@ def assemble(
     return RunParts(config, base, dataset, recipe, encoders.parts.text_encoder, encoders.parts.autoencoder, encoders)
 
 
+def made_clips(data: MovingDigitsDataConfig | MovingCameraDataConfig) -> MovingDigitsData | MovingCameraData:
+    """Clips that are made in memory, with an autoencoder and a text encoder of their own."""
+    return (MovingDigitsData if isinstance(data, MovingDigitsDataConfig) else MovingCameraData)(data)
+
+
 def _on_videos(
     config: RunConfig, base: BaseModel | None, encoders: BaseModel, say: Callable[[str], None], stop: StopRequest
 ) -> RunParts | None:
@@ -217,6 +232,8 @@ def _on_videos(
         dataset = open_trajectories(config, model, say)
     elif isinstance(config.data, PromptsDataConfig):
         dataset = open_prompts_data(config, model, say, stop)
+    elif isinstance(config.data, WorldDataConfig):
+        dataset = open_world_data(config, model, say, stop)
     else:
         dataset = open_video_data(config, model, say, stop)
     if dataset is None:
@@ -251,7 +268,7 @@ def _data_shapes(config: RunConfig, dataset: TrainingData, autoencoder: VideoAut
 
 def _check_conditions(wanted: Sequence[str], dataset: CachedData | JointData | WithPrior) -> None:
     """Raises ``UserError`` unless the data has just the conditions that the recipe reads."""
-    there = set(dataset.condition_shapes(dataset.preview_shape))
+    there = set(dataset.condition_shapes(dataset.preview_shape)) - {FRAME_VALID}
     if missing := sorted(set(wanted) - there):
         raise UserError(
             f"the network reads the condition {missing[0]}, which the data does not have; declare it with "

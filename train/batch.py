@@ -8,6 +8,12 @@ from typing import NamedTuple
 from kernels.typing import Array, Float, Int
 
 NO_CONDITIONS: Mapping[str, Array] = {}
+# Conditions of world models: what the network is told of the camera of every latent frame (B, T, 20), Plücker
+# coordinates (B, T, H, W, 6·temporal factor), both as ``sana_jax.camera.camera_inputs`` makes them, and which frames
+# are no padding (B, T). The names of the first two are those of the network's arguments.
+CAMERA, PLUCKER, FRAME_VALID = "camera_conditions", "chunk_plucker", "frame_valid"
+# What previews of world models are given beside them: the latents (B, 1, H, W, C) that the clips begin with.
+FIRST_FRAME = "first_frame"
 
 
 class Batch(NamedTuple):

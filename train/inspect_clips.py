@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
 from configs.data import VideoDataConfig
+from configs.world_data import WorldDataConfig
+from sana_jax.camera import field_of_view, relative_poses, summarize_trajectory
 from sana_jax.errors import UserError
 from sana_jax.images import image_grid, save_png
 from train.data.buckets import BucketPlan, assign_buckets
@@ -24,6 +28,8 @@ from train.data.source import (
 from train.data.video.clips import Examined, examine, first_pixels
 from train.data.video.sizes import clip_sizes
 from train.data.video.source import ClipSource, refuse_no_clips
+from train.data.world.paths import rows_of_intrinsics
+from train.data.world.source import WorldSource
 from train.inspect_data import (
     check_options,
     describe_captions,
@@ -56,9 +62,23 @@ class InspectClipsConfig(VideoDataConfig):
     """Also draw the first, the middle and the last frame of some videos into this PNG."""
     clips: bool = True
     """Look for videos."""
+    cameras: bool = False
+    """Look for the camera's path beside each video, as training of world models does."""
+    pose_column: str = WorldDataConfig.pose_column
+    """Column of a manifest that names each video's .npz or .npy."""
+    axes: Literal["opencv", "opengl"] = "opencv"
+    """Which way the cameras look: along z with y down (opencv), or along -z with y up (opengl)."""
+    field_of_view: float | None = None
+    """Degrees that the cameras span across, where the data has no intrinsics."""
 
     def __post_init__(self):
         super().__post_init__()
+        own = ("pose_column", "axes", "field_of_view")
+        changed = [name for name in own if getattr(self, name) != getattr(type(self), name)]
+        if changed and not self.cameras:
+            raise UserError(
+                f"--{changed[0].replace('_', '-')} is not read without --cameras; add that, or leave it out"
+            )
         check_options(self)
         if self.joint_interval:
             raise UserError("--joint-pictures are not looked at here; inspect them by themselves, with --no-clips")
@@ -81,10 +101,12 @@ def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print
         if record.key in looked and looked[record.key].problem is not None
     ]
     say_head(source, damaged, say)
-    clips = ClipSource(source, config)
+    clips = WorldSource(source, _as_worlds(config)) if config.cameras else ClipSource(source, config)
     for line in (*_describe_times(source, looked), *describe_sizes([record.size for record in source.records])):
         say(line)
     for line in _describe_clips(clips):
+        say(line)
+    for line in _describe_cameras(clips) if config.cameras else ():
         say(line)
     plan = None
     if clips.records:
@@ -103,6 +125,32 @@ def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print
     if config.contact_sheet is not None:
         _draw_sheet(source, config)
         say(f"contact sheet: {config.contact_sheet}")
+
+
+def _as_worlds(config: InspectClipsConfig) -> WorldDataConfig:
+    """The same options as training of world models takes them."""
+    names = {field.name for field in dataclasses.fields(WorldDataConfig)} & {
+        field.name for field in dataclasses.fields(config)
+    }
+    given = {name: getattr(config, name) for name in names - {"clip_size", "resolution"}}
+    return WorldDataConfig(**given)
+
+
+def _describe_cameras(clips: WorldSource) -> list[str]:
+    """How far the cameras of the videos move and turn, and what they span."""
+    first = {cut.video.key: key for key, cut in reversed(clips.cuts.items())}
+    records = {record.key: record for record in clips.records}
+    paths = [(clips.path_of(records[key]), records[key].size) for key in first.values()]
+    if not paths:
+        return ["cameras: none that can be used"]
+    summaries = [summarize_trajectory(relative_poses(path.c2w)) for path, _ in paths]
+    fields = [float(field_of_view(rows_of_intrinsics(path.intrinsics, 1), *size)[0, 0]) for path, size in paths]
+    return [
+        f"cameras: {len(paths)}; paths of {spread([each.path_length for each in summaries], '.3g')} units, longest "
+        f"step {max(each.longest_step for each in summaries):.3g}",
+        f"cameras: turned by {spread([each.turned for each in summaries], '.3g')} degrees, and span "
+        f"{spread(fields, '.3g')} degrees across",
+    ]
 
 
 def _look_inside(source: IndexedSource, config: VideoDataConfig) -> dict[str, Examined]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from configs.schema import RunConfig
 from sana_jax.errors import UserError
 from sana_jax.pipelines.model_directory import ModelDirectory
+from train.batch import CAMERA, PLUCKER
 from train.data.cache import FORMAT, PROMPTS, CacheIdentity, CacheWriter
 from train.data.encoding import prompt_dtype
 from train.data.prompt_lists import read_prompts
@@ -22,6 +23,7 @@ from train.data.prompts import PromptsData, latent_shape, texts_of
 from train.data.shard_filler import StoppedError
 from train.data.trajectories import MAKING, TrajectoriesData, encoders_identity
 from train.distributed import on_first_process
+from train.networks import network_conditions
 from train.preemption import StopRequest
 
 Say = Callable[[str], None]
@@ -47,12 +49,23 @@ def open_trajectories(config: RunConfig, model: ModelDirectory, say: Say = print
     timesteps = None if config.ode is None else config.ode.timesteps
     data = TrajectoriesData(config.data.path, timesteps=timesteps)
     data.check_model(model, say)
+    _check_camera(data, network_conditions(model.transformer_config))
     with _one_device():
         try:
             data.add_prompts(config.preview.prompts, model.text_encoder, say)
         finally:
             free(model.text_encoder)
     return data
+
+
+def _check_camera(data: TrajectoriesData, wanted: Sequence[str]) -> None:
+    """Raises ``UserError`` unless the trajectories have a camera's path just where the network is told of one."""
+    there = [name for name in (CAMERA, PLUCKER) if name in data.condition_shapes(data.preview_shape)]
+    if sorted(there) != sorted(wanted):
+        raise UserError(
+            f"the trajectories {data.directory} have {', '.join(there) or 'no camera'}, and the model is told "
+            f"{', '.join(wanted) or 'of none'}; make them again with {MAKING} and a teacher of the model's kind"
+        )
 
 
 def open_prompts_data(
@@ -86,15 +99,34 @@ def open_prompts_data(
 def _prepare(
     config: RunConfig, model: ModelDirectory, prompts: Sequence[str], say: Say, stop: StopRequest | None
 ) -> Path | None:
-    """Completes the cache of the encoded prompts; its directory, or None if asked to stop."""
-    data, encoder = config.data, model.text_encoder
+    """Completes the cache of the encoded prompts, with motion scores; its directory, or None if asked to stop."""
+    data = config.data
+    wanted = texts_of(prompts, data.motion_score)
+    if data.real_motion_score is not None:
+        wanted += texts_of(prompts, data.real_motion_score)
+    return prepare_prompts(config, model, wanted, say, stop)
+
+
+def prepare_prompts(
+    config: RunConfig, model: ModelDirectory, texts: Sequence[str], say: Say, stop: StopRequest | None
+) -> Path | None:
+    """Completes a cache of encoded prompts alone: of these texts and of the previews' prompts.
+
+    Args:
+        config: where the cache is: ``data.cache``, or beside the run, by ``data.path``.
+        model: whose text encoder reads them; its weights are not in memory afterwards.
+        texts: what is wanted.
+        say: prints a line.
+        stop: a request to stop.
+
+    Returns:
+        The cache's directory; None if a request to stop came meanwhile.
+    """
+    encoder = model.text_encoder
     encoding = {name: value for name, value in encoders_identity(model).items() if name.startswith("text_encoder.")}
     identity = CacheIdentity({"format": FORMAT, **encoding, "prompts.dtype": prompt_dtype(encoder)})
     directory = _directory(config, identity)
-    wanted = [*texts_of(prompts, data.motion_score), *config.preview.prompts]
-    if data.real_motion_score is not None:
-        wanted += texts_of(prompts, data.real_motion_score)
-    wanted = [text for text in dict.fromkeys(wanted) if text.strip()]
+    wanted = [text for text in dict.fromkeys([*texts, *config.preview.prompts]) if text.strip()]
     with _one_device(), CacheWriter(directory, identity, say=say) as cache:
         there = cache.present(PROMPTS)
         missing = [text for text in wanted if ("text", text) not in there]

@@ -43,6 +43,7 @@ from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
 from train.distributed import describe_processes, join_processes
+from train.fake_score_start import FAKE, FakeScoreStart, open_fake_score_start
 from train.longsana_step import STREAM
 from train.memory import advice_when_memory_ends
 from train.metrics import MetricsWriter, Progress, clock, summarise
@@ -139,7 +140,8 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     if continuing:
         held.enter_context(run_directory.hold(config))
     base_weights = None if base is None else base.abstract_weights(mesh, config.compute.dtype)
-    start = None if run_directory.has_checkpoint(Path(config.run_dir)) else open_start(config)
+    begun = run_directory.has_checkpoint(Path(config.run_dir))
+    start, fake = (None, None) if begun else (open_start(config), open_fake_score_start(config))
     # Layers and patterns that are not there are found before the pictures are prepared, which may take hours.
     plan = plan_state(config, make_recipe(config), base_weights, mesh)
     parts = assemble(config, base, say, stop)
@@ -179,7 +181,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     else:
         if continuing:
             say(f"{config.run_dir} has no checkpoint yet: starting at step 0")
-        state = _first_state(plan, base_weights, weights, start, say)
+        state = _first_state(plan, base_weights, weights, start, fake, say)
     frozen = recipe.frozen(weights.params, mesh) if recipe.keeps_base else None
     if weights is not None and not recipe.keeps_base:
         weights.free()
@@ -226,11 +228,16 @@ def _first_state(
     abstract_base: PyTree | None,
     base: Resident | None,
     start: BaseModel | None,
+    fake: FakeScoreStart | None,
     say: Callable[[str], None],
 ) -> TrainState:
-    """The state of step 0; the sampled network begins as ``start``, where that is not the base model."""
+    """The state of step 0; the sampled network and the fake score begin as ``start`` and ``fake``, where these are not
+    the base model."""
     initialize = compile_ahead("the first state", plan.initialize, abstract_base, say=say)
     state = initialize(None if base is None else base.params)
+    if fake is not None:
+        state = state._replace(params={**state.params, FAKE: fake.weights(plan.abstract.params[FAKE])})
+        say(f"the fake score begins as that of {fake.directory}")
     if start is None:
         return state
     own = start.weights(plan.abstract.params["transformer"]).params
@@ -454,7 +461,9 @@ class Run:
             )
         model, prompt = shlex.quote(config.run_dir), shlex.quote(self.previewer.example_prompt)
         control = " --control-image PICTURE" if self.parts.recipe.kind == "controlnet" else ""
-        if self.parts.recipe.kind == "lora":
+        if self.config.trains_a_world:
+            control = f" --image PICTURE --action w-{self.parts.frames - 1}"
+        elif self.parts.recipe.kind == "lora":
             control = "".join(f" --condition {name}=VALUE" for name in self.parts.recipe.conditions)
         what, out = ("clips", "clip.gif") if config.trains_on_clips else ("pictures", "picture.png")
         out = "clip.mp4" if config.few_steps is not None else out  # which grows block by block

@@ -2,7 +2,8 @@
 
 ODE initialisation trains on what it keeps.
 
-The teacher is any SANA-Video model: published, converted or trained. Of each trajectory the states at the listed
+The teacher is any SANA-Video or SANA-WM model: published, converted or trained. A world's begin with the first frames
+of clips and have their camera's paths, which are kept as well. Of each trajectory the states at the listed
 timesteps are kept, and the end. Trajectory i is a function of the seed and i alone, and begins with the noise that the
 pipeline gives its video i at this seed; prompt i is that of the list, which begins anew where it is used up. An
 interrupted command goes on where it stopped, and leaves the same files. One device computes.
@@ -32,18 +33,21 @@ import numpy as np
 
 from configs.data import ImageDataConfig, MovingDigitsDataConfig
 from kernels.typing import Array, Float, Int
-from sana_jax.autoencoders.base import latent_frames
+from sana_jax.autoencoders.base import latent_frames, pixel_frames
 from sana_jax.command_line import parse
 from sana_jax.compilation import enable_compilation_cache, readable_bytes
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.diffusion.samplers.longsana import DENOISING_STEPS
+from sana_jax.diffusion.samplers.world_model import chunk_starts
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.pipelines.checks import check_multiple
-from sana_jax.pipelines.model_directory import ModelDirectory, read_model_directory
+from sana_jax.pipelines.model_directory import WORLD_PIPELINE, ModelDirectory, pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
 from sana_jax.pipelines.sampling_function import Encoded, VideoNetwork, guided_velocity, is_guided
 from sana_jax.pipelines.text_to_video import SanaVideoPipeline
 from sana_jax.pipelines.video_base import DEFAULT_FRAMES
+from sana_jax.pipelines.world_model import SanaWMPipeline
+from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork
 from train.data.cache import (
     FORMAT,
     IDENTITY_FILE,
@@ -65,6 +69,7 @@ from train.data.video.moving_digits import MovingDigitsData
 from train.objectives.longsana.ode import TRAJECTORY, teacher_levels, teacher_trajectory
 from train.preemption import StopRequest, exit_status
 from train.run_directory import CONFIG_NAME, read_config
+from train.world_clips import WorldClips, camera_arrays, open_world_clips
 
 PROG = "python -m train.make_trajectories"
 VARIANT = "center"  # the only one that a trajectory has
@@ -80,14 +85,22 @@ class MakeTrajectoriesConfig:
     """Follows a teacher's sampling from noise to videos and keeps the states that ODE initialisation trains on."""
 
     model: str
-    """The teacher: a SANA-Video model's directory or a training run, or its name on the Hub."""
+    """The teacher: a SANA-Video or SANA-WM model's directory or a training run, or its name on the Hub."""
     out: str
     """Directory of the trajectories; one that was interrupted is continued."""
     prompts: str | None = None
     """A text file with one prompt per line, or a manifest (jsonl, csv) with captions; None: the captions that the
     teacher was trained on, where these are moving digits'."""
+    data: str | None = None
+    """Of a world model: the cache of clips with the camera's path, of which first frames, paths and captions are taken;
+    None: the clips that the teacher was trained on, where these are made in memory."""
+    num_clips: int | None = None
+    """Of a world model: how many of the clips, spread evenly over them; None: all."""
     per_caption: int = 1
-    """Trajectories of each prompt."""
+    """Trajectories of each prompt, or of each clip."""
+    block_frames: int | None = None
+    """Of a world model: latent frames of the causal blocks that it is sampled in, of which the first has one more.
+    None: as it was trained, which is bidirectional but for a run in causal blocks."""
     frames: int | None = None
     """Frames of each video; None: the teacher's own."""
     height: int | None = None
@@ -103,6 +116,9 @@ class MakeTrajectoriesConfig:
     timesteps: tuple[int, ...] = DENOISING_STEPS
     """Where states are kept, from noise on; the end is kept as well. The published list goes with 48 steps at flow
     shift 8."""
+    snap: bool = False
+    """Move the step nearest to each timestep onto it, by five at most. SANA-WM's list, 1000 967 908 764, goes with 60
+    steps at flow shift 9.8, moved so."""
     seed: int = 0
     """Seed of the noise."""
     batch_size: int = 4
@@ -117,7 +133,7 @@ class MakeTrajectoriesConfig:
     def __post_init__(self):
         for name in ("per_caption", "num_steps", "batch_size"):
             _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("frames", "height", "width"):
+        for name in ("num_clips", "block_frames", "frames", "height", "width"):
             value = getattr(self, name)
             _require(name, value, value is None or value >= 1, "1 or more")
         _require("flow_shift", self.flow_shift, 0 < self.flow_shift < math.inf, "above 0")
@@ -129,7 +145,7 @@ class MakeTrajectoriesConfig:
         within = bool(steps) and steps[0] <= 1000 and steps[-1] > 0
         allowed = "timesteps that fall, at most 1000 and above 0"
         _require("timesteps", " ".join(map(str, steps)) or "(none)", falls and within, allowed)
-        teacher_levels(steps, self.num_steps, self.flow_shift)
+        teacher_levels(steps, self.num_steps, self.flow_shift, self.snap)
 
 
 def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
@@ -143,12 +159,13 @@ class BatchInputs(NamedTuple):
     indices: Int[Array, " B"]
     positive: Encoded
     negative: Encoded | None
+    given: WorldGiven | None = None
 
 
 class Teacher(NamedTuple):
     """The teacher, and what of its videos the options left open; its weights are read when they are needed."""
 
-    pipeline: SanaVideoPipeline
+    pipeline: SanaVideoPipeline | SanaWMPipeline
     model: ModelDirectory
     guidance_scale: float
     frames: int
@@ -156,10 +173,16 @@ class Teacher(NamedTuple):
     """Height and width in pixels."""
     dtype: str
     """What states are kept in."""
+    clips: WorldClips | None = None
+    """Of a world model."""
+    block_starts: tuple[int, ...] | None = None
+    """Of a world model that is sampled in causal blocks."""
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """(C, T, h, w) of a video's latents, the order in which noise is drawn."""
+        if self.clips is not None:
+            return self.clips.latent_shape
         autoencoder, (height, width) = self.model.autoencoder, self.size
         frames = latent_frames(self.frames, autoencoder.temporal_factor)
         factor = autoencoder.spatial_factor
@@ -168,8 +191,11 @@ class Teacher(NamedTuple):
     def identity(self, config: MakeTrajectoriesConfig) -> CacheIdentity:
         """Everything that the trajectories are a function of, beside the prompts."""
         pipeline, (height, width) = self.pipeline, self.size
+        own = {} if self.clips is None else {**self.clips.identity, "teacher.block_starts": self._starts}
+        own |= {"trajectories.snap": True} if config.snap else {}
         return CacheIdentity(
             {
+                **own,
                 "format": FORMAT,
                 **encoders_identity(self.model),
                 "teacher.weights": pipeline.checkpoint_id,
@@ -190,21 +216,35 @@ class Teacher(NamedTuple):
             }
         )
 
+    @property
+    def _starts(self) -> list[int] | None:
+        return None if self.block_starts is None else list(self.block_starts)
+
     def trajectories(
         self, config: MakeTrajectoriesConfig, example: BatchInputs
     ) -> Callable[..., Float[Array, "B S T h w C"]]:
-        """``fn(indices, positive, negative)`` -> trajectories of these indices, the end last; compiled for inputs of
-        the example's shapes, which is said."""
+        """``fn(inputs)`` -> trajectories of these indices, the end last; compiled for inputs of the example's shapes,
+        which is said. Frames that are given are clean in all states."""
         pipeline, network = self.pipeline, VideoNetwork(self.pipeline.transformer)
+        if self.clips is not None:
+            network = WorldNetwork(self.pipeline.transformer, self.block_starts)
         shape = self.latent_shape
 
-        def run(params, indices, positive, negative):
+        def run(params, indices, positive, negative, given):
             noise = jnp.moveaxis(trajectory_noise(config.seed, indices, shape), 1, -1)
+            noise = noise if given is None else noise[:, given.frames.shape[1] :]
 
             def velocity(latents, timestep):
-                return guided_velocity(network, params, latents, timestep, positive, negative, self.guidance_scale)
+                return guided_velocity(
+                    network, params, latents, timestep, positive, negative, self.guidance_scale, control=given
+                )
 
-            return teacher_trajectory(velocity, noise, config.timesteps, config.num_steps, config.flow_shift)
+            steps = (config.timesteps, config.num_steps, config.flow_shift, config.snap)
+            states = teacher_trajectory(velocity, noise, *steps)
+            if given is None:
+                return states
+            first = jnp.broadcast_to(given.frames[:, None], (*states.shape[:2], *given.frames.shape[1:]))
+            return jnp.concatenate([first, states], axis=2)
 
         name = f"{config.batch_size} trajectories of {config.num_steps} steps"
         compiled = pipeline.programs.get(name, "trajectories", run, pipeline.params, *example).run
@@ -217,7 +257,7 @@ def trajectory_noise(seed: int, indices: Int[Array, " B"], shape: tuple[int, ...
     return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32))(indices)
 
 
-def open_teacher(config: MakeTrajectoriesConfig, directory: Path) -> Teacher:
+def open_teacher(config: MakeTrajectoriesConfig, directory: Path, say: Say = print) -> Teacher:
     """Opens the teacher, which is in a directory.
 
     Raises:
@@ -225,6 +265,10 @@ def open_teacher(config: MakeTrajectoriesConfig, directory: Path) -> Teacher:
         UserError: it is no video model, or its videos can't have this size or number of frames.
         CheckpointError: its weights are missing or damaged.
     """
+    if pipeline_of(directory) == WORLD_PIPELINE:
+        return _open_world(config, directory, say)
+    for name in ("data", "num_clips", "block_frames"):
+        _require(name, getattr(config, name), getattr(config, name) is None, "it for a world model (SANA-WM) alone")
     model = read_model_directory(directory, "SanaVideoPipeline")
     pipeline = SanaVideoPipeline.from_pretrained(directory, weights=config.weights)
     if model.trained_from is not None and model.trained_from.kind == "lora":
@@ -241,12 +285,41 @@ def open_teacher(config: MakeTrajectoriesConfig, directory: Path) -> Teacher:
     return Teacher(pipeline, model, float(scale), frames, (height, width), dtype)
 
 
-def captions_of(config: MakeTrajectoriesConfig, directory: Path, say: Say = print) -> list[str]:
-    """The prompt of every trajectory; ``directory`` is the teacher's.
+def _open_world(config: MakeTrajectoriesConfig, directory: Path, say: Say) -> Teacher:
+    """A world model and the clips of which its trajectories are made."""
+    for name in ("prompts", "height", "width"):
+        _require(name, getattr(config, name), getattr(config, name) is None, "none for a world model: clips have it")
+    model = read_model_directory(directory, WORLD_PIPELINE)
+    pipeline = SanaWMPipeline.from_pretrained(directory, weights=config.weights)
+    trained = model.trained_from
+    if trained is not None and trained.kind == "lora":
+        pipeline.fuse_lora()
+    clips = open_world_clips(config.data, config.frames, config.num_clips, directory, model, say)
+    _, frames, height, width = clips.latent_shape
+    starts = None
+    if config.block_frames is not None:
+        starts = chunk_starts(frames, config.block_frames)
+    elif trained is not None and "chunk_causal" in trained.settings:
+        chunks = trained.settings["chunk_causal"]
+        starts = chunk_starts(frames, chunks["block_frames"], chunks["blocks"])
+    if starts is not None:
+        say(f"teacher: sampled in causal blocks that begin at latent frames {', '.join(map(str, starts))}")
+    scale = model.defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    dtype = latent_dtype(ImageDataConfig(latent_dtype=config.latent_dtype), model.autoencoder)
+    factor, shown = model.autoencoder.spatial_factor, pixel_frames(frames, model.autoencoder.temporal_factor)
+    return Teacher(pipeline, model, float(scale), shown, (height * factor, width * factor), dtype, clips, starts)
+
+
+def captions_of(
+    config: MakeTrajectoriesConfig, directory: Path, say: Say = print, clips: WorldClips | None = None
+) -> list[str]:
+    """The prompt of every trajectory; ``directory`` is the teacher's, ``clips`` are a world model's.
 
     Raises:
         FileNotFoundError, UserError: the prompts can't be read; or none are given, and the teacher has none.
     """
+    if clips is not None:
+        return clips.captions * config.per_caption
     if config.prompts is not None:
         return read_prompts(config.prompts, "--prompts", say) * config.per_caption
     data = read_config(directory).data if (directory / CONFIG_NAME).is_file() else None
@@ -275,8 +348,8 @@ def make_trajectories(
         FileNotFoundError, UserError, CheckpointError: one line about what does not fit.
     """
     out, directory = Path(config.out).expanduser(), find_model(config.model)
-    teacher = open_teacher(config, directory)
-    captions = captions_of(config, directory, say)
+    teacher = open_teacher(config, directory, say)
+    captions = captions_of(config, directory, say, teacher.clips)
     identity = teacher.identity(config)
     _check_out(out, identity)
     with CacheWriter(out, identity, say=say, option="--out") as cache:
@@ -304,6 +377,10 @@ class _Work:
         size = self.config.batch_size
         width = jnp.dtype(self.teacher.dtype).itemsize
         self.num_bytes = math.prod(self.teacher.latent_shape) * (1 + len(self.config.timesteps)) * width
+        if self.teacher.clips is not None:
+            self.num_bytes += sum(
+                array.nbytes for array in camera_arrays(self.teacher.clips.given(np.zeros(1, int))).values()
+            )
         batches = max(1, min(SHARD_BATCHES, SHARD_BYTES // (size * self.num_bytes)))
         wanted = [Wanted((_key(index), VARIANT), _digest(text)) for index, text in enumerate(self.captions)]
         self.shards = NumberedShards(self.cache, LATENTS, wanted, size * batches)
@@ -382,15 +459,19 @@ class _Work:
         size, count = self.config.batch_size, len(self.shards.part(number))
         first = number * self.shards.size
         for start in range(first, first + count, size):
-            states = np.asarray(follow(self._inputs(start, prompts)))[: first + count - start]
-            for index, own in enumerate(states, start):
+            inputs = self._inputs(start, prompts)
+            states = np.asarray(follow(inputs))[: first + count - start]
+            camera = {} if inputs.given is None else camera_arrays(inputs.given)
+            for row, (index, own) in enumerate(enumerate(states, start)):
                 if not np.isfinite(own).all():
                     raise UserError(
                         f"trajectory {index} ({self.captions[index][:60]!r}) is not finite; take another teacher, or a "
                         f"lower --guidance-scale than {self.teacher.guidance_scale:g}"
                     )
                 moments.add(own[-1])
-                yield {"latents": own[-1].astype(self.teacher.dtype), TRAJECTORY: own[:-1].astype(self.teacher.dtype)}
+                kept = {"latents": own[-1], TRAJECTORY: own[:-1]}
+                kept = {name: array.astype(self.teacher.dtype) for name, array in kept.items()}
+                yield {**kept, **{name: array[row] for name, array in camera.items()}}
             if self.stop is not None:  # a shard that is not finished would be lost
                 self.stop.nothing_to_lose = start + size >= first + count
             meter.advance(len(states))
@@ -402,7 +483,9 @@ class _Work:
         guided = is_guided(self.teacher.guidance_scale)
         positive, negative = prompts.encode(texts), prompts.null_encoding() if guided else None
         as_arrays = [None if each is None else Encoded(*map(jnp.asarray, each)) for each in (positive, negative)]
-        return BatchInputs(jnp.asarray(indices), *as_arrays)
+        clips = self.teacher.clips
+        given = None if clips is None else jax.tree.map(jnp.asarray, clips.given(indices))
+        return BatchInputs(jnp.asarray(indices), *as_arrays, given)
 
     def _asked(self) -> bool:
         return self.stop is not None and self.stop.signal is not None

@@ -16,7 +16,9 @@ from sana_jax.lora.reading import FILE_NAME
 NAME = "README.md"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _VIDEO = "SanaVideoPipeline"
-_PIPELINES = ("SanaPipeline", "SanaSprintPipeline", "SanaControlNetPipeline", _VIDEO)
+_WORLD = "SanaWMPipeline"
+_PIPELINES = ("SanaPipeline", "SanaSprintPipeline", "SanaControlNetPipeline", _VIDEO, _WORLD)
+_TASKS = {_VIDEO: "text-to-video", _WORLD: "image-to-video"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,9 +107,10 @@ def _front_matter(card: LoraCard, prompt: str | None) -> list[str]:
     if card.license:
         short = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", card.license)
         lines += [f"license: {card.license}"] if short else ["license: other", f"license_name: {_yaml(card.license)}"]
-    task = "text-to-video" if card.pipeline == _VIDEO else "text-to-image"
-    lines += ["library_name: diffusers", f"pipeline_tag: {task}"]
-    lines += ["tags:", *(f"- {tag}" for tag in ("sana", "sana_jax", "lora", "diffusers", task))]
+    task = _TASKS.get(card.pipeline, "text-to-image")
+    library = "sana_jax" if card.pipeline == _WORLD else "diffusers"
+    lines += [f"library_name: {library}", f"pipeline_tag: {task}"]
+    lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(("sana", "sana_jax", "lora", library, task)))]
     if prompt is not None:
         lines += [f"instance_prompt: {_yaml(prompt)}"]
     if card.preview is not None:
@@ -119,9 +122,13 @@ def _usage(card: LoraCard, prompt: str | None) -> list[str]:
     base = card.base_model if _is_hub_name(card.base_model) else "DIRECTORY_OF_THE_BASE_MODEL"
     text = json.dumps(prompt or "your prompt", ensure_ascii=False)
     call = f"image = pipe({text}).images[0]"
+    options = ""
     if card.pipeline == _VIDEO:
         call = f"frames = pipe({text}).frames[0]"
-    return [
+    if card.pipeline == _WORLD:
+        call = f'frames = pipe("PICTURE", {text}, action="w-80,jw-40,w-40").frames[0]'
+        options = " --image PICTURE --action w-80,jw-40,w-40"
+    diffusers = [
         "With diffusers:",
         "",
         "```python",
@@ -133,6 +140,9 @@ def _usage(card: LoraCard, prompt: str | None) -> list[str]:
         call,
         "```",
         "",
+    ]
+    return [
+        *([] if card.pipeline == _WORLD else diffusers),  # whose pipeline of worlds loads no LoRA
         "With sana_jax:",
         "",
         "```python",
@@ -146,10 +156,10 @@ def _usage(card: LoraCard, prompt: str | None) -> list[str]:
         "or",
         "",
         "```",
-        f"python -m sana_jax.generate --model {base} --lora DIRECTORY_OF_THIS_FILE --prompt {_shell(prompt)}",
+        f"python -m sana_jax.generate --model {base} --lora DIRECTORY_OF_THIS_FILE --prompt {_shell(prompt)}" + options,
         "```",
         "",
-        "Rank and alpha are in the file's header; both programs read them from there.",
+        "Rank and alpha are in the file's header, from which they are read.",
     ]
 
 

@@ -23,9 +23,17 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from configs.data import MovingDigitsDataConfig, VideoDataConfig
 from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
 from configs.lora import LoraConfig
+from configs.moving_camera import MovingCameraDataConfig
 from configs.optimizer import READS, OptimizerConfig
-from configs.published import PUBLISHED_TRANSFORMERS, PUBLISHED_VIDEO_TRANSFORMERS, PublishedVideoTransformer
+from configs.published import (
+    PUBLISHED_TRANSFORMERS,
+    PUBLISHED_VIDEO_TRANSFORMERS,
+    PUBLISHED_WORLD_TRANSFORMERS,
+    PublishedVideoTransformer,
+)
 from configs.schema import DigitsDataConfig, RunConfig
+from configs.world import WorldChunksConfig
+from configs.world_data import WorldDataConfig
 from kernels.typing import PyTree
 from sana_jax.autoencoders.base import latent_frames
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
@@ -33,16 +41,18 @@ from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
 from sana_jax.models.sana_video import SanaVideoConfig
+from sana_jax.models.sana_wm import SanaWMConfig
 from sana_jax.nn.remat import REMAT_POLICIES
 from sana_jax.pipelines.families import FAMILIES, IMAGE_TRANSFORMER, TransformerConfig
 from sana_jax.pipelines.model_directory import pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
-from train.assembly import RunParts
+from train.assembly import RunParts, made_clips
 from train.base_model import abstract_transformer, settle
-from train.batch import Batch
+from train.batch import CAMERA, PLUCKER, Batch
 from train.data.buckets import size_table
 from train.data.digits import DigitsData
 from train.data.trajectories import TrajectoriesData
+from train.data.video.moving_camera import MovingCameraData
 from train.data.video.moving_digits import MovingDigitsData
 from train.data.video.sizes import clip_sizes
 from train.memory import Choice, Memory, compiled_bytes, fixed_memory, traced_activations
@@ -143,16 +153,19 @@ def _model_shapes(config: RunConfig) -> ModelShapes:
         temporal = getattr(digits.autoencoder, "temporal_factor", None)
         return ModelShapes(None, 1, digits.text_encoder.max_length, "float32", temporal)
     if name is None:
-        beside = (config.lora, config.controlnet, config.sprint, config.chunk_causal, config.few_steps)
+        causal = None if isinstance(config.chunk_causal, WorldChunksConfig) else config.chunk_causal
+        beside = (config.lora, config.controlnet, config.sprint, causal, config.few_steps)
         if config.transformer is None or any(way is not None for way in beside):
             example = "SANA-Video_2B_480p_diffusers" if config.trains_on_clips else "Sana_1600M_1024px_BF16_diffusers"
+            example = "SANA-WM_bidirectional" if config.trains_a_world else example
             raise UserError(
                 f"the preset {config.preset} starts from a model, whose shape the plan needs; name its directory with "
                 "--model, or a published one, which is not downloaded for that: --model "
                 f"Efficient-Large-Model/{example}"
             )
         return _published(None, config.transformer)
-    published = {**PUBLISHED_TRANSFORMERS, **PUBLISHED_VIDEO_TRANSFORMERS}.get(name.rpartition("/")[2])
+    known = {**PUBLISHED_TRANSFORMERS, **PUBLISHED_VIDEO_TRANSFORMERS, **PUBLISHED_WORLD_TRANSFORMERS}
+    published = known.get(name.rpartition("/")[2])
     if published is not None and not Path(name).exists():
         return _published(published.config, published.config)
     directory = find_model(name, config.model_variant)
@@ -172,16 +185,19 @@ def _model_shapes(config: RunConfig) -> ModelShapes:
     return ModelShapes(parts.transformer_config, parts.autoencoder.spatial_factor, encoder.max_length, dtype, temporal)
 
 
-def _digits(config: RunConfig) -> DigitsData | MovingDigitsData | None:
-    """The digits that a run trains on, which are their own autoencoder; None for other data."""
+def _digits(config: RunConfig) -> DigitsData | MovingDigitsData | MovingCameraData | None:
+    """The data that a run makes in memory, which is its own autoencoder; None for other data."""
     if isinstance(config.data, DigitsDataConfig):
         return DigitsData(config.data)
-    return MovingDigitsData(config.data) if isinstance(config.data, MovingDigitsDataConfig) else None
+    made = isinstance(config.data, MovingDigitsDataConfig | MovingCameraDataConfig)
+    return made_clips(config.data) if made else None
 
 
 def _published(base: TransformerConfig | None, network: TransformerConfig) -> ModelShapes:
     """A network with the autoencoder and the text encoder of the published models of its kind."""
     found = ModelShapes(base, _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE)
+    if isinstance(network, SanaWMConfig):
+        return found._replace(temporal_factor=max(1, network.chunk_plucker_channels // 6))
     kinds = {video.config.in_channels: video for video in PUBLISHED_VIDEO_TRANSFORMERS.values()}
     if isinstance(network, SanaVideoConfig):
         kind: PublishedVideoTransformer = kinds.get(network.in_channels) or next(iter(kinds.values()))
@@ -233,12 +249,13 @@ def _largest_latents(config: RunConfig, model: ModelShapes) -> tuple[int, ...]:
     if isinstance(data, TrajectoriesDataConfig):
         if data.path is not None:
             return max(TrajectoriesData(data.path).buckets, key=math.prod)[:-1]
-        data = VideoDataConfig()  # trajectories that are still to be made: of the published clips
+        # trajectories that are still to be made: of the published clips
+        data = WorldDataConfig(clip_frames=337) if isinstance(network, SanaWMConfig) else VideoDataConfig()
     if isinstance(data, PromptsDataConfig):
         frames = latent_frames(data.clip_frames, model.temporal_factor)
         return frames, *(length // model.factor for length in data.clip_size)
     if config.trains_on_clips:
-        table = clip_sizes(data, network.sample_size, model.factor, network.patch_size[-1])
+        table = clip_sizes(data, getattr(network, "sample_size", 1), model.factor, network.patch_size[-1])
         frames = (latent_frames(data.clip_frames, model.temporal_factor),)
     else:
         table = size_table(network.sample_size, model.factor, data.resolution, aspect_buckets=data.aspect_buckets)
@@ -250,6 +267,10 @@ def _condition_shape(name: str, config: RunConfig, latents: tuple[int, ...]) -> 
     """Of one sample's further input: a control picture is encoded as the picture is, all else is small."""
     if config.controlnet is not None and name == config.controlnet.condition:
         return latents
+    if name == CAMERA:
+        return (latents[0], 20)
+    if name == PLUCKER:
+        return (*latents[:-1], config.transformer.chunk_plucker_channels)
     if name == TRAJECTORY:
         return (len(config.ode.timesteps), *latents)
     tokens = getattr(config, "tokens", None)
@@ -391,6 +412,7 @@ def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh |
         ema = change(config.ema, enabled=False)
         lora = change(config, lora=LoraConfig(), ema=ema)
         preset = "lora_video" if config.trains_on_clips else "lora"
+        preset = "lora_world" if config.trains_a_world else preset
         yield f"the preset {preset} instead", "trains a low-rank change alone", lora, mesh
     for size in (2, 4, 8, 16):
         if size > mesh.shape["fsdp"]:

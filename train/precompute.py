@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 
 from configs.data import ImageDataConfig, VideoDataConfig
 from configs.schema import RunConfig
+from configs.world_data import WorldDataConfig
 from sana_jax.compilation import enable_compilation_cache
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError, run_command_line
@@ -37,8 +38,10 @@ from train.data.prompt_records import free
 from train.data.shard_filler import StoppedError
 from train.data.source import open_source
 from train.data.video.source import open_clips
+from train.data.world.source import open_worlds
 from train.precompute_clips import ClipRun
 from train.precompute_pictures import PictureRun
+from train.precompute_worlds import WorldRun, path_conditions
 from train.preemption import StopRequest, exit_status
 
 PROG = "python -m train.precompute"
@@ -117,6 +120,8 @@ def _precompute(
     runs, opens, encoder = _kind_of_run(data, model)
     channels = model.autoencoder.image_channels
     conditions = make_conditions(data.conditions, Encoders(encoder, channels, say))
+    if isinstance(data, WorldDataConfig):
+        conditions = (*conditions, *path_conditions(data))
     identity = cache_identity(data, model, conditions)
     directory = cache_directory(config, identity)
     if data.path is None:
@@ -155,7 +160,15 @@ def _kind_of_run(data: ImageDataConfig, model: ModelDirectory) -> tuple[type[Pic
             f"the model {model.path} is for pictures, and the data is videos; choose a video model, or a preset that "
             "trains on pictures"
         )
-    return ClipRun, open_clips, ClipEncoder(model.autoencoder, data.clip_frames)
+    encoder = ClipEncoder(model.autoencoder, data.clip_frames)
+    if not isinstance(data, WorldDataConfig):
+        return ClipRun, open_clips, encoder
+    if data.format == "zip_latents":
+        raise UserError(
+            "--data.format zip_latents holds latents that training reads where they are, so there is nothing to "
+            "prepare: start train.main"
+        )
+    return WorldRun, open_worlds, encoder
 
 
 def _finished_cache(directory: Path, identity: CacheIdentity, say: Say) -> Path:

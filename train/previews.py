@@ -19,6 +19,7 @@ from sana_jax.compilation import compile_ahead
 from sana_jax.images import automatic_enlargement, enlarge_image, image_grid, save_png, to_pil
 from sana_jax.pipelines.sampling_function import initial_latents
 from train.assembly import RunParts
+from train.batch import CAMERA, FIRST_FRAME
 from train.metrics import MetricsWriter
 from train.preview_clips import clip_table, write_moving
 from train.recipes import Prompts
@@ -74,8 +75,11 @@ class Previewer:
             return {}
         source, indices = self._examples
         repeated = [indices[column % len(indices)] for column in range(len(self.captions))]
-        conditions = source.batch(np.asarray(repeated * self._config.preview.per_caption)).conditions
-        return {name: conditions[name] for name in names}
+        batch = source.batch(np.asarray(repeated * self._config.preview.per_caption))
+        conditions = {name: batch.conditions[name] for name in names}
+        if CAMERA in names:  # a world is drawn from the sample's own beginning
+            conditions[FIRST_FRAME] = np.asarray(batch.latents[:, :1])
+        return conditions
 
     @property
     def example_prompt(self) -> str:

@@ -24,7 +24,7 @@ import jax
 
 from configs.schema import RunConfig, differing_fields
 from configs.serialization import from_dict, to_dict
-from sana_jax.diffusion.samplers import LongSanaSampler, Sampler, make_sampler
+from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_file
 from sana_jax.pipelines.base_model_file import BaseModelFile
@@ -188,9 +188,8 @@ def run_sampler(config: RunConfig) -> Sampler:
     """The sampler of previews, which is also the run's default for sampling."""
     if config.sprint is not None:
         return make_sampler(config.preview.sampler, sigma_data=config.sprint.sigma_data)
-    if (few := config.few_steps) is not None:
-        cached = getattr(few, "num_cached_blocks", None)
-        return LongSanaSampler(few.flow_shift, few.timesteps, block_frames=few.block_frames, num_cached_blocks=cached)
+    if config.few_steps is not None:
+        return config.few_steps.sampler
     return make_sampler(config.preview.sampler, flow_shift=config.flow.sampling_shift)
 
 

@@ -85,13 +85,21 @@ class Validator:
     def _losses(self, params: PyTree, frozen: PyTree | None, arrays: PyTree) -> Float[Array, " K"]:
         batch, numbers, counted = arrays
         recipe = self._parts.recipe
+        # as most clips of the training are
+        first_given = getattr(self._parts.config.flow, "image_to_video", 0.0) > 0.5 and batch.latents.shape[1] > 1
 
         def velocity(noisy, timestep, batch):
             return recipe.velocity(params, frozen, noisy, timestep, batch, None)
 
         with batch_stays_cut(batch.latents.shape[0]):
             return validation_losses(
-                velocity, batch, self._config.sigmas, self._config.seed, indices=numbers, counted=counted
+                velocity,
+                batch,
+                self._config.sigmas,
+                self._config.seed,
+                indices=numbers,
+                counted=counted,
+                first_given=first_given,
             )
 
     @property

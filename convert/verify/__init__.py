@@ -12,19 +12,24 @@ from pathlib import Path
 
 from convert.sources import Choices, Component, Model, open_model
 from convert.verify import loading
+from convert.verify.networks import WORLD_MODEL
 from convert.verify.report import Limits, Report, Section, print_section, verdict, write_json
 from sana_jax.compilation import readable_bytes
 from sana_jax.errors import CheckpointError, UserError
 
 PIPELINE = "pipeline"
 # in the order in which they are compared
-COMPONENTS = ("text_encoder", "transformer", "controlnet", "vae", PIPELINE)
+COMPONENTS = ("text_encoder", "connectors", "transformer", "controlnet", "vae", PIPELINE)
 DTYPES = ("float32", "bfloat16")
 PROMPTS = ("A red panda reading a book", "two small birds on a wire, in the rain")
 _BY_CLASS = {
     "SanaTransformer2DModel": "transformer",
     "SanaVideoTransformer3DModel": "transformer",
+    "SanaWMTransformer3DModel": "transformer",
     "SanaControlNetModel": "controlnet",
+    "SanaWMLTX2RefinerTransformer3DModel": "transformer",
+    "LTX2VideoTransformer3DModel": "transformer",
+    "LTX2TextConnectors": "connectors",
     "Gemma2Model": "text_encoder",
     "Gemma3ForConditionalGeneration": "text_encoder",
     "Gemma3TextModel": "text_encoder",
@@ -89,6 +94,10 @@ def verify_model(
     parts = {name: by_name[name] for name in COMPONENTS if name in needed and name in by_name}
     _require_whole(model, parts, needed)
     inputs = _inputs(parts, height, width, seed)
+    if model.index is not None and PIPELINE not in wanted and not components:
+        report(f"note: its pipeline is not compared: {model.index.get('_class_name')} has no comparison here")
+    for note in _world_notes(parts, dtype):
+        report(f"note: {note}")
     if {"transformer", "controlnet"} & parts.keys():
         _check_contract(model, dtype, emulate_fp16_saturation, report)
     elif emulate_fp16_saturation:
@@ -195,6 +204,25 @@ def _check_contract(model: Model, dtype: str, emulate_fp16_saturation: bool, rep
         report(f"note: {notice}")
     if emulate_fp16_saturation:
         report("linear attention is clipped to ±65504 on both sides")
+
+
+def _world_notes(parts: dict[str, Component], dtype: str) -> list[str]:
+    """What is compared of a world model's transformer that is not what a pipeline computes."""
+    transformer = parts.get("transformer")
+    if transformer is None or transformer.network.class_name != WORLD_MODEL:
+        return []
+    notes = []
+    if dtype == "float32":
+        notes.append(
+            "softmax layers are compared without their rounding to bfloat16, in which PyTorch's kernel for CPUs is "
+            "inexact"
+        )
+    if transformer.network.config.revision != "legacy":
+        notes.append(
+            f"the revision is {transformer.network.config.revision}, and PyTorch's class knows legacy alone: legacy is "
+            "what both compute here"
+        )
+    return notes
 
 
 def _plan(wanted: tuple[str, ...], parts: dict[str, Component], dtype: str, report: Report) -> None:

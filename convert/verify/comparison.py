@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.verify import loading
-from convert.verify.networks import EXACT, PASSES, PIXELS_KIND, Inputs, Pass, Whole, by_layer, with_layers
+from convert.verify.networks import EXACT, PIXELS_KIND, Inputs, Pass, Whole, by_layer, with_layers
+from convert.verify.passes import PASSES
 from convert.verify.report import BFLOAT16_SPREAD, Limits, Report, Row, Section, make_row
 from convert.verify.taps import LAYERS, PARTS, Recording, Tap, run_ours, run_theirs
 from sana_jax.weights.rules import places

@@ -30,7 +30,11 @@ PACKAGES = ("torch", "diffusers", "transformers")
 _CLASSES = {
     "SanaTransformer2DModel": "diffusers",
     "SanaVideoTransformer3DModel": "diffusers",
+    "SanaWMTransformer3DModel": "diffusers",
     "SanaControlNetModel": "diffusers",
+    "SanaWMLTX2RefinerTransformer3DModel": "diffusers",
+    "LTX2VideoTransformer3DModel": "diffusers",
+    "LTX2TextConnectors": "diffusers.pipelines.ltx2.connectors",
     "AutoencoderDC": "diffusers",
     "AutoencoderKLWan": "diffusers",
     "AutoencoderKLLTX2Video": "diffusers",
@@ -38,6 +42,8 @@ _CLASSES = {
     "Gemma3ForConditionalGeneration": "transformers",
     "Gemma3TextModel": "transformers",
 }
+# The published class whose weights another one runs block by block.
+_RUN_BY = {"LTX2VideoTransformer3DModel": "SanaWMLTX2RefinerTransformer3DModel"}
 _LARGEST_FLOAT16 = 65504.0
 
 
@@ -149,7 +155,7 @@ def load_theirs(place: Place, fp16_saturation: bool = False) -> Any:
     if not more:
         more = {"torch_dtype": torch.float32}
     try:
-        model, info = getattr(module, name).from_pretrained(
+        model, info = getattr(module, _RUN_BY.get(name, name)).from_pretrained(
             str(place.theirs), variant=place.variant, output_loading_info=True, local_files_only=True, **more
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
@@ -159,6 +165,8 @@ def load_theirs(place: Place, fp16_saturation: bool = False) -> Any:
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         found = sorted(map(str, info.get(what) or ()))
         found = [key for key in found if not key.startswith(("lm_head", "model.lm_head"))]
+        if what == "missing_keys":
+            found = [key for key in found if not any(re.fullmatch(p, key) for p in place.component.network.dropped)]
         if found:
             raise CheckpointError(
                 f"{_CLASSES[name]} reports {what.replace('_', ' ')} in {place.theirs}: {first_few(found, 'tensors')}; "
@@ -166,10 +174,22 @@ def load_theirs(place: Place, fp16_saturation: bool = False) -> Any:
             )
     if name == "Gemma3ForConditionalGeneration":
         model = model.model.language_model  # no text passes through its image tower
+    _fill_left_out(model, place.component.network.dropped)
     model = model.eval()
     if fp16_saturation:
         saturate(model)
     return model
+
+
+def _fill_left_out(model: Any, patterns: tuple[str, ...]) -> None:
+    """Zeros for the weights of a part that an import has left out: it has no influence on ours, and is run with it."""
+    import torch
+
+    for name, parameter in list(model.named_parameters()):
+        if parameter.is_meta and any(re.fullmatch(pattern, name) for pattern in patterns):
+            owner, _, own = name.rpartition(".")
+            zeros = torch.nn.Parameter(torch.zeros(parameter.shape, dtype=parameter.dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), own, zeros)
 
 
 def saturate(model: Any) -> None:

@@ -16,6 +16,8 @@ from convert.verify.taps import Tap, layer_taps
 from sana_jax.weights.rules import places
 
 _CAPTION_TOKENS = 24
+WORLD_MODEL = "SanaWMTransformer3DModel"
+_LTX2 = ("SanaWMLTX2RefinerTransformer3DModel", "LTX2VideoTransformer3DModel")
 
 WHOLE, EXACT, PIXELS_KIND = "whole", "exact", "pixels"
 
@@ -87,7 +89,8 @@ def last(array: np.ndarray) -> np.ndarray:
     return array.transpose(0, 2, 3, 1)
 
 
-def _normal(seed: int, *names_and_shape: Any) -> np.ndarray:
+def normal(seed: int, *names_and_shape: Any) -> np.ndarray:
+    """Unit normal numbers of a shape, a function of the seed and a name: ``normal(seed, "latents", 2, 3)``."""
     name, *shape = names_and_shape
     generator = np.random.default_rng([seed, *name.encode()])
     return generator.standard_normal(shape).astype(np.float32)
@@ -102,9 +105,10 @@ def _before_blocks() -> Iterator[Tap]:
     yield Tap("caption_norm", "caption_norm", ("caption_norm",))
 
 
-def _blocks(
+def blocks_taps(
     layers: int, positions: bool, *, patches: str = "patch_embed", channels_first: bool = True
 ) -> Iterator[Tap]:
+    """Taps of blocks with two attentions and a feed-forward network, as most of the family's transformers have them."""
     for layer in range(layers):
         name = f"transformer_blocks.{layer}"
         at = functools.partial(Tap, call=layer)
@@ -125,14 +129,15 @@ def _blocks(
         yield at(name, name, ("transformer_blocks",))
 
 
-def _caption(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_caption(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """A caption of all tokens and one that ends early."""
     mask = np.ones((2, _CAPTION_TOKENS), np.int32)
     mask[0, _CAPTION_TOKENS // 3 :] = 0
-    return _normal(seed, "caption", 2, _CAPTION_TOKENS, config.caption_channels), mask
+    return normal(seed, "caption", 2, _CAPTION_TOKENS, config.caption_channels), mask
 
 
-def _latent_size(config: Any, inputs: Inputs) -> tuple[int, int]:
+def latent_size(config: Any, inputs: Inputs) -> tuple[int, int]:
+    """Rows and columns of latent pixels."""
     return inputs.height // inputs.factor, inputs.width // inputs.factor
 
 
@@ -141,8 +146,8 @@ def transformer_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
     from sana_jax.models.sana import SanaTransformer
 
     config = network.config
-    latents = _normal(inputs.seed, "latents", 2, *_latent_size(config, inputs), config.in_channels)
-    caption, mask = _caption(config, inputs.seed)
+    latents = normal(inputs.seed, "latents", 2, *latent_size(config, inputs), config.in_channels)
+    caption, mask = draw_caption(config, inputs.seed)
     sprint = config.guidance_embeds
     # The times at which the pipelines run: 0 to 1000 times the factor, or Sprint's noise level.
     time = np.array([0.98, 0.3], np.float32) if sprint else np.array([999.0, 412.5], np.float32) * config.timestep_scale
@@ -175,7 +180,7 @@ def transformer_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
 
     taps = (
         *_before_blocks(),
-        *_blocks(config.num_layers, config.interpolation_scale is not None),
+        *blocks_taps(config.num_layers, config.interpolation_scale is not None),
         Tap("norm_out", "proj_out", ("proj_out",), of_input=True),
         Tap("proj_out", "proj_out", ("proj_out",)),
     )
@@ -187,9 +192,9 @@ def video_transformer_passes(network: Network, inputs: Inputs, fp16_saturation: 
     from sana_jax.models.sana_video import SanaVideoTransformer
 
     config, frames = network.config, 3
-    size = _latent_size(config, inputs)
-    latents = _normal(inputs.seed, "latents", 2, frames, *size, config.in_channels)
-    caption, mask = _caption(config, inputs.seed)
+    size = latent_size(config, inputs)
+    latents = normal(inputs.seed, "latents", 2, frames, *size, config.in_channels)
+    caption, mask = draw_caption(config, inputs.seed)
     # the first frame of the second video is clean, as in image-to-video
     time = np.array([[999.0] * frames, [0.0] + [412.5] * (frames - 1)], np.float32)
     tokens = (size[0] // config.patch_size[1]) * (size[1] // config.patch_size[2])
@@ -218,7 +223,7 @@ def video_transformer_passes(network: Network, inputs: Inputs, fp16_saturation: 
     # the modulation is, where it is used.
     taps = (
         *(tap for tap in _before_blocks() if tap.module != "time_embed"),
-        *_blocks(config.num_layers, False, patches="patch_embedding", channels_first=False),
+        *blocks_taps(config.num_layers, False, patches="patch_embedding", channels_first=False),
         Tap("norm_out", "proj_out", ("proj_out",), of_input=True),
         Tap("proj_out", "proj_out", ("proj_out",)),
     )
@@ -230,9 +235,9 @@ def controlnet_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -
     from sana_jax.models.controlnet import SanaControlNet
 
     config = network.config
-    size = (2, *_latent_size(config, inputs), config.in_channels)
-    latents, control = _normal(inputs.seed, "latents", *size), _normal(inputs.seed, "control", *size)
-    caption, mask = _caption(config, inputs.seed)
+    size = (2, *latent_size(config, inputs), config.in_channels)
+    latents, control = normal(inputs.seed, "latents", *size), normal(inputs.seed, "control", *size)
+    caption, mask = draw_caption(config, inputs.seed)
     time = np.array([999.0, 412.5], np.float32)
 
     def name(layer: int) -> str:
@@ -263,7 +268,7 @@ def controlnet_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -
     taps = (
         Tap("input_block", "input_block", ("input_block",)),
         *_before_blocks(),
-        *_blocks(config.num_layers, config.interpolation_scale is not None),
+        *blocks_taps(config.num_layers, config.interpolation_scale is not None),
     )
     return [Pass(taps, theirs, ours)], []
 
@@ -279,9 +284,7 @@ def autoencoder_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
     config = network.config
     factor = config.spatial_factor
     picture = smooth_picture(inputs, config.in_channels)[None]
-    latents = _normal(
-        inputs.seed, "latents", 1, inputs.height // factor, inputs.width // factor, config.latent_channels
-    )
+    latents = normal(inputs.seed, "latents", 1, inputs.height // factor, inputs.width // factor, config.latent_channels)
 
     def encode(model: Any, dtype: Any) -> dict[str, np.ndarray]:
         return {"encoder: output": last(from_torch(model.encoder(to_torch(first(picture), dtype))))}
@@ -329,7 +332,7 @@ def video_autoencoder_passes(network: Network, inputs: Inputs, fp16_saturation: 
     frames = 1 + 2 * config.temporal_factor
     video = np.stack([np.roll(picture, 2 * frame, 1) for frame in range(frames)])[None]
     size = (inputs.height // config.spatial_factor, inputs.width // config.spatial_factor)
-    latents = _normal(inputs.seed, "latents", 1, 3, *size, config.latent_channels)
+    latents = normal(inputs.seed, "latents", 1, 3, *size, config.latent_channels)
 
     def theirs(model: Any, dtype: Any) -> dict[str, np.ndarray]:
         import torch
@@ -435,18 +438,6 @@ def _gemma_taps(layers: int) -> Iterator[Tap]:
 
 # -- all -------------------------------------------------------------------------------------------------------------
 
-PASSES: dict[str, Callable[[Network, Inputs, bool], tuple[list[Pass], list[Whole]]]] = {
-    "SanaTransformer2DModel": transformer_passes,
-    "SanaVideoTransformer3DModel": video_transformer_passes,
-    "SanaControlNetModel": controlnet_passes,
-    "AutoencoderDC": autoencoder_passes,
-    "AutoencoderKLWan": video_autoencoder_passes,
-    "AutoencoderKLLTX2Video": video_autoencoder_passes,
-    "Gemma2Model": text_encoder_passes,
-    "Gemma3ForConditionalGeneration": text_encoder_passes,
-    "Gemma3TextModel": text_encoder_passes,
-}
-
 
 def with_layers(run: Pass, network: Network, model: Any, prefix: str = "") -> tuple[Tap, ...]:
     """A pass's taps and, within them, one for every layer with weights."""
@@ -458,6 +449,10 @@ def with_layers(run: Pass, network: Network, model: Any, prefix: str = "") -> tu
     own = [tap for tap in layer_taps(tensors, model, inside) if tap.path != ("controlnet_blocks",)]
     if network.class_name == "SanaVideoTransformer3DModel":
         own = [tap for tap in own if tap.path[0] != "time_embed"]  # once for each frame, and for each token there
+    if network.class_name == WORLD_MODEL:
+        return run.taps  # its two stacks are called in turn, under names that do not tell them apart
+    if network.class_name in _LTX2:
+        own = [tap for tap in own if tap.path[0] != "time_embed"]
     if network.class_name.startswith("Gemma3"):
         own = [tap for tap in own if tap.path[-1] not in ("q_norm", "k_norm")]  # heads before tokens there
     layers = [tap for tap in own if tap.module not in names]

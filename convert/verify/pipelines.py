@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.sources import Model
-from convert.verify import loading
+from convert.verify import loading, world_pipelines
 from convert.verify.comparison import BFLOAT16, whole_rows
 from convert.verify.networks import EXACT, PIXELS_KIND, WHOLE, Inputs, Whole, from_torch, smooth_picture
 from convert.verify.report import Limits, Report, Section, median_ratio_row
@@ -28,6 +28,7 @@ _OURS = {
     "SanaControlNetPipeline": "SanaControlNetPipeline",
     "SanaVideoPipeline": "SanaVideoPipeline",
     "SanaImageToVideoPipeline": "SanaImageToVideoPipeline",
+    world_pipelines.KIND: "SanaWMPipeline",
 }
 _LATENT_FRAMES = 3  # of a video
 _STATES_LENGTH = 128  # tokens of a prompt of which all layers' states are compared
@@ -189,13 +190,21 @@ def compare_pipeline(
     kind = str(model.index["_class_name"])
     if steps is None:
         steps = _SPRINT_STEPS if "Sprint" in kind else 3
-    case = _Case(kind, inputs, prompts, steps, places["transformer"].component.network.config)
-    theirs = {
-        name: _run_theirs(case, model, places, name, fp16_saturation) for name in dict.fromkeys(("float32", dtype))
-    }
+    dtypes = dict.fromkeys(("float32", dtype))
+    if kind == world_pipelines.KIND:
+        if len(prompts) > 1:
+            report(f"note: {kind} makes one video at a time; of {len(prompts)} prompts the first is compared")
+        world = world_pipelines.WorldCase.draw(places, inputs, prompts[0], steps)
+        theirs = {name: world_pipelines.run_theirs(world, model, places, name) for name in dtypes}
+    else:
+        case = _Case(kind, inputs, prompts, steps, places["transformer"].component.network.config)
+        theirs = {name: _run_theirs(case, model, places, name, fp16_saturation) for name in dtypes}
     loading.collect()
     report(f"pipeline: PyTorch's {kind} took {time.perf_counter() - begin:.1f} s and is freed; ours is read now")
-    ours = _run_ours(case, model, dtype, variant, fp16_saturation)
+    if kind == world_pipelines.KIND:
+        ours = world_pipelines.run_ours(world, model, dtype, variant)
+    else:
+        ours = _run_ours(case, model, dtype, variant, fp16_saturation)
     kinds = {name: PIXELS_KIND if name == "pixels" else WHOLE for name in theirs["float32"]}
     own = theirs[BFLOAT16] if dtype == BFLOAT16 else None
     if ours.keys() != theirs["float32"].keys():

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from kernels.gated_delta_rule import xla
 from kernels.gated_delta_rule.state import DeltaState, init_state
 from kernels.linear_attention.api import check_rotation
+from kernels.split_frames import all_frames
 from kernels.typing import Array, Float
 
 IMPLEMENTATIONS = {"xla": xla.scan, "xla_associative": xla.associative_scan}
@@ -30,6 +31,7 @@ def gated_delta_rule(
     chunk_starts: Sequence[int] = (0,),
     state: DeltaState | None = None,
     epsilon: float = 1e-8,
+    axis_name: str | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B T S h e"], DeltaState]:
     """Every query reads the memory of all frames up to its own, plus that of the later frames of its own chunk.
@@ -54,6 +56,9 @@ def gated_delta_rule(
         chunk_starts: the first frame of every chunk, ascending from 0.
         state: memory of earlier frames; None at the start of a clip.
         epsilon: added to the normaliser.
+        axis_name: inside ``jax.shard_map``, the mesh axis over whose devices frames are split in equal parts, in its
+            order; T counts one device's. ``chunk_starts`` and ``state`` are then those of all frames, the same on every
+            device, and so is the state returned.
         implementation: None picks by measurement (so far ``xla`` everywhere); ``xla`` takes one frame after another,
             ``xla_associative`` all at once, absorbed in pairs of growing size; a name runs just that.
 
@@ -69,16 +74,17 @@ def gated_delta_rule(
     batch, frames, tokens, heads, size = query.shape
     if rotation is not None:
         check_rotation((batch, frames * tokens, heads, size), *(x.shape for x in rotation))
-    starts = tuple(chunk_starts)
-    if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], frames))):
-        raise ValueError(f"chunk_starts={starts}: they must ascend from 0 and stay below {frames} frames")
+    starts, end = tuple(chunk_starts), all_frames(frames, axis_name)
+    if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], end))):
+        raise ValueError(f"chunk_starts={starts}: they must ascend from 0 and stay below {end} frames")
     name = "xla" if implementation is None else implementation
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"implementation={name!r}: choose one of {sorted(IMPLEMENTATIONS)}, or None to pick one")
     empty = init_state(batch, heads, size, value.shape[-1], normalised=normalise)
     state = empty if state is None else state
     _check_state(state, empty)
-    return IMPLEMENTATIONS[name](query, key, value, beta, decay, rotation, starts, state, key_scale, epsilon)
+    run = IMPLEMENTATIONS[name]
+    return run(query, key, value, beta, decay, rotation, starts, state, key_scale, epsilon, axis_name)
 
 
 def check_shapes(query, key, value, beta, decay) -> None:

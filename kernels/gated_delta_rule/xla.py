@@ -3,6 +3,9 @@
 ``scan`` takes one frame after another and holds one frame's tokens at a time, which is what a CPU's caches want.
 ``associative_scan`` builds and reads all frames at once and absorbs updates in pairs of growing size: more products,
 but the number of them that wait for each other grows only with the logarithm of the number of frames.
+
+Where frames are split over a mesh axis (``axis_name``), both compose a device's frames first, in each direction of
+time, and go on from the memory that enters them; ``scan`` then keeps the updates instead of building them again.
 """
 
 from __future__ import annotations
@@ -14,9 +17,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.gated_delta_rule.split_frames import entering_memory
 from kernels.gated_delta_rule.state import DeltaState
-from kernels.gated_delta_rule.updates import FrameUpdate, compose, frame_update
+from kernels.gated_delta_rule.updates import FrameUpdate, compose, frame_update, identity_update
 from kernels.linear_attention.rotation import rotate_pairs
+from kernels.split_frames import all_frames, own_part
 from kernels.typing import Array, Float
 
 # Lists below have one entry per memory: the numerator's, and the normaliser's where there is one. G counts the heads of
@@ -60,7 +65,7 @@ def _read_frame(
     return out.astype(dtype)
 
 
-def _scan(build, read, query, frames, angles, memory, starts_chunk):
+def _scan(build, read, query, frames, angles, memory, starts_chunk, axis_name):
     """One frame after another, forward and then backward; returns what was read and the memories after the last."""
 
     def forward(memory, inputs):
@@ -75,37 +80,78 @@ def _scan(build, read, query, frames, angles, memory, starts_chunk):
         later = [jnp.where(first_of_chunk, 0, update(after)) for update, after in zip(updates, later)]
         return later, out
 
-    nothing = [jnp.zeros_like(x) for x in memory]
-    memory, (updates, seen) = jax.lax.scan(forward, memory, (*frames, angles))
-    _, out = jax.lax.scan(backward, nothing, (query, angles, updates, seen, starts_chunk), reverse=True)
-    return out, memory
+    later, inputs = [jnp.zeros_like(x) for x in memory], (*frames, angles)
+    if axis_name is not None:
+        runs, updates = _composed(build, inputs, starts_chunk, memory)
+        memory, last = _entering(runs[0], memory, axis_name)
+        later, _ = _entering(runs[1], later, axis_name, reverse=True)
+        build, inputs = (lambda *updates: list(updates)), tuple(updates)
+    memory, (updates, seen) = jax.lax.scan(forward, memory, inputs)
+    _, out = jax.lax.scan(backward, later, (query, angles, updates, seen, starts_chunk), reverse=True)
+    return out, memory if axis_name is None else last
 
 
-def _associative_scan(build, read, query, frames, angles, memory, starts_chunk):
+def _composed(build, inputs, starts_chunk, memory):
+    """The update of all frames, forward and backward, per memory; and those of each frame."""
+
+    def forward(run, inputs):
+        updates = build(*inputs)
+        return _compose_each(run, updates), updates
+
+    def backward(run, inputs):
+        updates, first_of_chunk = inputs
+        return jax.tree.map(lambda x: jnp.where(first_of_chunk, 0, x), _compose_each(run, updates)), None
+
+    def nothing(memory: Array) -> FrameUpdate:
+        return identity_update(FrameUpdate(jnp.zeros((*memory.shape[:2], memory.shape[1]), memory.dtype), memory))
+
+    before = [nothing(x) for x in memory]
+    run, updates = jax.lax.scan(forward, before, inputs)
+    backward_run, _ = jax.lax.scan(backward, before, (updates, starts_chunk), reverse=True)
+    return (run, backward_run), updates
+
+
+def _compose_each(earlier: list[FrameUpdate], later: list[FrameUpdate]) -> list[FrameUpdate]:
+    return [compose(*pair) for pair in zip(earlier, later)]
+
+
+def _entering(updates: list[FrameUpdate], memory: list[Array], axis_name: str, reverse: bool = False):
+    """``entering_memory`` of every memory: those that enter, and those that leave."""
+    found = [entering_memory(*pair, axis_name, reverse=reverse) for pair in zip(updates, memory)]
+    return [enters for enters, _ in found], [leaves for _, leaves in found]
+
+
+def _associative_scan(build, read, query, frames, angles, memory, starts_chunk, axis_name):
     """All frames at once; returns what was read and the memories after the last frame."""
 
-    def compose_each(earlier, later):
-        return [compose(*pair) for pair in zip(earlier, later)]
-
-    def memories(updates, reverse):
-        composed = jax.lax.associative_scan(compose_each, updates, axis=0, reverse=reverse)
-        return [update.addition for update in composed]
+    def forget_at_starts(x: Array) -> Array:
+        """What comes before a chunk's first frame knows nothing of the chunk."""
+        return jnp.where(starts_chunk.reshape(-1, *[1] * (x.ndim - 1)), 0, x)
 
     def start_from(memory: Array, update: FrameUpdate) -> FrameUpdate:
         """The first frame's addition takes in what it makes of the memory given."""
         entering = jnp.matmul(update.transition[0], memory, precision="highest")
         return FrameUpdate(update.transition, update.addition.at[0].add(entering))
 
-    def successor(x: Array) -> Array:
-        """Of every frame the next one's; zeros, an update that forgets everything, at the end of a chunk."""
-        has_next = np.append(~starts_chunk[1:], False).reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(has_next, jnp.roll(x, -1, axis=0), 0)
-
     updates = jax.vmap(build)(*frames, angles)
-    seen = memories([start_from(*pair) for pair in zip(memory, updates)], reverse=False)
-    later = memories(jax.tree.map(successor, updates), reverse=True)
+    starting = updates
+    if axis_name is None:
+        starting = [start_from(*pair) for pair in zip(memory, updates)]
+    runs = jax.lax.associative_scan(_compose_each, starting, axis=0)
+    back = jax.tree.map(forget_at_starts, updates)
+    back = jax.lax.associative_scan(_compose_each, back, axis=0, reverse=True)
+    if axis_name is None:
+        seen, later = ([run.addition for run in found] for found in (runs, back))
+        last, ends = [x[-1] for x in seen], [jnp.zeros_like(x) for x in memory]
+    else:
+        entering, last = _entering(jax.tree.map(lambda x: x[-1], runs), memory, axis_name)
+        nothing = [jnp.zeros_like(x) for x in memory]
+        ends, _ = _entering(jax.tree.map(lambda x: x[0], back), nothing, axis_name, reverse=True)
+        seen, later = ([run(x) for run, x in zip(*pair)] for pair in ((runs, entering), (back, ends)))
+    # a frame reads what those behind it have left
+    later = [jnp.concatenate([x[1:], end[None]]) for x, end in zip(later, ends)]
     out = jax.vmap(read)(query, [before + after for before, after in zip(seen, later)], angles)
-    return out, [x[-1] for x in seen]
+    return out, last
 
 
 def _gated_delta_rule(
@@ -120,6 +166,7 @@ def _gated_delta_rule(
     state: DeltaState,
     key_scale: float = 1.0,
     epsilon: float = 1e-8,
+    axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T S h e"], DeltaState]:
     """Same value as the reference; differentiable in both modes, the state too; the result keeps ``value``'s dtype."""
     batch, frames, tokens, heads, _ = query.shape
@@ -138,8 +185,9 @@ def _gated_delta_rule(
     build = functools.partial(_frame_updates, normalised=normalised, key_scale=key_scale)
     build = jax.checkpoint(build, prevent_cse=False)
     read = functools.partial(_read_frame, epsilon=epsilon, dtype=value.dtype)
-    starts_chunk = np.isin(np.arange(frames), chunk_starts)
-    out, memory = form(build, read, frame_first(query), inputs, angles, memory, starts_chunk)
+    starts_chunk = np.isin(np.arange(all_frames(frames, axis_name)), chunk_starts)
+    starts_chunk = own_part(starts_chunk, frames, axis_name)
+    out, memory = form(build, read, frame_first(query), inputs, angles, memory, starts_chunk, axis_name)
     out = jnp.moveaxis(out.reshape(frames, tokens, batch, heads, -1), 2, 0)
     memory = [x.reshape(batch, heads, *x.shape[1:]) for x in memory]
     return out, DeltaState(memory[0], memory[1][..., 0] if normalised else None)

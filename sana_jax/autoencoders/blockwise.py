@@ -298,12 +298,8 @@ class BlockwiseVideoAutoencoder:
             tiling = self._frames_at_once(half, x) * height * width > self.largest_at_once
         if not tiling or not self.tiles.cut(height, width):
             return False
-        size, stride = ("x".join(map(str, pair)) for pair in (self.tiles.size, self.tiles.stride))
         if not announced:
-            self._say(
-                f"{DOING[half]} {height}x{width} pixels in tiles of {size} every {stride}, to bound memory; "
-                "tiling=False does not"
-            )
+            self._say(self.tiles.announcement(DOING[half], height, width))
         return True
 
     def _frames_at_once(self, half: str, x: Array) -> int:

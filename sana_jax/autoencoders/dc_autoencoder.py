@@ -162,10 +162,7 @@ class DCAutoencoder:
             tiling = height * width > LARGEST_UNTILED
         if not tiling or not self.tiles.cut(height, width):
             return False
-        size, stride = ("x".join(map(str, pair)) for pair in (self.tiles.size, self.tiles.stride))
-        self._say(
-            f"{what} {height}x{width} pixels in tiles of {size} every {stride}, to bound memory; tiling=False does not"
-        )
+        self._say(self.tiles.announcement(what, height, width))
         return True
 
     def _in_memory(self, run: Callable[[Array], Array], x: Array, shape: tuple[int, ...]) -> Array:

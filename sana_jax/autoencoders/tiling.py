@@ -56,6 +56,12 @@ class Tiles:
             )
         return Tiles(tuple(s // factor for s in self.size), tuple(s // factor for s in self.stride))
 
+    def announcement(self, doing: str, height: int, width: int) -> str:
+        """The line that says that a picture of this size is cut, and why."""
+        size, stride = ("x".join(map(str, pair)) for pair in (self.size, self.stride))
+        cut = f"{height}x{width} pixels in tiles of {size} every {stride}"
+        return f"{doing} {cut}, to bound memory; tiling=False does not"
+
     def cut(self, height: int, width: int) -> bool:
         """Whether a picture of this size is more than one tile."""
         return height > self.size[0] or width > self.size[1]

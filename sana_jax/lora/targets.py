@@ -15,9 +15,13 @@ from kernels.typing import PyTree
 from sana_jax.errors import UserError
 from sana_jax.weights.rules import flatten
 
-_QKV = r"(.*/)?attn\d*/to_[qkv]"
-_ATTENTION = r"(.*/)?attn\d*/to_(q|k|v|out)"
-_LINEAR = (_ATTENTION, r"(.*/)?linear(_\d)?", r"(.*/)?proj_out")
+_QKV = r"(.*/)?attn\d*/to_(q|k|v|qkv|kv)"
+# SANA-WM has queries, keys and values in one layer, and others beside them for the camera's branch and the gates.
+_ATTENTION = r"(.*/)?attn\d*/to_((qkv|kv)|(q|k|v|out)(_camera)?)"
+_LINEAR = (
+    *(_ATTENTION, r"(.*/)?linear(_\d)?", r"(.*/)?proj_out"),
+    *(r"(.*/)?attn\d*/to_(gate|beta|decay)", r"(.*/)?plucker_proj", r"(.*/)?ff_\d"),
+)
 _POINTWISE = r"(.*/)?ff/conv_(inverted|point)"
 
 # name -> patterns of paths in the parameters

@@ -34,8 +34,8 @@ UNROTATED, ROTATED = "unrotated", "rotated"
 CAPTURES = (UNROTATED, ROTATED)
 
 
-class _Shared(NamedTuple):
-    """What all blocks are given."""
+class Shared(NamedTuple):
+    """What all blocks of a call are given; the last three are None where nothing asks for them."""
 
     prompt: Float[Array, "B L D"]
     prompt_mask: Bool[Array, "B L"] | None
@@ -63,7 +63,7 @@ class LTX2Block(nn.Module):
     def __call__(
         self,
         x: Float[Array, "B N D"],
-        shared: _Shared,
+        shared: Shared,
         prefix: tuple[KeysValues, KeysValues] | None = None,
         capture: str | None = None,
     ) -> tuple[Float[Array, "B N D"], KeysValues | None]:
@@ -139,7 +139,18 @@ class LTX2VideoTransformer(nn.Module):
     remat: str = "none"
     scan_blocks: bool = True
 
-    @nn.compact
+    def setup(self) -> None:
+        """Makes the layers; those of the blocks are one module that stands for all of them."""
+        cfg = self.config
+        self.proj_in = Linear(cfg.inner_dim, dtype=self.dtype, kernel_init=torch_uniform(cfg.in_channels))
+        self.time_embed = TimeEmbedding(cfg.inner_dim, dtype=self.dtype)
+        self.caption_projection = CaptionProjection(cfg.inner_dim, self.dtype)
+        self.transformer_blocks = self._block_class()(cfg, self.dtype)
+        init = scaled_normal(cfg.inner_dim**-0.5)
+        self.scale_shift_table = self.param("scale_shift_table", init, (2, cfg.inner_dim), jnp.float32)
+        init = torch_uniform(cfg.inner_dim)
+        self.proj_out = Linear(cfg.velocity_channels, dtype=self.dtype, kernel_init=init)
+
     def __call__(
         self,
         hidden_states: Float[Array, "B T H W C"],
@@ -176,46 +187,82 @@ class LTX2VideoTransformer(nn.Module):
         Raises:
             UserError: sizes that do not fit each other, or a ``capture`` that is not known.
         """
+        check_capture(capture)
+        x, shared, embedding = self.enter(
+            hidden_states,
+            encoder_hidden_states,
+            timestep,
+            encoder_attention_mask,
+            rotation=rotation,
+            frame_valid_mask=frame_valid_mask,
+            prefix=prefix,
+            sink_rotation=sink_rotation,
+        )
+        x, captured = self._blocks(x, shared, prefix, capture)
+        velocity = self.finish(x, embedding, hidden_states.shape[1:4])
+        return velocity if capture is None else (velocity, captured)
+
+    # The two ends of a call, as methods of their own for those who run the blocks one by one.
+
+    def enter(
+        self,
+        hidden_states: Float[Array, "B T H W C"],
+        encoder_hidden_states: Float[Array, "B L Ctext"],
+        timestep: Float[Array, " B"] | Float[Array, "B T"] | Float[Array, "B N"],
+        encoder_attention_mask: Int[Array, "B L"] | None = None,
+        *,
+        rotation: GridRotation,
+        frame_valid_mask: Bool[Array, "B T"] | None = None,
+        prefix: LTX2Prefix | None = None,
+        sink_rotation: GridRotation | None = None,
+    ) -> tuple[Float[Array, "B N D"], Shared, Float[Array, "B G D"]]:
+        """What comes before the blocks; arguments and errors as in ``__call__``.
+
+        Returns:
+            The tokens, what all blocks are given, and the embedded times, which ``finish`` takes.
+        """
         cfg = self.config
-        batch, *grid, channels = hidden_states.shape
-        tokens = math.prod(grid)
-        _check_call(cfg, hidden_states.shape, timestep.shape, rotation, frame_valid_mask, capture)
+        batch, *grid, _ = hidden_states.shape
+        _check_call(cfg, hidden_states.shape, timestep.shape, rotation, frame_valid_mask)
         sink_rotation = _check_prefix(cfg, prefix, sink_rotation, batch, grid)
-        x = Linear(cfg.inner_dim, dtype=self.dtype, kernel_init=torch_uniform(channels), name="proj_in")(hidden_states)
-        x = x.reshape(batch, tokens, cfg.inner_dim)
+        x = self.proj_in(hidden_states).reshape(batch, math.prod(grid), cfg.inner_dim)
 
         # One embedding for every time that was given, and none for every token.
-        embedding, time = TimeEmbedding(cfg.inner_dim, dtype=self.dtype, name="time_embed")(timestep.reshape(-1), None)
+        embedding, time = self.time_embed(timestep.reshape(-1), None)
         embedding, time = (array.reshape(batch, -1, *array.shape[1:]) for array in (embedding, time))
-        prompt = CaptionProjection(cfg.inner_dim, self.dtype, name="caption_projection")(encoder_hidden_states)
-        shared = _Shared(
-            prompt,
+        shared = Shared(
+            self.caption_projection(encoder_hidden_states),
             _prompt_mask(encoder_attention_mask),
             time,
             spread(rotation, cfg.num_attention_heads, cfg.attention_head_dim),
             sink_rotation,
             _key_mask(prefix, frame_valid_mask, batch, grid),
         )
-        x, captured = self._blocks(x, shared, prefix, capture)
+        return x, shared, embedding
 
-        table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
-        shift, scale = modulation(table, embedding[..., None, :])
-        x = x.reshape(batch, timestep.size // batch, -1, cfg.inner_dim)
-        x = modulated_norm(x, shift, scale, OUTPUT_NORM_EPSILON).reshape(batch, *grid, cfg.inner_dim)
-        init = torch_uniform(cfg.inner_dim)
-        velocity = Linear(cfg.velocity_channels, dtype=self.dtype, kernel_init=init, name="proj_out")(x)
-        return velocity if capture is None else (velocity, captured)
+    def finish(
+        self, x: Float[Array, "B N D"], embedding: Float[Array, "B G D"], grid: tuple[int, int, int]
+    ) -> Float[Array, "B T H W Cout"]:
+        """What comes behind the blocks: the velocity of their tokens, which are those of ``grid``."""
+        batch, width = x.shape[0], self.config.inner_dim
+        shift, scale = modulation(self.scale_shift_table, embedding[..., None, :])
+        x = x.reshape(batch, embedding.shape[1], -1, width)
+        return self.proj_out(modulated_norm(x, shift, scale, OUTPUT_NORM_EPSILON).reshape(batch, *grid, width))
+
+    def _scanned(self) -> bool:
+        return self.scan_blocks or self.is_initializing()
+
+    def _block_class(self) -> type[nn.Module]:
+        return remat_block(LTX2Block, self.remat, static_arguments=(4,), scanned=self._scanned())
 
     def _blocks(
-        self, x: Float[Array, "B N D"], shared: _Shared, prefix: LTX2Prefix | None, capture: str | None
+        self, x: Float[Array, "B N D"], shared: Shared, prefix: LTX2Prefix | None, capture: str | None
     ) -> tuple[Float[Array, "B N D"], KeysValues | None]:
         """Runs the blocks over ``x``; sows all blocks' outputs, stacked."""
-        scanned = self.scan_blocks or self.is_initializing()
         keep_outputs = self.is_mutable_collection("intermediates")
-        block_class = remat_block(LTX2Block, self.remat, static_arguments=(4,), scanned=scanned)
         by_layer = None if prefix is None else (prefix.sink, prefix.history)
         layers = self.config.num_layers
-        if scanned:
+        if self._scanned():
 
             def body(block, x, own_prefix):
                 x, captured = block(x, shared, own_prefix, capture)
@@ -228,14 +275,14 @@ class LTX2VideoTransformer(nn.Module):
                 length=layers,
                 metadata_params={nn.PARTITION_NAME: "layers"},
             )
-            x, (captured, outputs) = scan(block_class(self.config, self.dtype, name="transformer_blocks"), x, by_layer)
+            x, (captured, outputs) = scan(self.transformer_blocks, x, by_layer)
         else:
             stacked = {
                 collection: self.variables[collection]["transformer_blocks"]
                 for collection in ("params", LORA)
                 if "transformer_blocks" in self.variables.get(collection, {})
             }
-            block = block_class(self.config, self.dtype, parent=None)
+            block = self._block_class()(self.config, self.dtype, parent=None)
             captured, outputs = [], []
             for variables, own_prefix in layers_of((stacked, by_layer), layers):
                 x, own_captured = block.apply(variables, x, shared, own_prefix, capture)
@@ -273,13 +320,18 @@ def _key_mask(
     return jnp.concatenate([jnp.broadcast_to(earlier, (batch, earlier.size)), own], axis=1)
 
 
+def check_capture(capture: str | None) -> None:
+    """Raises ``UserError`` for a ``capture`` that is not known."""
+    if capture not in (None, *CAPTURES):
+        raise UserError(f"capture={capture!r} is not known; choose None or one of {', '.join(CAPTURES)}")
+
+
 def _check_call(
     config: LTX2Config,
     latents: tuple[int, ...],
     times: tuple[int, ...],
     rotation: GridRotation,
     frame_valid_mask: Bool[Array, "B T"] | None,
-    capture: str | None,
 ) -> None:
     batch, *grid, channels = latents
     if channels != config.in_channels:
@@ -294,8 +346,6 @@ def _check_call(
         )
     if frame_valid_mask is not None and frame_valid_mask.shape != (batch, grid[0]):
         raise UserError(f"frame_valid_mask of shape {frame_valid_mask.shape}: allowed is {(batch, grid[0])}")
-    if capture not in (None, *CAPTURES):
-        raise UserError(f"capture={capture!r} is not known; choose None or one of {', '.join(CAPTURES)}")
 
 
 def _check_prefix(

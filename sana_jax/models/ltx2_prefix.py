@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from kernels.typing import Array, Bool, Int
@@ -85,6 +86,18 @@ def append_history(prefix: LTX2Prefix, block: KeysValues, frames: int | Int[Arra
 
     history = KeysValues(*(put(ring, new) for ring, new in zip(prefix.history, block)))
     return prefix._replace(history=history, appended=prefix.appended + jnp.asarray(frames, jnp.int32))
+
+
+def append_layer(
+    prefix: LTX2Prefix, layer: int | Int[Array, ""], block: KeysValues, frames: int | Int[Array, ""]
+) -> LTX2Prefix:
+    """``append_history`` for one layer, ``block`` being without the layer axis; ``appended`` stays as it is."""
+    rings = KeysValues(*(jax.lax.dynamic_index_in_dim(ring, layer) for ring in prefix.history))
+    own = KeysValues(*(array[None] for array in block))
+    filled = append_history(prefix._replace(history=rings), own, frames).history
+    put = jax.lax.dynamic_update_index_in_dim
+    history = (put(ring, new[0], layer, 0) for ring, new in zip(prefix.history, filled))
+    return prefix._replace(history=KeysValues(*history))
 
 
 def prefix_mask(prefix: LTX2Prefix) -> Bool[Array, " P"]:

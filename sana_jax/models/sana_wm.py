@@ -14,8 +14,11 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
+from kernels.split_frames import all_frames
+from kernels.split_frames import first_frame as first_own_frame
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.models.sana import CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE
@@ -47,7 +50,7 @@ from sana_jax.nn.mix_ffn import TemporalGLUMBConv
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.ray_transform import direction_map, ray_transforms
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
-from sana_jax.nn.rope import rope_3d
+from sana_jax.nn.rope import check_positions, rope_3d
 
 __all__ = ["SanaWMConfig", "SanaWMState", "SanaWMTransformer", "init_params", "init_state"]
 
@@ -135,7 +138,7 @@ class SanaWMBlock(nn.Module):
             out = Linear(width, dtype=self.dtype, kernel_init=xavier_uniform(), name="ff_2")(gelu_tanh(hidden))
             return out, previous
         ff = TemporalGLUMBConv(cfg.mlp_hidden, self.dtype, name="ff")
-        out, last_frame = ff(x.reshape(len(x), *layout.grid, width), layout.block_starts, previous)
+        out, last_frame = ff(x.reshape(len(x), *layout.grid, width), layout.block_starts, previous, layout.frame_axis)
         return out.reshape(x.shape), last_frame if previous is None else last_frame.astype(previous.dtype)
 
 
@@ -168,6 +171,9 @@ class SanaWMTransformer(nn.Module):
             debugging. Equal outputs.
         softmax_dtype: dtype to which softmax layers round queries, keys and values: bfloat16, as the published models
             do even in float32. None for no rounding.
+        context_axis: inside ``jax.shard_map``, the mesh axis over whose devices frames are split in equal parts, as
+            ``sana_jax.models.context_parallel`` does. Arrays then have one device's frames T, and ``block_starts``,
+            ``convolution_starts`` and ``first_frame`` are those of the whole video. None: they are not split.
     """
 
     config: SanaWMConfig
@@ -175,6 +181,7 @@ class SanaWMTransformer(nn.Module):
     remat: str = "none"
     scan_blocks: bool = True
     softmax_dtype: Any = jnp.bfloat16
+    context_axis: str | None = None
 
     @nn.compact
     def __call__(
@@ -231,10 +238,17 @@ class SanaWMTransformer(nn.Module):
                 chunk_plucker = jnp.zeros((*hidden_states.shape[:-1], cfg.chunk_plucker_channels))
         grid = self._check(hidden_states, timestep, camera_conditions, chunk_plucker, block_starts)
         starts = tuple(block_starts or (0,))
-        layout = CausalLayout(grid, starts, starts if convolution_starts is None else tuple(convolution_starts))
-        _check_starts("convolution_starts", layout.convolution_starts, frames)
+        restarts = starts if convolution_starts is None else tuple(convolution_starts)
+        layout = CausalLayout(grid, starts, restarts, self.context_axis)
+        _check_starts("convolution_starts", restarts, all_frames(frames, self.context_axis))
         if state is not None:
-            check_state(state, cfg, batch, grid[1:])
+            if self.context_axis is not None:
+                raise UserError(
+                    f"context_axis={self.context_axis!r} with a state: blocks with a state come one after another, and "
+                    "have no frames to split; leave one of them out"
+                )
+            check_state(state, cfg, batch, grid[1:], camera_conditions is not None)
+        camera_conditions, chunk_plucker = _without_padding(camera_conditions, chunk_plucker, frame_valid_mask)
         attention = self._attention_inputs(layout, camera_conditions, frame_valid_mask, state, first_frame)
         x = self._embed("patch_embedding", hidden_states, grid)
         plucker = None
@@ -267,7 +281,7 @@ class SanaWMTransformer(nn.Module):
                 "crop or pad it"
             )
         if block_starts is not None:
-            _check_starts("block_starts", tuple(block_starts), frames)
+            _check_starts("block_starts", tuple(block_starts), all_frames(frames, self.context_axis))
         wanted = {
             "timestep": (timestep, (batch, frames), "one for each latent frame"),
             "camera_conditions": (camera_conditions, (batch, frames, 20), "see sana_jax.camera.camera_inputs"),
@@ -291,11 +305,16 @@ class SanaWMTransformer(nn.Module):
         """Positions, rays, padding and visibility, once for all layers."""
         cfg, grid, rotation, rays = self.config, layout.grid, None, None
         if cfg.use_pe:
+            if layout.frame_axis is not None:
+                known = first_frame if isinstance(first_frame, int) else 0
+                check_positions(known, (all_frames(grid[0], layout.frame_axis), *grid[1:]), MAX_POSITIONS)
+                first_frame = first_frame + first_own_frame(grid[0], layout.frame_axis)
             rotation = rope_3d(grid, cfg.linear_head_dim, first_frame=first_frame, max_positions=MAX_POSITIONS)
         if camera_conditions is not None:
             rays = ray_transforms(camera_conditions, grid[1:], cfg.patch_size[1:], rotation, cfg.linear_head_dim)
         valid = None if frame_valid_mask is None else frame_valid_mask.astype(bool)
-        return AttentionInputs(rotation, rays, valid, visible_frames(layout.block_starts, grid[0], state))
+        visible = visible_frames(layout.block_starts, grid[0], state, layout.frame_axis)
+        return AttentionInputs(rotation, rays, valid, visible)
 
     def _embed(
         self, name: str, pixels: Float[Array, "B T H W C"], grid: tuple[int, int, int], zeros: bool = False
@@ -455,6 +474,21 @@ def init_params(transformer: SanaWMTransformer, key: PRNGKeyArray) -> PyTree:
     latents = jnp.zeros((1, *config.patch_size, config.in_channels))
     caption = jnp.zeros((1, 1, config.caption_channels))
     return transformer.init(key, latents, caption, jnp.zeros((1, 1)))["params"]
+
+
+def _without_padding(
+    camera_conditions: Float[Array, "B T 20"] | None,
+    chunk_plucker: Float[Array, "B T H W P"] | None,
+    frame_valid_mask: Bool[Array, "B T"] | None,
+) -> tuple[Float[Array, "B T 20"] | None, Float[Array, "B T H W P"] | None]:
+    """The camera with something harmless in frames that are padding, whose numbers may be of no camera at all."""
+    if frame_valid_mask is None:
+        return camera_conditions, chunk_plucker
+    valid = frame_valid_mask.astype(bool)
+    if camera_conditions is not None:
+        harmless = np.concatenate([np.eye(4).reshape(-1), np.ones(4)]).astype(np.float32)
+        camera_conditions = jnp.where(valid[..., None], camera_conditions, harmless)
+    return camera_conditions, None if chunk_plucker is None else masked(chunk_plucker, valid)
 
 
 def _check_starts(name: str, starts: tuple[int, ...], frames: int) -> None:

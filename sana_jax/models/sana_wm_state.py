@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.gated_delta_rule import init_state as init_delta_state
+from kernels.split_frames import all_frames, own_part
 from kernels.typing import Array, Int
 from sana_jax.errors import UserError
 from sana_jax.models.sana_wm_config import SanaWMConfig
@@ -38,7 +40,7 @@ class BlockState(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("delta", "softmax", "frame_blocks", "blocks_done"),
-    meta_fields=("num_cached_blocks", "sink"),
+    meta_fields=("num_cached_blocks", "sink", "camera"),
 )
 @dataclasses.dataclass(frozen=True)
 class SanaWMState:
@@ -51,6 +53,7 @@ class SanaWMState:
         blocks_done: how many blocks there have been.
         num_cached_blocks: how many earlier blocks softmax layers see; None for all.
         sink: whether the first block is always one of them.
+        camera: whether blocks come with a camera: all of them, or none.
     """
 
     delta: BlockState | None
@@ -59,6 +62,7 @@ class SanaWMState:
     blocks_done: Int[Array, ""]
     num_cached_blocks: int | None
     sink: bool
+    camera: bool = True
 
 
 def cache_frames(block_frames: Sequence[int], num_cached_blocks: int | None = None, sink: bool = False) -> int:
@@ -87,6 +91,7 @@ def init_state(
     *,
     dtype: Any = jnp.float32,
     softmax_dtype: Any = jnp.bfloat16,
+    camera: bool = True,
 ) -> SanaWMState:
     """The state before the first block.
 
@@ -100,6 +105,7 @@ def init_state(
         sink: whether the first block is always one of them.
         dtype: of the frames that convolutions keep; the network's compute dtype holds them exactly.
         softmax_dtype: of the keys and values; the network's ``softmax_dtype`` holds them exactly.
+        camera: whether the blocks will come with a camera.
 
     Raises:
         UserError: a window of no block, or a sink without a window.
@@ -127,6 +133,7 @@ def init_state(
         blocks_done=jnp.zeros((), jnp.int32),
         num_cached_blocks=num_cached_blocks,
         sink=sink,
+        camera=camera,
     )
 
 
@@ -139,18 +146,24 @@ def state_bytes(state: SanaWMState) -> dict[str, int]:
     return {"delta": count(state.delta), "softmax": count(state.softmax), "total": count(state)}
 
 
-def visible_frames(block_starts: tuple[int, ...], frames: int, state: SanaWMState | None) -> VisibleFrames:
+def visible_frames(
+    block_starts: tuple[int, ...], frames: int, state: SanaWMState | None, axis_name: str | None = None
+) -> VisibleFrames:
     """What softmax layers see in the frames given and in those of the state.
 
     Args:
         block_starts: the first frame of every causal block among the frames given.
         frames: T.
         state: None for a video without earlier frames.
+        axis_name: inside ``jax.shard_map``, the mesh axis over which frames are split (``kernels.split_frames``); T is
+            then one device's, the blocks are those of all frames, and there is no state.
     """
-    starts = jnp.asarray(block_starts)
-    own = jnp.searchsorted(starts, jnp.arange(frames), side="right").astype(jnp.int32) - 1
+    numbers = np.arange(all_frames(frames, axis_name))
+    own = (np.searchsorted(np.asarray(block_starts), numbers, side="right") - 1).astype(np.int32)
     if state is None:
-        return VisibleFrames(None if len(block_starts) == 1 else (own[None, :] <= own[:, None])[None])
+        if len(block_starts) == 1:
+            return VisibleFrames(None)
+        return VisibleFrames(jnp.asarray(own[None, :] <= own_part(own, frames, axis_name)[:, None])[None])
     own = own + state.blocks_done
     known = jnp.concatenate([state.frame_blocks, own])
     window, sink = state.num_cached_blocks, state.sink
@@ -193,16 +206,50 @@ def state_after(
     )
 
 
-def check_state(state: SanaWMState, config: SanaWMConfig, batch_size: int, grid: tuple[int, int]) -> None:
-    """Raises ``UserError`` unless the state is one of this network for this size."""
-    room = len(state.frame_blocks)
-    wanted = jax.eval_shape(lambda: init_state(config, batch_size, grid, room, state.num_cached_blocks, state.sink))
+def check_state(state: SanaWMState, config: SanaWMConfig, batch_size: int, grid: tuple[int, int], camera: bool) -> None:
+    """Raises ``UserError`` unless the state is one of this network for this size, with a camera or without one."""
+    room, window = len(state.frame_blocks), (state.num_cached_blocks, state.sink)
+    wanted = jax.eval_shape(lambda: init_state(config, batch_size, grid, room, *window, camera=state.camera))
     found, needed = ([leaf.shape for leaf in jax.tree.leaves(tree)] for tree in (state, wanted))
     if found != needed or jax.tree.structure(state) != jax.tree.structure(wanted):
         raise UserError(
             f"the state is not one for {batch_size} samples of {grid[0]}x{grid[1]} tokens per frame in this network; "
             "start with init_state for this size"
         )
+    if state.camera != camera:
+        has, given = ("with", "no camera_conditions") if state.camera else ("without", "camera_conditions")
+        raise UserError(
+            f"the state is of blocks {has} a camera, and this one has {given}; all blocks of a video have a camera or "
+            f"none has: start with init_state(..., camera={camera})"
+        )
+    _check_dtypes(state, wanted)
+
+
+def _check_dtypes(state: SanaWMState, wanted: SanaWMState) -> None:
+    """Memories and numbers have one dtype; those of frames and of keys and values are whatever ``init_state`` made."""
+
+    def named(tree: SanaWMState) -> dict[str, Any]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        return {jax.tree_util.keystr(path, simple=True, separator="/"): jnp.dtype(leaf.dtype) for path, leaf in leaves}
+
+    kinds: dict[str, set[Any]] = {"frames": set(), "keys and values": set()}
+    for (name, found), needed in zip(named(state).items(), named(wanted).values(), strict=True):
+        kind = None
+        if "tails" in name or "last_frame" in name:
+            kind = "frames"
+        elif name.startswith("softmax/attention"):
+            kind = "keys and values"
+        if kind is None and found != needed:
+            raise UserError(f"the state's {name} is {found}, and is to be {needed}; start with init_state")
+        if kind is not None:
+            kinds[kind].add(found)
+    for kind, dtypes in kinds.items():
+        if len(dtypes) > 1 or not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+            told = ", ".join(sorted(map(str, dtypes)))
+            raise UserError(
+                f"the state's {kind} are {told}; allowed is one floating-point dtype for all: start with init_state, "
+                "whose dtype and softmax_dtype say which"
+            )
 
 
 def _check_window(num_cached_blocks: int | None, sink: bool) -> None:

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from kernels.gated_delta_rule import DeltaState, gated_delta_rule
 from kernels.linear_attention.rotation import rotate_pairs
+from kernels.split_frames import frames_of_all
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray
 from sana_jax.nn.activations import silu
 from sana_jax.nn.blockwise_attention import blockwise_attention
@@ -78,11 +79,14 @@ class CausalLayout:
         grid: frames, rows and columns of tokens.
         block_starts: ascending from 0; one block is the bidirectional form.
         convolution_starts: the same for the later frames that the short convolution sees.
+        frame_axis: inside ``jax.shard_map``, the mesh axis over which frames are split (``kernels.split_frames``):
+            ``grid`` has one device's, starts are those of all frames, and there is no state. None: they are not split.
     """
 
     grid: tuple[int, int, int]
     block_starts: tuple[int, ...] = (0,)
     convolution_starts: tuple[int, ...] = (0,)
+    frame_axis: str | None = None
 
 
 class VisibleFrames(NamedTuple):
@@ -181,6 +185,7 @@ class GatedDeltaAttention(nn.Module):
             chunk_starts=layout.block_starts,
             state=None if state is None else state.main,
             epsilon=NORMALISER_EPSILON,
+            axis_name=layout.frame_axis,
         )
         camera, camera_state = None, None if state is None else state.camera
         if inputs.rays is not None:
@@ -204,9 +209,9 @@ def _delta_from_rays(
     """The delta rule as seen from the rays, float32; updates are weaker where the rays made keys longer."""
     query, key, value = (x.astype(jnp.float32) for x in heads)
     key = key * key_scale
-    length = jnp.maximum(jnp.linalg.norm(key, axis=-1), _SHORTEST_KEY)
+    length = _lengths(key)
     query, key, value = _seen_from_rays(shape, (query, key, value), inputs.rays)
-    longer = jnp.square(jnp.maximum(jnp.linalg.norm(key, axis=-1), _SHORTEST_KEY) / length).mean(2, keepdims=True)
+    longer = jnp.square(_lengths(key) / length).mean(2, keepdims=True)
     found, state = gated_delta_rule(
         masked(query, inputs.valid),
         masked(key, inputs.valid),
@@ -216,8 +221,14 @@ def _delta_from_rays(
         normalise=False,
         chunk_starts=layout.block_starts,
         state=state,
+        axis_name=layout.frame_axis,
     )
     return masked(from_ray(masked(found, inputs.valid), inputs.rays), inputs.valid), state
+
+
+def _lengths(x: Float[Array, "*N d"]) -> Float[Array, "*N"]:
+    """Lengths, at least ``_SHORTEST_KEY``; keys of nothing but zeros have a gradient of 0, where a norm's is NaN."""
+    return jnp.sqrt(jnp.maximum(jnp.square(x).sum(-1), _SHORTEST_KEY**2))
 
 
 class RaySoftmaxAttention(nn.Module):
@@ -236,6 +247,7 @@ class RaySoftmaxAttention(nn.Module):
 
         def attend(query, key, value, cached, mask, scale):
             query, key, value = (array.astype(work) for array in (query, key, value))
+            key, value = (frames_of_all(array, layout.frame_axis) for array in (key, value))
             if cached is not None:
                 key, value = (
                     jnp.concatenate([old.astype(work), new], axis=1) for old, new in zip(cached, (key, value))
@@ -256,8 +268,7 @@ class RaySoftmaxAttention(nn.Module):
             heads = _normalised(shape, _camera_projections(shape, x, valid), "_camera")
             query, key, value = _seen_from_rays(shape, heads, inputs.rays)
             query, value = masked(query, valid), masked(value, valid)
-            cached_frames = 0 if state is None else state.key.shape[1]
-            mask = _without_padding(visible.mask, valid, cached_frames + x.shape[1])
+            mask = _without_padding(visible.mask, valid, layout, 0 if state is None else state.key.shape[1])
             found, seen_by_camera = attend(query, key, value, cached(2), mask, _camera_scale(shape))
             camera = masked(from_ray(masked(found, valid), inputs.rays), valid)
         if state is not None:
@@ -321,7 +332,9 @@ def _convolved(
         size = (shape.conv_taps, found[index].shape[-1])
         kernel = module.param(f"{name}_kernel", _draw_identity, size, jnp.float32)
         previous = None if tails is None else tails[name]
-        found[index], tail = short_convolution(found[index], kernel, layout.convolution_starts, previous)
+        found[index], tail = short_convolution(
+            found[index], kernel, layout.convolution_starts, previous, layout.frame_axis
+        )
         if tails is not None:
             tails[name] = tail.astype(previous.dtype)
     return tuple(found)
@@ -367,13 +380,13 @@ def _camera_scale(shape: AttentionShape) -> float:
     return size**-0.5
 
 
-def _without_padding(mask: Array | None, valid: Array | None, frames: int) -> Array | None:
-    """``mask`` (·, T, F + T) without the given frames that are padding."""
+def _without_padding(mask: Array | None, valid: Array | None, layout: CausalLayout, cached: int) -> Array | None:
+    """``mask`` (·, T, F + N), of F cached frames and N given ones, without the given frames that are padding."""
     if valid is None:
         return mask
-    batch, given = valid.shape
-    seen = jnp.concatenate([jnp.ones((batch, frames - given), bool), valid], axis=1)[:, None]
-    return jnp.broadcast_to(seen, (batch, given, frames)) if mask is None else mask & seen
+    batch, frames = valid.shape
+    seen = jnp.pad(frames_of_all(valid, layout.frame_axis), [(0, 0), (cached, 0)], constant_values=True)[:, None]
+    return jnp.broadcast_to(seen, (batch, frames, seen.shape[2])) if mask is None else mask & seen
 
 
 def _kept(array: Float[Array, "B Q S h d"], old: Float[Array, "B F S h d"], visible: VisibleFrames) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.depthwise_conv import depthwise_conv2d
+from kernels.split_frames import all_frames, earlier_frames, later_frames, own_part
 from kernels.typing import Array, Float
 from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
@@ -67,6 +68,7 @@ class TemporalGLUMBConv(nn.Module):
         x: Float[Array, "B T H W D"],
         block_starts: Sequence[int] = (0,),
         previous: Float[Array, "B H W D"] | None = None,
+        axis_name: str | None = None,
     ) -> tuple[Float[Array, "B T H W D"], Float[Array, "B H W D"]]:
         """Mixes channels, neighbouring tokens and neighbouring frames.
 
@@ -74,6 +76,8 @@ class TemporalGLUMBConv(nn.Module):
             x: frames of tokens.
             block_starts: the first frame of every block, ascending from 0.
             previous: what this function gave as its second result for the frames before; None where there are none.
+            axis_name: inside ``jax.shard_map``, the mesh axis over which frames are split (``kernels.split_frames``),
+                and with them those before: there is no ``previous``. ``block_starts`` are those of all frames.
 
         Returns:
             The frames, and the last frame as it was before the convolution over frames.
@@ -85,20 +89,23 @@ class TemporalGLUMBConv(nn.Module):
         over_frames = Linear(
             features, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="conv_temp"
         )
-        return u + over_frames(_three_frames(u, block_starts, previous)), u[:, -1]
+        return u + over_frames(_three_frames(u, block_starts, previous, axis_name)), u[:, -1]
 
 
 def _three_frames(
-    u: Float[Array, "B T H W D"], block_starts: Sequence[int], previous: Float[Array, "B H W D"] | None
+    u: Float[Array, "B T H W D"],
+    block_starts: Sequence[int],
+    previous: Float[Array, "B H W D"] | None,
+    axis_name: str | None,
 ) -> Float[Array, "B T H W E"]:
     """The channels of the frame before, the frame and the frame after, side by side; arguments as above."""
-    nothing = jnp.zeros_like(u[:, :1])
-    first = nothing if previous is None else previous[:, None].astype(u.dtype)
+    frames = u.shape[1]
+    first = earlier_frames(u, 1, axis_name) if previous is None else previous[:, None].astype(u.dtype)
     before = jnp.concatenate([first, u[:, :-1]], axis=1)
-    after = jnp.concatenate([u[:, 1:], nothing], axis=1)
-    ends = np.isin(np.arange(1, u.shape[1] + 1), block_starts)  # the next frame is another block's
+    after = jnp.concatenate([u[:, 1:], later_frames(u, 1, axis_name)], axis=1)
+    ends = np.isin(np.arange(1, all_frames(frames, axis_name) + 1), block_starts)  # the next frame is another block's
     if ends.any():
-        after = jnp.where(ends[:, None, None, None], 0, after)
+        after = jnp.where(own_part(ends, frames, axis_name)[:, None, None, None], 0, after)
     return jnp.concatenate([before, u, after], axis=-1)
 
 

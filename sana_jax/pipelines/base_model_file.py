@@ -17,7 +17,7 @@ from sana_jax.files import read_json, write_json
 
 NAME = "base_model.json"
 # What a run's checkpoints hold.
-KINDS = ("whole", "lora", "controlnet", "sprint", "chunk_causal", "self_forcing")
+KINDS = ("whole", "lora", "controlnet", "sprint", "chunk_causal", "world_chunk_causal", "self_forcing")
 
 
 @dataclasses.dataclass(frozen=True)

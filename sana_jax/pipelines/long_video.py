@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,19 +19,19 @@ from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoState, kv_cache_bytes, state_bytes
 from sana_jax.nn.rope import check_positions
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
-from sana_jax.pipelines.checks import check_common_options
+from sana_jax.pipelines.growing_output import check_frames_in_memory, check_output_arguments
 from sana_jax.pipelines.long_video_run import BlockEndCallback, LongSanaVideoPipelineOutput, LongVideoRun, Plan
 from sana_jax.pipelines.long_video_state import ResumeFolder
 from sana_jax.pipelines.prompt_schedule import PromptSwitch, parse_prompts, prompts_of_blocks
 from sana_jax.pipelines.residency import Residency
 from sana_jax.pipelines.resolution import Binning
+from sana_jax.pipelines.resumed_folder import digest
 from sana_jax.pipelines.sampling_function import transformer_variables
 from sana_jax.pipelines.video_base import VideoPipeline, VideoRequest, frames_of_seconds
 from sana_jax.videos import check_fps, check_video_path
 
 ATTENTION_EPSILON = 1e-8  # of the training code, which LongSANA's weights are published for
 TRAINED_LATENT_FRAMES = 261  # of the longest videos that training saw
-_MOST_BYTES = 1 << 33  # of frames that are held in memory where there is no output_path
 
 
 class LongSanaVideoPipeline(VideoPipeline):
@@ -139,12 +138,12 @@ class LongSanaVideoPipeline(VideoPipeline):
                 than the model has positions for, or values that stop being finite.
             FileNotFoundError: there is nothing to resume.
         """
-        _check_call(output_path, output_type, resume, enlarge, seed)
+        check_output_arguments(output_path, output_type, resume, enlarge, seed)
         self._check_distilled(guidance_scale, num_inference_steps, block_frames)
         texts = _texts(prompt, prompt_embeds)
         plan = self._plan(texts, seconds, frames, (height, width), binning, fps, num_cached_blocks, latents, say)
         if output_path is None:
-            _check_memory(plan, self.autoencoder.image_channels)
+            check_frames_in_memory(plan.frames, plan.size.requested, self.autoencoder.image_channels)
         self._say_plan(plan, say)
         request = VideoRequest(
             prompt=None if texts is None else [switch.prompt for switch in texts],
@@ -269,8 +268,8 @@ class LongSanaVideoPipeline(VideoPipeline):
             "motion_score": request.motion_score,
             "max_sequence_length": request.max_sequence_length,
             "complex_human_instruction": None if instruction is None else list(instruction),
-            "prompt_embeds": _digest(request.prompt_embeds, request.prompt_attention_mask),
-            "latents": _digest(latents),
+            "prompt_embeds": digest(request.prompt_embeds, request.prompt_attention_mask),
+            "latents": digest(latents),
             "enlarge": enlarge,
             "sampler": str(self.sampler),
             "dtype": str(jnp.dtype(self.transformer.dtype)),
@@ -311,37 +310,3 @@ def _texts(prompt: Any, embeds: Any) -> tuple[PromptSwitch, ...] | None:
     if prompt is None and np.shape(embeds)[:1] != (1,):
         raise UserError(f"prompt_embeds of shape {np.shape(embeds)}; allowed is (1, L, C), for one prompt: give one")
     return None if prompt is None else parse_prompts(prompt)
-
-
-def _check_call(output_path: Any, output_type: str | None, resume: bool, enlarge: int, seed: int) -> None:
-    check_common_options("pil" if output_type is None else output_type, 1, seed)
-    if output_path is not None and output_type is not None:
-        raise UserError(f"output_type {output_type!r} would not be used, since output_path is given; leave one out")
-    if type(enlarge) is not int or enlarge < 1:
-        raise UserError(f"enlarge {enlarge!r} is not allowed; choose 1 or more")
-    if output_path is None and (resume or enlarge > 1):
-        unused = "resume" if resume else "enlarge"
-        raise UserError(f"{unused} would not be used without output_path; name the video's file, or leave it out")
-
-
-def _check_memory(plan: Plan, channels: int) -> None:
-    height, width = plan.size.requested
-    needed = 4 * plan.frames * height * width * channels
-    if needed > _MOST_BYTES:
-        raise UserError(
-            f"{plan.frames} frames of {height}x{width} take {readable_bytes(needed)} of memory; allowed without "
-            f"output_path are {readable_bytes(_MOST_BYTES)}: give an output_path, to which frames are written as they "
-            "come"
-        )
-
-
-def _digest(*arrays: Any) -> str | None:
-    """A short name for the arrays' values; None for none."""
-    if arrays[0] is None:
-        return None
-    digest = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        digest.update(f"{array.shape} {array.dtype} ".encode())
-        digest.update(array.tobytes())
-    return digest.hexdigest()[:12]

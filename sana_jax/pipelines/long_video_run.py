@@ -15,17 +15,16 @@ import numpy as np
 
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.autoencoders.base import pixel_frames
-from sana_jax.images import to_pil
 from sana_jax.models.sana_video import SanaVideoState, init_state
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
 from sana_jax.pipelines.checks import check_finite
+from sana_jax.pipelines.growing_output import GrowingOutput, frames_to_keep, shown_in_unit_range
 from sana_jax.pipelines.long_video_state import ResumeFolder
 from sana_jax.pipelines.prompt_schedule import PromptSwitch
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
 from sana_jax.pipelines.resolution import resize_and_crop
 from sana_jax.pipelines.sampling_function import Encoded
 from sana_jax.pipelines.video_base import VideoRequest
-from sana_jax.videos import VideoWriter, count_frames, video_kind
 
 if TYPE_CHECKING:
     from sana_jax.pipelines.long_video import LongSanaVideoPipeline
@@ -154,29 +153,27 @@ class LongVideoRun:
         pipeline._leave(TEXT)
         self._spent("text", begin)
         sampling = time.perf_counter()
-        kept: list[Any] = []
-        if output_path is None:
-            blocks = self._all_blocks(0, state, conditions, None, kept, output_type, 1)
-        else:
-            keep = self._frames_to_keep(output_path, done)
+        keep = 0
+        if output_path is not None:
+            keep = frames_to_keep(output_path, map(plan.frames_of, range(done + 1))) if done else 0
             if resume:
                 self._say_resumed(done, keep)
-            options = {"metadata": metadata, "keep_frames": keep, "separate": True, "say": self.say}
-            writer = VideoWriter(output_path, plan.fps, **options)
-            try:
-                blocks = self._all_blocks(done, state, conditions, writer, kept, None, enlarge)
-            except BaseException:
-                writer.close(finish=False)
-                raise
-            writer.close(finish=blocks == plan.blocks)
-            if blocks == plan.blocks:
-                self.folder.remove()
+        options = {"keep_frames": keep, "enlarge": enlarge, "metadata": metadata, "say": self.say}
+        output = GrowingOutput(output_path, plan.fps, **options)
+        try:
+            blocks = self._all_blocks(done, state, conditions, output, output_type)
+        except BaseException:
+            output.close(finish=False)
+            raise
+        output.close(finish=blocks == plan.blocks)
+        if self.folder is not None and blocks == plan.blocks:
+            self.folder.remove()
         pipeline._leave(TRANSFORMER)
         pipeline._leave(AUTOENCODER)
         self._say_end(blocks)
         return LongSanaVideoPipelineOutput(
-            _gathered(kept, output_type) if output_path is None else None,
-            None if output_path is None else pathlib.Path(output_path),
+            output.gathered(output_type),
+            output.path,
             plan.frames_of(blocks),
             blocks == plan.blocks,
             plan.fps,
@@ -195,14 +192,12 @@ class LongVideoRun:
         done: int,
         state: SanaVideoState,
         conditions: Encoded,
-        writer: VideoWriter | None,
-        kept: list[Any],
-        output_type: OutputType | None,
-        enlarge: int,
+        output: GrowingOutput,
+        output_type: OutputType,
     ) -> int:
         """Makes the blocks from ``done`` on; returns how many there are then."""
         plan, pipeline = self.plan, self.pipeline
-        decoded = self._decoded_before(done, writer, enlarge) if done else None
+        decoded = self._decoded_before(done, output) if done else None
         params, lora = pipeline.params, pipeline._runtime_lora
         for block in range(done, plan.blocks):
             begin, compiled = time.perf_counter(), self.watch.compile_seconds
@@ -217,11 +212,11 @@ class LongVideoRun:
             check_finite(f"block {block + 1} of {plan.blocks}", latents, pipeline.made)
             compiling = self.watch.compile_seconds - compiled
             self._spent("denoise", begin + compiling)
-            if output_type == "latent":
-                kept.append(np.asarray(latents)[0])
+            if output.path is None and output_type == "latent":
+                output.append(np.asarray(latents)[0])
             else:
                 video, decoded = self._decode(latents, decoded)
-                self._write(video, writer, kept, enlarge)
+                self._write(video, output)
             if self.folder is not None:
                 saving = time.perf_counter()
                 self.folder.save(block, latents, state)
@@ -255,16 +250,11 @@ class LongVideoRun:
         check_finite("decoding", decoded, self.pipeline.made)
         video = resize_and_crop(np.asarray(decoded, np.float32)[0], *self.plan.size.requested)
         self._spent("decode", begin)
-        return np.clip(video / 2 + 0.5, 0.0, 1.0), state
+        return shown_in_unit_range(video), state
 
-    def _write(self, video: np.ndarray, writer: VideoWriter | None, kept: list[Any], enlarge: int) -> None:
+    def _write(self, video: np.ndarray, output: GrowingOutput) -> None:
         begin = time.perf_counter()
-        if writer is None:
-            kept.append(video)
-        else:
-            if enlarge > 1:
-                video = np.repeat(np.repeat(video, enlarge, axis=1), enlarge, axis=2)
-            writer.append(video)
+        output.append(video)
         self._spent("write", begin)
 
     def _spent(self, stage: str, begin: float) -> None:
@@ -272,18 +262,13 @@ class LongVideoRun:
 
     # -- going on ------------------------------------------------------------------------------------------------
 
-    def _frames_to_keep(self, output_path: Any, done: int) -> int:
-        """Frames of whole blocks that the file has for certain: the last one in an mp4 may be cut."""
-        there = count_frames(output_path) - (video_kind(output_path) == "mp4") if done else 0
-        return max(end for end in map(self.plan.frames_of, range(done + 1)) if end <= max(there, 0))
-
-    def _decoded_before(self, done: int, writer: VideoWriter, enlarge: int) -> PyTree:
+    def _decoded_before(self, done: int, output: GrowingOutput) -> PyTree:
         """The autoencoder's state after the blocks that are there; those that the file lacks are written."""
         state = None
         for block in range(done):
             video, state = self._decode(jnp.asarray(self.folder.latents(block)), state)
-            if self.plan.frames_of(block + 1) > writer.frame_count:
-                self._write(video, writer, [], enlarge)
+            if self.plan.frames_of(block + 1) > output.frame_count:
+                self._write(video, output)
         return state
 
     # -- what is said --------------------------------------------------------------------------------------------
@@ -315,13 +300,3 @@ class LongVideoRun:
 
 def _fold(key: PRNGKeyArray, stream: int, block: int) -> PRNGKeyArray:
     return jax.random.fold_in(jax.random.fold_in(key, stream), block)
-
-
-def _gathered(kept: list[Any], output_type: OutputType) -> Any:
-    """All blocks of a short video, in the form that was asked for."""
-    whole = np.concatenate(kept)
-    if output_type == "latent":
-        return np.moveaxis(whole, -1, 0)[None]
-    if output_type == "np":
-        return whole[None]
-    return [[to_pil(frame) for frame in whole]]

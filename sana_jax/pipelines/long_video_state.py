@@ -26,7 +26,7 @@ import numpy as np
 from kernels.typing import Array, Float, PyTree
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_file
-from sana_jax.pipelines.resumed_folder import damaged_file, told_differences
+from sana_jax.pipelines.resumed_folder import damaged_file, save_block, told_differences
 
 _STATE = "state.npz"
 
@@ -68,15 +68,14 @@ class ResumeFolder:
         """
         arrays = {f"leaf{index}": _to_bits(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
         notes = {"blocks": block + 1, "settings": self._settings}
+        advice = "the video is there as far as it has come: make room on the disk and go on with --resume (resume=True)"
+        save_block(self._latents(block), latents, advice)
         try:
-            with atomic_file(self._latents(block)) as file:
-                np.save(file, np.asarray(latents, np.float32))
             with atomic_file(self.path / _STATE) as file:
                 np.savez(file, notes=np.array(json.dumps(notes)), **arrays)
         except OSError as error:
             raise UserError(
-                f"writing {self.path} failed ({error.strerror or error}) after block {block + 1}; the video is there "
-                "as far as it has come: make room on the disk and go on with --resume (resume=True)"
+                f"writing {self.path} failed ({error.strerror or error}) after block {block + 1}; {advice}"
             ) from error
 
     def load(self, abstract_state: PyTree) -> Progress:

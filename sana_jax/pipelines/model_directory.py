@@ -42,7 +42,8 @@ from sana_jax.text_encoders.gemma import GemmaTextEncoder
 from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION, VIDEO_INSTRUCTION, WORLD_INSTRUCTION
 
 _INDEX = "model_index.json"
-WORLD_PIPELINE = "SanaWMPipeline"
+WORLD_PIPELINE, WORLD_STREAM = "SanaWMPipeline", "SanaWMStreamingPipeline"
+WORLD_PIPELINES = (WORLD_PIPELINE, WORLD_STREAM)
 # pipeline here -> the classes of published indices that it serves
 PIPELINES = {
     "SanaPipeline": ("SanaPipeline", "SanaPAGPipeline"),
@@ -55,14 +56,19 @@ PIPELINES = {
     "LongSanaVideoPipeline": ("LongSanaVideoPipeline",),
     # a network of another shape, which is told of the camera
     WORLD_PIPELINE: (WORLD_PIPELINE,),
+    # the same in causal blocks, for which networks are distilled; any can be streamed
+    WORLD_STREAM: (WORLD_STREAM, WORLD_PIPELINE),
 }
-VIDEO_PIPELINES = ("SanaVideoPipeline", "SanaImageToVideoPipeline", "LongSanaVideoPipeline", WORLD_PIPELINE)
+VIDEO_PIPELINES = ("SanaVideoPipeline", "SanaImageToVideoPipeline", "LongSanaVideoPipeline", *WORLD_PIPELINES)
+# those that write a video while they make it
+GROWING_PIPELINES = ("LongSanaVideoPipeline", WORLD_STREAM)
 # what an index of another family says of itself
 _OTHER_FAMILIES = {
     "SanaVideoPipeline": "SANA-Video",
     "SanaImageToVideoPipeline": "SANA-Video",
     "LongSanaVideoPipeline": "LongSANA",
     WORLD_PIPELINE: "SANA-WM",
+    WORLD_STREAM: "SANA-WM",
 }
 _REFINERS = ("SanaWMLTX2Refiner", "SanaWMRefiner")
 _LOOKS = {IMAGE_TRANSFORMER: "an image model", VIDEO_TRANSFORMER: "SANA-Video", WORLD_TRANSFORMER: "SANA-WM"}
@@ -236,7 +242,7 @@ def read_model_directory(
 
 def _network_of(pipeline: str) -> str:
     """The published class of a pipeline's transformer."""
-    if pipeline == WORLD_PIPELINE:
+    if pipeline in WORLD_PIPELINES:
         return WORLD_TRANSFORMER
     return VIDEO_TRANSFORMER if pipeline in VIDEO_PIPELINES else IMAGE_TRANSFORMER
 
@@ -245,9 +251,9 @@ def _as_trained(text_encoder: TextEncoder, pipeline: str) -> TextEncoder:
     """A Gemma-2 with the instruction of a pipeline's family; its files are the same in all of them."""
     if not isinstance(text_encoder, GemmaTextEncoder) or pipeline not in VIDEO_PIPELINES:
         return text_encoder
-    changes: dict[str, Any] = {"cleans_prompts": False} if pipeline == WORLD_PIPELINE else {}
+    changes: dict[str, Any] = {"cleans_prompts": False} if pipeline in WORLD_PIPELINES else {}
     if text_encoder.complex_human_instruction == IMAGE_INSTRUCTION:
-        own = WORLD_INSTRUCTION if pipeline == WORLD_PIPELINE else VIDEO_INSTRUCTION
+        own = WORLD_INSTRUCTION if pipeline in WORLD_PIPELINES else VIDEO_INSTRUCTION
         changes["complex_human_instruction"] = own
     return dataclasses.replace(text_encoder, **changes)
 
@@ -375,7 +381,7 @@ def _defaults(
     if "defaults" in index or contract is None:
         return SamplingDefaults.from_dict(index.get("defaults", {}), f"defaults of {directory / _INDEX}")
     license = contract.license
-    if pipeline == WORLD_PIPELINE:
+    if pipeline in WORLD_PIPELINES:
         return SamplingDefaults(height=_WORLD_SIZE[0], width=_WORLD_SIZE[1], license=license, **_WORLD_DEFAULTS)
     if pipeline in VIDEO_PIPELINES:
         side = config.sample_size * config.patch_size[1] * autoencoder.spatial_factor

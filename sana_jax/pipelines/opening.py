@@ -100,6 +100,9 @@ def open_model(
     compute_dtype = _compute_dtype(dtype, model.contract, emulate_fp16_saturation)
     transformer = make_transformer(model.transformer_config, compute_dtype, emulate_fp16_saturation)
     kind = "whole" if model.trained_from is None else model.trained_from.kind
+    if kind == "world_chunk_causal":
+        print(f"{model.path} has been trained in causal blocks")
+        kind = "whole"
     trained = None
     if kind == "chunk_causal":
         raise UserError(

@@ -1,12 +1,21 @@
-"""What folders that a run goes on from have in common: telling runs apart, and files that cannot be read."""
+"""What folders that a run goes on from have in common: telling runs apart, blocks, and files that cannot be read."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import numpy as np
+
+from kernels.typing import Array, Float
 from sana_jax.errors import UserError
+from sana_jax.files import atomic_file, read_json, write_json
+
+_FORMAT = 1
 
 
 def told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -23,3 +32,75 @@ def damaged_file(path: pathlib.Path, folder: pathlib.Path, reason: Any) -> UserE
     """The error about a file of the folder that cannot be gone on from."""
     said = " ".join(str(reason).split())[:200] or type(reason).__name__
     return UserError(f"{path} is damaged ({said}); remove {folder} and begin anew")
+
+
+def write_manifest(path: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes what a run's folder says of it: its settings and where it computes.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    write_json(path, {"format": _FORMAT, "computed_on": computing_device(), "settings": settings})
+
+
+def check_manifest(
+    path: pathlib.Path, settings: Mapping[str, Any], what: str, advice: str, say: Callable[[str], None]
+) -> None:
+    """Compares a run's settings with those of the folder that ``path`` lies in; another device is said.
+
+    Raises:
+        UserError: ``what`` is of a run with other settings, which are told, or the file is damaged.
+    """
+    folder, manifest = path.parent, read_json(path)
+    before = manifest.get("settings")
+    if manifest.get("format") != _FORMAT or not isinstance(before, dict):
+        raise damaged_file(path, folder, "it describes no run of this version")
+    if differ := told_differences(before, json.loads(json.dumps(settings))):
+        raise UserError(f"{what} with other settings: {differ}; give the same, or name another {advice}")
+    here = computing_device()
+    if manifest.get("computed_on") != here:
+        say(
+            f"{folder} was begun on {manifest.get('computed_on')} and goes on on {here}: later blocks will not be the "
+            "same to the last bit as if it had stayed there"
+        )
+
+
+def save_block(path: pathlib.Path, latents: Float[Array, "B T h w C"], advice: str) -> None:
+    """Writes a block's latents in float32; until the file is renamed, what was there before holds.
+
+    Raises:
+        UserError: it cannot be written; ``advice`` says what to do then.
+    """
+    try:
+        with atomic_file(path) as file:
+            np.save(file, np.asarray(latents, np.float32))
+    except OSError as error:
+        raise UserError(f"writing {path} failed ({error.strerror or error}); {advice}") from error
+
+
+def load_block(path: pathlib.Path, folder: pathlib.Path, shape: tuple[int, ...]) -> Float[np.ndarray, "B T h w C"]:
+    """A block's latents; raises ``UserError`` if they cannot be read or are others."""
+    try:
+        latents = np.load(path, allow_pickle=False)
+    except Exception as error:  # NumPy has several
+        raise damaged_file(path, folder, error) from error
+    if latents.shape != tuple(shape) or latents.dtype != np.float32:
+        raise damaged_file(path, folder, f"{latents.dtype} of shape {latents.shape}, not float32 of {tuple(shape)}")
+    return latents
+
+
+def digest(*arrays: Any) -> str | None:
+    """A short name for arrays' values; None for none."""
+    if arrays[0] is None:
+        return None
+    found = hashlib.sha256()
+    for array in arrays:
+        array = np.ascontiguousarray(array)
+        found.update(f"{array.shape} {array.dtype} ".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()[:12]
+
+
+def computing_device() -> str:
+    """What a run computes on, for telling whether another one will give the same last bits."""
+    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"

@@ -16,10 +16,10 @@ from sana_jax.diffusion.guidance import ProjectedGuidance
 from sana_jax.diffusion.samplers import SCM, LongSanaSampler, Schedule
 from sana_jax.diffusion.sampling import VelocityFunction
 from sana_jax.errors import UserError
-from sana_jax.images import to_pil
 from sana_jax.models.sana_video import SanaVideoTransformer
 from sana_jax.pipelines.base import OutputType, SamplingPipeline, Size, StepEndCallback, Stopwatch
-from sana_jax.pipelines.checks import check_finite, check_multiple, check_options, check_text_options
+from sana_jax.pipelines.checks import check_multiple, check_options, check_text_options
+from sana_jax.pipelines.decoding import as_latents, decoded_videos
 from sana_jax.pipelines.prompts import encode_negative, encode_positive
 from sana_jax.pipelines.residency import AUTOENCODER
 from sana_jax.pipelines.resolution import Binning, resize_and_crop, video_size_to_sample
@@ -279,17 +279,14 @@ class VideoPipeline(SamplingPipeline):
     def _videos(self, latents: Float[Array, "B T H W C"], size: Size, output_type: OutputType) -> Any:
         """Latents as asked for; videos are decoded one after another."""
         if output_type == "latent":
-            return np.asarray(jnp.moveaxis(latents, -1, 1))
-        videos = []
-        for index in range(latents.shape[0]):
-            decoded = self.autoencoder.decode(latents[index : index + 1])
-            check_finite("decoding", decoded, self.made)
-            frames = resize_and_crop(np.asarray(decoded, np.float32)[0], *size.requested)
-            videos.append(np.clip(frames / 2 + 0.5, 0.0, 1.0))
+            return as_latents(latents)
+
+        def finish(frames: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "F H W 3"]:
+            return resize_and_crop(frames, *size.requested)
+
+        videos = decoded_videos(self.autoencoder, latents, output_type, self.made, finish)
         self._leave(AUTOENCODER)
-        if output_type == "np":
-            return np.stack(videos)
-        return [[to_pil(frame) for frame in video] for video in videos]
+        return videos
 
     def _result(self, watch: Stopwatch, frames: Any, size: Size) -> SanaVideoPipelineOutput:
         return SanaVideoPipelineOutput(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Float
@@ -158,3 +159,33 @@ def view_at(
         c2w, moved, height=height, width=width, temporal_factor=temporal_factor, spatial_factor=spatial_factor
     )
     return WorldView(to_network_range(plan.image(picture), height, width), moved, camera)
+
+
+def one_text(name: str, text: Any, refine: Any, refiner_options: Mapping[str, Any] | None) -> str | None:
+    """The text of a prompt, or of a list of one; raises ``UserError`` for more, or where a refiner would have none."""
+    if isinstance(text, list | tuple) and len(text) == 1:
+        text = text[0]
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"{name} {text!r} is not allowed; a world has one text: call once for each")
+    if text is None and refine is not None and not {"prompt", "prompt_embeds"} & set(refiner_options or {}):
+        raise UserError(
+            "the refiner needs a prompt, and embeddings of the first stage are given in place of it; give "
+            "refiner_options its prompt or prompt_embeds"
+        )
+    return text
+
+
+def instruction_lines(chi_prompt: Any, prompt_embeds: Any) -> Any:
+    """Lines that are put before the prompt; raises ``UserError`` for a single string, or if they would not be used."""
+    if isinstance(chi_prompt, str):
+        raise UserError("chi_prompt is a list of lines, not one string: put it in a list")
+    if chi_prompt is not None and prompt_embeds is not None:
+        raise UserError("chi_prompt would not be used, since prompt_embeds are given; leave it out")
+    return chi_prompt
+
+
+def three_axes(embeds: Any) -> Any:
+    """Embeddings (1, L, C), also of diffusers' shape (1, 1, L, C)."""
+    if embeds is not None and np.ndim(embeds) == 4 and np.shape(embeds)[1] == 1:
+        return jnp.asarray(embeds)[:, 0]
+    return embeds

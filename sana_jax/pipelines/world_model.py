@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,14 +23,17 @@ from sana_jax.pipelines.base import OutputType, Size, StepEndCallback, Stopwatch
 from sana_jax.pipelines.checks import check_finite, check_multiple
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
+from sana_jax.pipelines.resumed_folder import digest
 from sana_jax.pipelines.sampling_function import Encoded, guided_velocity, is_guided
 from sana_jax.pipelines.video_base import VideoPipeline, VideoRequest
-from sana_jax.pipelines.world_inputs import WorldView, camera_path, view_at
+from sana_jax.pipelines.world_inputs import WorldView, camera_path, instruction_lines, one_text, three_axes, view_at
 from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork
 from sana_jax.pipelines.world_refiner import SanaWMRefiner, SanaWMRefinerOutput
+from sana_jax.pipelines.world_refiner_checkpoint import FirstStage
 from sana_jax.videos import check_fps
 
-_NOT_OPTIONS = ("self", "latents", "fps", "output_type")  # of the refiner's call
+# of the refiner's call, what is not its user's to say here
+_NOT_OPTIONS = ("self", "latents", "fps", "output_type")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,18 +194,18 @@ class SanaWMPipeline(VideoPipeline):
         """
         self._check_sampler()
         request = VideoRequest(
-            prompt=_one_text("prompt", prompt, refine, refiner_options),
+            prompt=one_text("prompt", prompt, refine, refiner_options),
             negative_prompt=negative_prompt,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
             seed=seed,
             latents=latents,
-            prompt_embeds=_three_axes(prompt_embeds),
+            prompt_embeds=three_axes(prompt_embeds),
             prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=_three_axes(negative_prompt_embeds),
+            negative_prompt_embeds=three_axes(negative_prompt_embeds),
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
-            complex_human_instruction=_instruction(chi_prompt, prompt_embeds),
+            complex_human_instruction=instruction_lines(chi_prompt, prompt_embeds),
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             progress_bar=progress_bar,
@@ -223,17 +226,7 @@ class SanaWMPipeline(VideoPipeline):
     def _make(self, asked: _Asked) -> SanaWMPipelineOutput:
         """Runs the stages, one network after another."""
         watch, request = Stopwatch(), asked.request
-        conditions = self._conditions(request, is_guided(asked.scale))
-        self._leave(TEXT)
-        watch.end("text")
-        given = self._given(asked.view)
-        self._leave(AUTOENCODER)
-        watch.end("encode")
-        schedule = self.sampler.schedule(asked.steps)
-        sampled = self._sample(watch, schedule, asked.start, conditions, asked.scale, given, request)
-        whole = jnp.concatenate([given.frames, sampled], axis=1)
-        self._leave(TRANSFORMER)
-        watch.end("denoise")
+        whole = self._first_stage_kept(watch, asked)
         refined, latents = None, np.asarray(jnp.moveaxis(whole, -1, 1))
         if asked.refiner is None:
             frames = self._videos(whole, asked.size, request.output_type)
@@ -247,7 +240,67 @@ class SanaWMPipeline(VideoPipeline):
         timing = (watch.compile_seconds, seconds, watch.device_bytes, dict(watch.seconds))
         return SanaWMPipelineOutput(frames, shown, latents, refined, asked.fps, *timing, asked.size.sampled)
 
+    def _first_stage_kept(self, watch: Stopwatch, asked: _Asked) -> Float[Array, "1 T H W C"]:
+        """The first stage's latents: beside the refiner's blocks, where an earlier call has left them, or sampled.
+
+        Sampled again they could differ in their last bits, and the refiner's blocks would be another run's.
+        """
+        folder = asked.options.get("checkpoint_dir")
+        if folder is None:
+            return self._first_stage(watch, asked)
+        request, shape = asked.request, (1, asked.start.shape[1] + 1, *asked.start.shape[2:])
+        settings = self._world_settings(request, asked.size, asked.poses, asked.view, request.latents)
+        settings |= {
+            "negative_prompt": request.negative_prompt,
+            "negative_prompt_embeds": digest(request.negative_prompt_embeds, request.negative_prompt_attention_mask),
+            "num_inference_steps": asked.steps,
+            "guidance_scale": asked.scale,
+        }
+        kept = FirstStage(folder, settings)
+        latents = kept.load(shape)
+        if latents is None:
+            latents = self._first_stage(watch, asked)
+            kept.save(latents)
+        return jnp.asarray(latents)
+
+    def _first_stage(self, watch: Stopwatch, asked: _Asked) -> Float[Array, "1 T H W C"]:
+        request = asked.request
+        conditions = self._conditions(request, is_guided(asked.scale))
+        self._leave(TEXT)
+        watch.end("text")
+        given = self._given(asked.view)
+        self._leave(AUTOENCODER)
+        watch.end("encode")
+        schedule = self.sampler.schedule(asked.steps)
+        sampled = self._sample(watch, schedule, asked.start, conditions, asked.scale, given, request)
+        self._leave(TRANSFORMER)
+        watch.end("denoise")
+        return jnp.concatenate([given.frames, sampled], axis=1)
+
     # -- what a call asks for ------------------------------------------------------------------------------------
+
+    def _world_settings(
+        self, request: VideoRequest, size: Size, poses: Float[np.ndarray, "F 4 4"], view: WorldView, latents: Any
+    ) -> dict[str, Any]:
+        """What decides the first stage's latents, of all ways to sample, for telling runs apart."""
+        instruction = request.complex_human_instruction
+        return {
+            "prompt": request.prompt,
+            "prompt_embeds": digest(request.prompt_embeds, request.prompt_attention_mask),
+            "max_sequence_length": request.max_sequence_length,
+            "chi_prompt": None if instruction is None else list(instruction),
+            "image": digest(view.pixels),
+            "poses": [len(poses), digest(poses)],
+            "intrinsics": digest(view.intrinsics),
+            "height, width": list(size.sampled),
+            "seed": request.seed,
+            "latents": digest(latents),
+            "sampler": str(self.sampler),
+            "dtype": str(jnp.dtype(self.transformer.dtype)),
+            "transformer": str(self.transformer.config),
+            "weights": [self.checkpoint_id, self.weights, self.checkpoint_step],
+            "lora": self.describe_lora(),
+        }
 
     def _world_size(self, height: int | None, width: int | None) -> Size:
         height = self.defaults.height if height is None else height
@@ -258,7 +311,12 @@ class SanaWMPipeline(VideoPipeline):
         return Size((height, width), (height, width))
 
     def _refiner(
-        self, refine: Any, given: Mapping[str, Any] | None, prompt: str | None, fps: float
+        self,
+        refine: Any,
+        given: Mapping[str, Any] | None,
+        prompt: str | None,
+        fps: float,
+        refused: Collection[str] = _NOT_OPTIONS,
     ) -> tuple[SanaWMRefiner | None, dict[str, Any]]:
         """The refiner, with this pipeline's autoencoder where it has none, and the arguments of its call."""
         if refine is None:
@@ -270,7 +328,7 @@ class SanaWMPipeline(VideoPipeline):
                 f"refine {type(refine).__name__} is not allowed; allowed is a SanaWMRefiner: "
                 "SanaWMRefiner.from_pretrained(directory, autoencoder=pipeline.autoencoder)"
             )
-        names = [name for name in inspect.signature(SanaWMRefiner.__call__).parameters if name not in _NOT_OPTIONS]
+        names = [name for name in inspect.signature(SanaWMRefiner.__call__).parameters if name not in refused]
         options = dict(given or {})
         if unknown := sorted(set(options) - set(names)):
             raise UserError(f"refiner_options has {', '.join(unknown)}; allowed are {', '.join(names)}")
@@ -290,11 +348,16 @@ class SanaWMPipeline(VideoPipeline):
 
     def _given(self, view: WorldView) -> WorldGiven:
         """The picture's latents and the camera, for one video."""
-        first = jnp.asarray(self.autoencoder.encode(jnp.asarray(view.pixels[None])), jnp.float32)
-        check_finite("encoding of the image", first, self.made)
+        first = self._first_frame(view)
         takes = self.transformer.config.use_chunk_plucker_post_attn
         plucker = jnp.asarray(view.camera.chunk_plucker[None]) if takes else None
         return WorldGiven(first, jnp.asarray(view.camera.conditions[None]), plucker)
+
+    def _first_frame(self, view: WorldView) -> Float[Array, "1 1 H W C"]:
+        """The picture's latents."""
+        first = jnp.asarray(self.autoencoder.encode(jnp.asarray(view.pixels[None])), jnp.float32)
+        check_finite("encoding of the image", first, self.made)
+        return first
 
     def _sample(
         self,
@@ -343,35 +406,6 @@ class SanaWMPipeline(VideoPipeline):
 
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
         return self._run(sampler, schedule, velocity, start, **options).latents
-
-
-def _one_text(name: str, text: Any, refine: Any, refiner_options: Mapping[str, Any] | None) -> str | None:
-    """A prompt, or a list of one."""
-    if isinstance(text, list | tuple) and len(text) == 1:
-        text = text[0]
-    if text is not None and not isinstance(text, str):
-        raise UserError(f"{name} {text!r} is not allowed; a world has one text: call once for each")
-    if text is None and refine is not None and not {"prompt", "prompt_embeds"} & set(refiner_options or {}):
-        raise UserError(
-            "the refiner needs a prompt, and embeddings of the first stage are given in place of it; give "
-            "refiner_options its prompt or prompt_embeds"
-        )
-    return text
-
-
-def _instruction(chi_prompt: Any, prompt_embeds: Any) -> Any:
-    if isinstance(chi_prompt, str):
-        raise UserError("chi_prompt is a list of lines, not one string: put it in a list")
-    if chi_prompt is not None and prompt_embeds is not None:
-        raise UserError("chi_prompt would not be used, since prompt_embeds are given; leave it out")
-    return chi_prompt
-
-
-def _three_axes(embeds: Any) -> Any:
-    """Embeddings (1, L, C), also of diffusers' shape (1, 1, L, C)."""
-    if embeds is not None and np.ndim(embeds) == 4 and np.shape(embeds)[1] == 1:
-        return jnp.asarray(embeds)[:, 0]
-    return embeds
 
 
 def _shown_poses(

@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels.typing import Array, Float, PyTree
+from kernels.typing import Array, Float, Int, PyTree
+from sana_jax.diffusion.samplers.world_model import BlockVelocity
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.sampling_function import Encoded, transformer_variables
 
@@ -27,9 +28,15 @@ class WorldGiven(NamedTuple):
 
 
 class WorldNetwork(NamedTuple):
-    """A bidirectional world model. Arguments of ``velocity`` as ``guided_velocity`` gives them."""
+    """A world model. Arguments of ``velocity`` as ``guided_velocity`` gives them.
+
+    Attributes:
+        transformer: the network.
+        block_starts: first latent frames of causal blocks, the given frames included; None: bidirectional.
+    """
 
     transformer: SanaWMTransformer
+    block_starts: tuple[int, ...] | None = None
 
     def velocity(
         self,
@@ -61,5 +68,36 @@ class WorldNetwork(NamedTuple):
             conditions.mask,
             given.camera_conditions,
             given.chunk_plucker,
+            block_starts=self.block_starts,
         )
         return output[:, start:].astype(jnp.float32)
+
+
+def block_velocity(
+    transformer: SanaWMTransformer,
+    params: PyTree,
+    lora: PyTree | None,
+    conditions: Encoded,
+    camera_conditions: Float[Array, "B T 20"],
+    chunk_plucker: Float[Array, "B T H W P"] | None,
+    first_frame: Int[Array, ""],
+) -> BlockVelocity:
+    """A world model at one causal block: (latents, timestep of every frame, state) -> (velocity in float32, state).
+
+    Args:
+        transformer: the network.
+        params: its parameters.
+        lora: of them, if there is one.
+        conditions: the encoded prompt.
+        camera_conditions: of the block's frames.
+        chunk_plucker: the same; None for networks that take no Plücker coordinates.
+        first_frame: the block's place in the video.
+    """
+    variables = transformer_variables(params, lora)
+
+    def velocity(latents: Array, timestep: Array, state: PyTree) -> tuple[Array, PyTree]:
+        inputs = (latents, conditions.embeds, timestep, conditions.mask, camera_conditions, chunk_plucker)
+        output, after = transformer.apply(variables, *inputs, state=state, first_frame=first_frame)
+        return output.astype(jnp.float32), after
+
+    return velocity

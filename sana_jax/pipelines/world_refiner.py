@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -19,13 +18,22 @@ from sana_jax.compilation import Programs
 from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers.world_refiner import BLOCK_FRAMES, SIGMAS, SINK_FRAMES, WINDOW_FRAMES, RefinerSampler
 from sana_jax.errors import UserError
-from sana_jax.images import to_pil
-from sana_jax.models.ltx2 import LTX2VideoTransformer
+from sana_jax.models.ltx2 import ROTATED, LTX2VideoTransformer
 from sana_jax.models.ltx2_connectors import LTX2Connectors
 from sana_jax.models.ltx2_prefix import LTX2Prefix
 from sana_jax.pipelines.base import OutputType
 from sana_jax.pipelines.checks import OUTPUT_TYPES, check_common_options, check_finite
-from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency, check_residency, leave
+from sana_jax.pipelines.decoding import as_latents, decoded_videos
+from sana_jax.pipelines.residency import (
+    AUTOENCODER,
+    CONNECTORS,
+    TEXT,
+    TRANSFORMER,
+    Residency,
+    check_residency,
+    leave,
+)
+from sana_jax.pipelines.resumed_folder import digest
 from sana_jax.pipelines.world_refiner_blocks import (
     block_noise,
     block_place,
@@ -34,13 +42,14 @@ from sana_jax.pipelines.world_refiner_blocks import (
     filled_up,
     read_block,
 )
-from sana_jax.pipelines.world_refiner_checkpoint import RefinerCheckpoint, digest
+from sana_jax.pipelines.world_refiner_checkpoint import RefinerCheckpoint
+from sana_jax.pipelines.world_refiner_run import BlockEndCallback, RefinerRun, refine_whole
+from sana_jax.pipelines.world_refiner_streamed import STREAMED_BLOCK, StreamedRefinement
 from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
 from sana_jax.weights.components import Resident
+from sana_jax.weights.streamed import StreamedResident
 
-CONNECTORS = "text connectors"
 DEFAULT_FPS, DEFAULT_SEED = 16.0, 42
-BlockEndCallback = Callable[["SanaWMRefiner", int, dict[str, Any]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +83,8 @@ class SanaWMRefiner:
 
     Args:
         transformer: LTX-2's video half.
-        params: its parameters: a tree, or a ``Resident`` that reads them when they are needed.
+        params: its parameters: a tree, or a ``Resident`` that reads them when they are needed; with a
+            ``StreamedResident`` its blocks are copied from host memory as they are needed.
         connectors: from the text encoder's states to the transformer's prompt.
         connectors_params: its parameters.
         text_encoder: reads prompts; None where only ``prompt_embeds`` will be given.
@@ -114,7 +124,7 @@ class SanaWMRefiner:
         self.weights = dict(weights or {})
         self.contract = contract
         self.programs = Programs()
-        self._compile_seconds = 0.0
+        self.compile_seconds = 0.0
         self._device_bytes: int | None = None
         self._check_components()
 
@@ -127,6 +137,7 @@ class SanaWMRefiner:
         variant: str | None = None,
         autoencoder: VideoAutoencoder | None = None,
         residency: Residency = "text_encoder_freed",
+        stream_blocks: bool = False,
     ) -> SanaWMRefiner:
         """Reads a refiner's directory, as published (diffusers' ``SanaWMLTX2Refiner``) or converted.
 
@@ -138,6 +149,8 @@ class SanaWMRefiner:
             autoencoder: of the first stage's pipeline, whose weights are then shared; None takes the directory's, if
                 there is one.
             residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
+            stream_blocks: keeps the transformer's blocks in host memory and copies each to the device while the one
+                before it computes, so that two of them are there at a time: 1.4 GB of weights in place of 26 GB.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
@@ -146,7 +159,8 @@ class SanaWMRefiner:
         """
         from sana_jax.pipelines.world_refiner_opening import open_refiner
 
-        found = open_refiner(path, dtype=dtype, variant=variant, autoencoder=autoencoder)
+        choices = {"dtype": dtype, "variant": variant, "stream_blocks": stream_blocks}
+        found = open_refiner(path, autoencoder=autoencoder, **choices)
         return cls(**found, residency=residency)
 
     def with_autoencoder(self, autoencoder: VideoAutoencoder) -> SanaWMRefiner:
@@ -212,13 +226,13 @@ class SanaWMRefiner:
         output_type = self._output_type(output_type)
         video = self._latents(latents)
         blocks, drawn = self._asked(video.shape, sampler, seed, noise, prompt, prompt_embeds)
-        self._notes(sampler, fps, video.shape[1], say)
+        self.say_untrained(sampler, fps, video.shape[1], say)
         begin, seconds = time.perf_counter(), {}
-        self._compile_seconds, self._device_bytes = 0.0, None
+        self.compile_seconds, self._device_bytes = 0.0, None
         checkpoint, done = None, []
         if checkpoint_dir is not None:
-            given = {"prompt": prompt, "prompt_embeds": digest(prompt_embeds), "noise": digest(noise)}
-            settings = self._settings(sampler, fps, seed, video, given)
+            settings = self.settings(sampler, fps, seed, prompt, prompt_embeds, noise)
+            settings = {"latents": [list(video.shape), digest(video)], **settings}
             checkpoint = RefinerCheckpoint(checkpoint_dir, settings, say)
             done = checkpoint.open([(video.shape[0], end - start, *video.shape[2:]) for start, end in blocks])
         finished, block_seconds = list(done), ()
@@ -226,8 +240,11 @@ class SanaWMRefiner:
             embeds = self.encode_prompt(prompt) if prompt_embeds is None else jnp.asarray(prompt_embeds)
             _spent(seconds, "text", begin)
             begin = time.perf_counter()
-            run = _Run(self, sampler, video, drawn, embeds, fps, checkpoint, callback_on_block_end, say)
-            block_seconds = run.refine(finished)
+            if done:
+                say(f"going on behind block {len(done)} of {len(blocks)}, once the blocks before are read again")
+            embeds = jnp.broadcast_to(embeds, (video.shape[0], *embeds.shape[1:]))
+            run = RefinerRun(self, sampler, video.shape[1], drawn, embeds, fps, dict(enumerate(done)))
+            finished, block_seconds = refine_whole(run, self, video, checkpoint, callback_on_block_end, say)
             self._leave(TRANSFORMER)
             _spent(seconds, "refine", begin)
         elif done:
@@ -242,19 +259,26 @@ class SanaWMRefiner:
             len(finished) == len(blocks),
             len(done),
             tuple(block_seconds),
-            self._compile_seconds,
+            self.compile_seconds,
             self._device_bytes,
             seconds,
         )
 
-    def check(self, shape: tuple[int, ...], output_type: OutputType | None = None, **given: Any) -> None:
-        """Raises what a call with these arguments would raise for latents (B, T, h, w, C) that are not there yet."""
+    def check(
+        self, shape: tuple[int, ...], output_type: OutputType | None = None, **given: Any
+    ) -> tuple[RefinerSampler, Callable[[int, int], Float[Array, "B T H W C"]]]:
+        """Raises what a call with these arguments would raise for latents (B, T, h, w, C) that are not there yet.
+
+        Returns:
+            (how the video is cut, (block, frames of it) -> its noise).
+        """
         names = {"sigmas": SIGMAS, "block_size": BLOCK_FRAMES, "sink_size": SINK_FRAMES, "kv_max_frames": WINDOW_FRAMES}
         sampler = RefinerSampler(*(given.get(name, default) for name, default in names.items()))
         self._output_type(output_type)
         seed, rest = given.get("seed", DEFAULT_SEED), (given.get(name) for name in ("noise", "prompt", "prompt_embeds"))
-        self._asked(shape, sampler, seed, *rest)
+        _, drawn = self._asked(shape, sampler, seed, *rest)
         self.transformer.config.rotation((1, 1, 1), fps=given.get("fps", DEFAULT_FPS))
+        return sampler, drawn
 
     # -- its steps, also for a first stage whose latents come block by block ---------------------------------------
 
@@ -275,8 +299,7 @@ class SanaWMRefiner:
 
         name = f"the text connectors for {states.shape[1]} tokens"
         embeds = self._run(name, "connectors", run, self.connectors_weights.params, states, mask)
-        if self.residency != "all":
-            self.connectors_weights.free()
+        leave(CONNECTORS, self.residency, self.networks)
         check_finite("the text connectors", embeds, self.made)
         return embeds
 
@@ -292,12 +315,14 @@ class SanaWMRefiner:
             fps: frames of pixels per second.
         """
         transformer, history = self.transformer, sampler.history_frames
+        rotation = transformer.config.rotation(sink.shape[1:4], fps=fps)
+        arguments = (self._cast(sink), self._cast(prompt_embeds), rotation)
+        if self.streamed is not None:
+            return self.streamed.start(*arguments, history)
 
         def run(params, sink, prompt, rotation):
             return capture_sink(transformer, params, sink, prompt, rotation, history)
 
-        rotation = transformer.config.rotation(sink.shape[1:4], fps=fps)
-        arguments = (self._cast(sink), self._cast(prompt_embeds), rotation)
         name = f"the refiner's first frames of {'x'.join(map(str, sink.shape))}"
         return self._run(name, ("sink", history), run, self.transformer_weights.params, *arguments)
 
@@ -322,16 +347,17 @@ class SanaWMRefiner:
             sampler: how the video is cut.
             fps: frames of pixels per second.
         """
-        transformer = self.transformer
-
-        def run(params, latents, noise, prompt, place, state, schedule):
-            return denoise_block(transformer, params, latents, noise, prompt, place, state, schedule)
-
-        frames = latents.shape[1]
+        transformer, frames = self.transformer, latents.shape[1]
         place = block_place(transformer.config, sampler, latents.shape[2:4], block, frames, fps)
         schedule = sampler.schedule(float(transformer.config.timestep_scale_multiplier))
         whole, drawn = (self._cast(filled_up(array, sampler)) for array in (latents, noise))
         arguments = (whole, drawn, self._cast(prompt_embeds), place, state, schedule)
+        if self.streamed is not None:
+            return self.streamed.refine(*arguments)[:, :frames]
+
+        def run(params, latents, noise, prompt, place, state, schedule):
+            return denoise_block(transformer, params, latents, noise, prompt, place, state, schedule)
+
         name = f"the refiner for blocks of {'x'.join(map(str, whole.shape))}"
         return self._run(name, "refine", run, self.transformer_weights.params, *arguments)[:, :frames]
 
@@ -346,15 +372,25 @@ class SanaWMRefiner:
     ) -> LTX2Prefix:
         """The state after a refined block; takes the memory of ``state``. Arguments as for ``refine``."""
         transformer = self.transformer
+        place = block_place(transformer.config, sampler, refined.shape[2:4], block, refined.shape[1], fps)
+        whole = self._cast(filled_up(refined, sampler))
+        arguments = (whole, self._cast(prompt_embeds), place, state)
+        if self.streamed is not None:
+            return self.streamed.read(*arguments)
 
         def run(params, refined, prompt, place, state):
             return read_block(transformer, params, refined, prompt, place, state)
 
-        place = block_place(transformer.config, sampler, refined.shape[2:4], block, refined.shape[1], fps)
-        whole = self._cast(filled_up(refined, sampler))
-        arguments = (whole, self._cast(prompt_embeds), place, state)
         name = f"the refiner's reading of blocks of {'x'.join(map(str, whole.shape))}"
         return self._run(name, "read", run, self.transformer_weights.params, *arguments, donate=(4,))
+
+    @property
+    def streamed(self) -> StreamedRefinement | None:
+        """The steps with the transformer's blocks in host memory, where its weights are so."""
+        weights = self.transformer_weights
+        return (
+            StreamedRefinement(self.transformer, weights, self._run) if isinstance(weights, StreamedResident) else None
+        )
 
     @property
     def networks(self) -> dict[str, Resident | None]:
@@ -466,7 +502,7 @@ class SanaWMRefiner:
                 "encode_prompt returns"
             )
 
-    def _notes(self, sampler: RefinerSampler, fps: float, frames: int, say: Callable[[str], None]) -> None:
+    def say_untrained(self, sampler: RefinerSampler, fps: float, frames: int, say: Callable[[str], None]) -> None:
         """Lines on what the refiner was not trained for; raises ``UserError`` for a frame rate that is none."""
         config = self.transformer.config
         config.rotation((1, 1, 1), fps=fps)
@@ -484,16 +520,17 @@ class SanaWMRefiner:
                 f"{config.pos_embed_max_pos} seconds, and later frames may suffer"
             )
 
-    def _settings(
-        self, sampler: RefinerSampler, fps: float, seed: int, video: np.ndarray, given: Mapping[str, Any]
+    def settings(
+        self, sampler: RefinerSampler, fps: float, seed: int, prompt: str | None, prompt_embeds: Any, noise: Any
     ) -> dict[str, Any]:
-        """All that decides what the refined latents are, for comparing with those of an earlier run."""
-        text = self.text_encoder if given["prompt"] is not None else None
+        """All that decides what the latents of a first stage become, for telling runs apart; as for a call."""
+        text = self.text_encoder if prompt is not None else None
         encoder = {} if text is None else {"dtype": str(jnp.dtype(text.dtype)), "max_length": text.max_length}
         return {
-            "latents": [list(video.shape), digest(video)],
-            **given,
-            "seed": seed if given["noise"] is None else None,
+            "prompt": prompt,
+            "prompt_embeds": digest(prompt_embeds),
+            "noise": digest(noise),
+            "seed": seed if noise is None else None,
             "fps": float(fps),
             "sink_size": int(sampler.sink_frames),
             "block_size": int(sampler.block_frames),
@@ -511,9 +548,10 @@ class SanaWMRefiner:
     def _run(self, name: str, what: Any, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
         """Runs a function in the program for these shapes, compiled once."""
         program = self.programs.get(name, what, function, *arguments, donate=donate)
-        self._compile_seconds += program.seconds
-        if what == "refine":
-            self._device_bytes = program.device_bytes
+        self.compile_seconds += program.seconds
+        if program.device_bytes is not None and what in ("refine", (STREAMED_BLOCK, ROTATED)):
+            beside = 0 if self.streamed is None else self.streamed.weights.bytes_beside_a_block
+            self._device_bytes = program.device_bytes + beside
         return program.run(*arguments)
 
     def _cast(self, array: Any) -> Array:
@@ -525,67 +563,14 @@ class SanaWMRefiner:
     def _frames(self, latents: Float[np.ndarray, "B T h w C"], sampler: RefinerSampler, output_type: str) -> Any:
         """Latents as asked for; videos are decoded one after another, and lose the frames that anchor them."""
         if output_type == "latent":
-            return np.ascontiguousarray(np.moveaxis(latents, -1, 1))
-        videos = []
-        for video in latents:
-            decoded = np.asarray(self.autoencoder.decode(jnp.asarray(video)[None]), np.float32)[0]
-            check_finite("decoding", decoded[None], self.made)
-            videos.append(np.clip(decoded[sampler.sink_frames :] / 2 + 0.5, 0.0, 1.0))
+            return as_latents(latents)
+
+        def finish(frames: Float[np.ndarray, "F H W 3"]) -> Float[np.ndarray, "F H W 3"]:
+            return frames[sampler.sink_frames :]
+
+        videos = decoded_videos(self.autoencoder, jnp.asarray(latents), output_type, self.made, finish)
         self._leave(AUTOENCODER)
-        return np.stack(videos) if output_type == "np" else [[to_pil(frame) for frame in video] for video in videos]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run:
-    """One call's blocks."""
-
-    pipeline: SanaWMRefiner
-    sampler: RefinerSampler
-    video: Float[np.ndarray, "B T H W C"]
-    noise: Callable[[int, int], Float[Array, "B T H W C"]]
-    embeds: Float[Array, "b L D"]
-    fps: float
-    checkpoint: RefinerCheckpoint | None
-    callback: BlockEndCallback | None
-    say: Callable[[str], None]
-
-    def refine(self, blocks: list[np.ndarray]) -> list[float]:
-        """Refines those blocks that are not in ``blocks`` yet and appends them; returns the seconds of each."""
-        pipeline, sampler, fps, video = self.pipeline, self.sampler, self.fps, self.video
-        embeds = jnp.broadcast_to(self.embeds, (video.shape[0], *self.embeds.shape[1:]))
-        ends = sampler.blocks(video.shape[1])
-        if blocks:
-            self.say(f"going on behind block {len(blocks)} of {len(ends)}, once the blocks before are read again")
-        state = pipeline.start(video[:, : sampler.sink_frames], embeds, sampler, fps)
-        for block, refined in enumerate(blocks):
-            state = pipeline.read(refined, block, embeds, state, sampler, fps)
-        seconds: list[float] = []
-        for block in range(len(blocks), len(ends)):
-            begin, compiled = time.perf_counter(), pipeline._compile_seconds
-            start, end = ends[block]
-            latents, noise = video[:, start:end], self.noise(block, end - start)
-            refined = pipeline.refine(latents, noise, block, embeds, state, sampler, fps)
-            refined = np.asarray(refined.astype(jnp.float32))
-            check_finite(f"block {block + 1} of {len(ends)}", refined, pipeline.made)
-            if self.checkpoint is not None:
-                self.checkpoint.save(block, refined)
-            blocks.append(refined)
-            if block + 1 < len(ends):
-                state = pipeline.read(refined, block, embeds, state, sampler, fps)
-                jax.block_until_ready(state.appended)
-            seconds.append(time.perf_counter() - begin - (pipeline._compile_seconds - compiled))
-            self.say(f"block {block + 1} of {len(ends)} refined in {seconds[-1]:.1f} s")
-            if self.callback is not None and not self._goes_on(block, refined):
-                break
-        return seconds
-
-    def _goes_on(self, block: int, refined: np.ndarray) -> bool:
-        answer = self.callback(self.pipeline, block, {"latents": np.moveaxis(refined, -1, 1)})
-        if answer is not None and answer is not False:
-            raise UserError(
-                f"callback_on_block_end returned {answer!r}, which would not be used: allowed is None, or False to stop"
-            )
-        return answer is None
+        return videos
 
 
 def _resident(name: str, params: PyTree | Resident) -> Resident:

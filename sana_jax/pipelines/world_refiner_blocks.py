@@ -114,7 +114,7 @@ def denoise_block(
 
     def velocity(x: Array, timestep: Array) -> Array:
         times = jnp.broadcast_to(timestep, x.shape[:1])
-        return transformer.apply({"params": params}, x, prompt, times, **_seen(x, place, state))
+        return transformer.apply({"params": params}, x, prompt, times, **seen_by_block(x, place, state))
 
     return refine_from_noise(velocity, latents, noise, schedule)
 
@@ -130,7 +130,9 @@ def read_block(
     """The state after a refined block: its keys and values join the history, and what is too old leaves it."""
     times = jnp.zeros(block.shape[0], jnp.float32)
     variables = {"params": params}
-    _, captured = transformer.apply(variables, block, prompt, times, **_seen(block, place, state), capture=ROTATED)
+    _, captured = transformer.apply(
+        variables, block, prompt, times, **seen_by_block(block, place, state), capture=ROTATED
+    )
     return append_history(state, captured, place.frames)
 
 
@@ -149,7 +151,7 @@ def refine_block(
     return block, read_block(transformer, params, block, prompt, place, state)
 
 
-def _seen(x: Float[Array, "B T H W C"], place: BlockPlace, state: LTX2Prefix) -> dict[str, object]:
+def seen_by_block(x: Float[Array, "B T H W C"], place: BlockPlace, state: LTX2Prefix) -> dict[str, object]:
     """What a block's tokens see, as the network's arguments."""
     valid = jnp.broadcast_to(jnp.arange(x.shape[1]) < place.frames, x.shape[:2])
     return {

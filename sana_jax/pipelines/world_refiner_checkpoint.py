@@ -4,6 +4,7 @@
 
     manifest.json          all that decides what the refined latents are, and where they were computed
     block-00000.npy, ...   every block's refined latents (B, T, h, w, C), float32; 1.4 MB each at 704x1280
+    first-stage.npz        where the pipeline has made both stages, the first one's latents and what decides them
 
 Each file appears whole or not at all, the manifest first. The network's keys and values are not written: at 704x1280
 they take 0.7 GB per frame in bfloat16, 7.6 GB in all after the fourth block. Reading a block again gives its own back,
@@ -12,22 +13,27 @@ bit for bit on the same device, for a quarter of the work that refining it took.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from kernels.typing import Array, Float
 from sana_jax.errors import UserError
-from sana_jax.files import atomic_file, read_json, write_json
-from sana_jax.pipelines.resumed_folder import damaged_file, told_differences
+from sana_jax.files import atomic_file
+from sana_jax.pipelines.resumed_folder import (
+    check_manifest,
+    damaged_file,
+    load_block,
+    save_block,
+    told_differences,
+    write_manifest,
+)
 
-_MANIFEST, _FORMAT = "manifest.json", 1
+_MANIFEST, _FIRST_STAGE = "manifest.json", "first-stage.npz"
 
 
 class RefinerCheckpoint:
@@ -59,20 +65,11 @@ class RefinerCheckpoint:
         if not (self.path / _MANIFEST).exists():
             self._begin()
             return []
-        manifest = read_json(self.path / _MANIFEST)
-        before = manifest.get("settings")
-        if manifest.get("format") != _FORMAT or not isinstance(before, dict):
-            raise self._damaged(self.path / _MANIFEST, "it describes no refinement of this version")
-        self._check(before)
-        here = _device()
-        if manifest.get("computed_on") != here:
-            self._say(
-                f"{self.path} was begun on {manifest.get('computed_on')} and goes on on {here}: later blocks will not "
-                "be the same to the last bit as if it had stayed there"
-            )
+        what = f"checkpoint_dir {self.path} is of a refinement"
+        check_manifest(self.path / _MANIFEST, self._settings, what, "directory", self._say)
         blocks: list[np.ndarray] = []
         while len(blocks) < len(shapes) and self._file(len(blocks)).exists():
-            blocks.append(self._read(len(blocks), shapes[len(blocks)]))
+            blocks.append(load_block(self._file(len(blocks)), self.path, shapes[len(blocks)]))
         return blocks
 
     def save(self, block: int, latents: Float[Array, "B T h w C"]) -> None:
@@ -81,69 +78,84 @@ class RefinerCheckpoint:
         Raises:
             UserError: it cannot be written.
         """
-        try:
-            with atomic_file(self._file(block)) as file:
-                np.save(file, np.asarray(latents, np.float32))
-        except OSError as error:
-            raise UserError(
-                f"writing {self._file(block)} failed ({error.strerror or error}); the blocks before it are there: make "
-                "room on the disk and call again with the same arguments to go on"
-            ) from error
+        advice = "the blocks before it are there: make room on the disk and call again with the same arguments to go on"
+        save_block(self._file(block), latents, advice)
 
     def _begin(self) -> None:
-        if self.path.exists() and (not self.path.is_dir() or any(self._strange())):
-            raise UserError(
-                f"checkpoint_dir {self.path} is no refinement's: it has no {_MANIFEST} and is not empty; name a new or "
-                "empty directory"
-            )
+        check_new(self.path)
         try:
-            manifest = {"format": _FORMAT, "computed_on": _device(), "settings": self._settings}
-            write_json(self.path / _MANIFEST, manifest)
+            write_manifest(self.path / _MANIFEST, self._settings)
         except OSError as error:
             raise UserError(
                 f"checkpoint_dir {self.path} cannot be written ({error.strerror or error}); name another directory"
             ) from error
 
-    def _strange(self) -> list[str]:
-        """Files that no refinement that was ended while it wrote its manifest has left."""
-        return [file.name for file in self.path.iterdir() if not file.name.startswith(f".{_MANIFEST}.")]
-
     def _file(self, block: int) -> pathlib.Path:
         return self.path / f"block-{block:05d}.npy"
 
-    def _read(self, block: int, shape: tuple[int, ...]) -> Float[np.ndarray, "B T h w C"]:
-        path = self._file(block)
+
+class FirstStage:
+    """The first stage's latents, kept beside the blocks of their refinement.
+
+    Args:
+        path: the refinement's folder.
+        settings: all that decides what the latents are, as values of JSON.
+        say: prints a line.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], settings: Mapping[str, Any], say: Callable[[str], None] = print
+    ) -> None:
+        self._folder = pathlib.Path(path)
+        self._file = self._folder / _FIRST_STAGE
+        self._settings = json.loads(json.dumps(settings))
+        self._say = say
+
+    def load(self, shape: tuple[int, ...]) -> Float[np.ndarray, "B T h w C"] | None:
+        """What an earlier call has sampled; None where there is nothing yet.
+
+        Raises:
+            UserError: latents of another call, which is told with all differences; a damaged file, or a folder that is
+                something else.
+        """
+        if not self._file.is_file():
+            if not (self._folder / _MANIFEST).exists():
+                check_new(self._folder)
+            return None
         try:
-            latents = np.load(path, allow_pickle=False)
-        except Exception as error:  # NumPy has several
-            raise self._damaged(path, error) from error
+            with np.load(self._file, allow_pickle=False) as arrays:
+                before, latents = json.loads(str(arrays["settings"])), arrays["latents"]
+        except Exception as error:  # zip, NumPy and JSON have each their own
+            raise damaged_file(self._file, self._folder, error) from error
+        if differ := told_differences(before, self._settings):
+            raise UserError(
+                f"checkpoint_dir {self._folder} is of a video with another first stage: {differ}; give the same, or "
+                "name another directory"
+            )
         if latents.shape != shape or latents.dtype != np.float32:
-            raise self._damaged(path, f"{latents.dtype} of shape {latents.shape}, not float32 of {shape}")
+            raise damaged_file(self._file, self._folder, f"{latents.dtype} of shape {latents.shape}")
+        self._say(f"first stage: taken from {self._file}, where an earlier call has left it")
         return latents
 
-    def _check(self, before: Mapping[str, Any]) -> None:
-        differ = told_differences(before, self._settings)
-        if differ:
+    def save(self, latents: Float[Array, "B T h w C"]) -> None:
+        """Keeps the latents; raises ``UserError`` if they cannot be written."""
+        settings = np.array(json.dumps(self._settings))
+        try:
+            with atomic_file(self._file) as file:
+                np.savez(file, settings=settings, latents=np.asarray(latents, np.float32))
+        except OSError as error:
             raise UserError(
-                f"checkpoint_dir {self.path} is of a refinement with other settings: {differ}; give the "
-                "same, or name another directory"
-            )
-
-    def _damaged(self, path: pathlib.Path, reason: Any) -> UserError:
-        return damaged_file(path, self.path, reason)
+                f"checkpoint_dir {self._folder} cannot be written ({error.strerror or error}); name another directory"
+            ) from error
 
 
-def digest(*arrays: Any) -> str | None:
-    """A short name for arrays' values; None for none."""
-    if arrays[0] is None:
-        return None
-    found = hashlib.sha256()
-    for array in arrays:
-        array = np.ascontiguousarray(array)
-        found.update(f"{array.shape} {array.dtype} ".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()[:12]
-
-
-def _device() -> str:
-    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
+def check_new(path: pathlib.Path) -> None:
+    """Raises ``UserError`` for a place that is neither new nor empty; what a refinement may begin with is nothing."""
+    own = (f".{_MANIFEST}.", f".{_FIRST_STAGE}.")  # of one that was ended while it wrote
+    if path.exists() and (
+        not path.is_dir() or any(file.name != _FIRST_STAGE and not file.name.startswith(own) for file in path.iterdir())
+    ):
+        raise UserError(
+            f"checkpoint_dir {path} is no refinement's: it has no {_MANIFEST} and is not empty; name a new or "
+            "empty directory"
+        )

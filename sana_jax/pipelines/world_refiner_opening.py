@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kernels.typing import PyTree
 from sana_jax.autoencoders import VideoAutoencoder, load_autoencoder
 from sana_jax.contract import infer_contract, stored_dtypes
+from sana_jax.diffusion.samplers import FlowEuler, from_scheduler_config
 from sana_jax.dtypes import parse_dtype
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
@@ -22,6 +23,7 @@ from sana_jax.models.ltx2 import LTX2VideoTransformer
 from sana_jax.models.ltx2_config import LTX2_CLASS, REFINER_CLASS, LTX2Config
 from sana_jax.models.ltx2_connectors import LTX2Connectors, LTX2ConnectorsConfig
 from sana_jax.pipelines.opening import find_model
+from sana_jax.pipelines.world_refiner_streamed import BLOCKS
 from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
 from sana_jax.weights.components import CONVERTED, DIFFUSERS_STEM, Resident, open_component
 from sana_jax.weights.converted import lazy_saved_tree
@@ -31,12 +33,16 @@ from sana_jax.weights.tables.ltx2 import AUDIO, connectors_rules, transformer_ru
 from sana_jax.weights.trees import abstract_tree
 
 PUBLISHED_CLASSES = ("SanaWMLTX2Refiner", "SanaWMRefiner")
-_SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 _FLOAT16 = {"float16": "the refiner's activations overflow in it; bfloat16 is recommended"}
 
 
 def open_refiner(
-    path: str | os.PathLike[str], *, dtype: Any, variant: str | None, autoencoder: VideoAutoencoder | None
+    path: str | os.PathLike[str],
+    *,
+    dtype: Any,
+    variant: str | None,
+    autoencoder: VideoAutoencoder | None,
+    stream_blocks: bool = False,
 ) -> dict[str, Any]:
     """What ``SanaWMRefiner`` is made of; arguments and errors as in ``SanaWMRefiner.from_pretrained``.
 
@@ -66,7 +72,14 @@ def open_refiner(
     connectors_shapes = jax.eval_shape(lambda: ltx2_connectors.init_params(connectors, jax.random.key(0)))
     return {
         "transformer": transformer,
-        "params": _open(directory / "transformer", transformer_rules(config), shapes, transformer_dtype, variant),
+        "params": _open(
+            directory / "transformer",
+            transformer_rules(config),
+            shapes,
+            transformer_dtype,
+            variant,
+            stacked=BLOCKS if stream_blocks else None,
+        ),
         "connectors": connectors,
         "connectors_params": _open(
             directory / "connectors",
@@ -106,16 +119,15 @@ def _component(directory: Path, folder: str, classes: Sequence[str]) -> dict[str
 
 def _check_scheduler(path: Path) -> None:
     """Raises ``UserError`` for a scheduler that would not leave the noise levels as they are given."""
-    config = read_json(path)
-    wanted = {"_class_name": _SCHEDULER, "shift": 1.0, "use_dynamic_shifting": False, "shift_terminal": None}
-    wanted |= {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
-    wanted |= {"invert_sigmas": False, "stochastic_sampling": False, "num_train_timesteps": 1000}
-    for name, allowed in wanted.items():
-        if config.get(name, allowed) != allowed:
-            raise UserError(
-                f"{path} has {name} {config[name]!r}; allowed is {allowed!r}, for the refiner's noise levels are used "
-                "as they are listed: download it again"
-            )
+    try:
+        sampler = from_scheduler_config(read_json(path))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    if sampler != FlowEuler():
+        raise UserError(
+            f"{path} describes {sampler}; allowed is {FlowEuler()}, for the refiner's noise levels are used as they "
+            "are listed: download it again"
+        )
 
 
 def _dtype(dtype: Any, directory: Path, variant: str | None) -> Any:
@@ -134,5 +146,13 @@ def _dtype(dtype: Any, directory: Path, variant: str | None) -> Any:
     return jnp.float32 if stored == {"float32"} else jnp.bfloat16
 
 
-def _open(directory: Path, rules: Sequence[Rule], shapes: PyTree, dtype: Any, variant: str | None) -> Resident:
-    return open_component(directory, rules, abstract_tree(shapes, dtype), variant=variant, ignored=AUDIO)
+def _open(
+    directory: Path,
+    rules: Sequence[Rule],
+    shapes: PyTree,
+    dtype: Any,
+    variant: str | None,
+    stacked: str | None = None,
+) -> Resident:
+    abstract = abstract_tree(shapes, dtype)
+    return open_component(directory, rules, abstract, variant=variant, ignored=AUDIO, streamed=stacked)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ import numpy as np
 
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
-from sana_jax.weights.converted import load_params
+from sana_jax.weights.converted import lazy_params_of_saved, load_params
 from sana_jax.weights.recognition import looks_like
-from sana_jax.weights.rules import Rule, misfits, places, read_params
+from sana_jax.weights.resident import Resident
+from sana_jax.weights.rules import Rule, lazy_params, misfits, places, read_params
 from sana_jax.weights.safetensors_files import SafetensorsSource, TensorSource, find_weights_file
+from sana_jax.weights.streamed import StreamedResident
 from sana_jax.weights.trees import abstract_tree, tree_bytes
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
@@ -24,52 +26,6 @@ TRANSFORMERS_STEM = "model"
 CONVERTED = "params"
 # Published tensors that our tree has no place for and an export needs, beside a converted component's ``params``.
 KEPT = "kept_tensors.safetensors"
-
-
-class Resident:
-    """Parameters that are on the device between the first ``params`` and ``free``.
-
-    Attributes:
-        name: of the network, for messages.
-        num_bytes: what they take on the device.
-        stays: whether someone else holds them, so that ``free`` frees nothing.
-    """
-
-    def __init__(self, name: str, num_bytes: int, read: Callable[[], PyTree]) -> None:
-        self.name = name
-        self.num_bytes = num_bytes
-        self._read = read
-        self._params: PyTree | None = None
-        self.stays = False
-
-    @classmethod
-    def of(cls, name: str, params: PyTree) -> Resident:
-        """Parameters that someone else holds: always in memory, whatever is freed."""
-        resident = cls(name, tree_bytes(params), lambda: params)
-        resident.stays = True
-        return resident
-
-    @property
-    def params(self) -> PyTree:
-        """The parameters; the first call reads them."""
-        if self._params is None:
-            self._params = self._read()
-        return self._params
-
-    def take(self) -> PyTree:
-        """The parameters, let go of: each array is freed as soon as the caller lets go of it too."""
-        params = self.params
-        self.free()
-        return params
-
-    @property
-    def loaded(self) -> bool:
-        """Whether they are in memory."""
-        return self.stays or self._params is not None
-
-    def free(self) -> None:
-        """Lets go of them; the next ``params`` reads them again."""
-        self._params = None
 
 
 def open_component(
@@ -80,6 +36,7 @@ def open_component(
     stem: str = DIFFUSERS_STEM,
     variant: str | None = None,
     ignored: Sequence[str] = (),
+    streamed: str | None = None,
 ) -> Resident:
     """Finds a component's weights and compares names and shapes; the weights themselves are read later.
 
@@ -90,6 +47,8 @@ def open_component(
         stem: how the published file is called: ``diffusion_pytorch_model`` or ``model``.
         variant: ``bf16``, ``fp16``, ... of the published files.
         ignored: patterns of published tensors that carry no weights.
+        streamed: the key of the tree under which blocks are stacked that are to stay in host memory: what is returned
+            is a ``StreamedResident`` then.
 
     Raises:
         FileNotFoundError: no weights there.
@@ -101,8 +60,14 @@ def open_component(
     if converted.is_dir():
         if variant is not None:
             raise CheckpointError(f"{directory} is converted and has no variants; leave variant={variant!r} out")
+        if streamed is not None:
+            return StreamedResident(name, abstract, streamed, lambda: lazy_params_of_saved(converted, abstract))
         return Resident(name, tree_bytes(abstract), lambda: load_params(converted, abstract))
-    return open_tensors(name, SafetensorsSource(find_weights_file(directory, stem, variant)), rules, abstract, ignored)
+    source = SafetensorsSource(find_weights_file(directory, stem, variant))
+    opened = open_tensors(name, source, rules, abstract, ignored)
+    if streamed is None:
+        return opened
+    return StreamedResident(name, abstract, streamed, lambda: lazy_params(source, rules, abstract, ignored=ignored))
 
 
 def open_tensors(

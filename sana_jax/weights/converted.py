@@ -76,6 +76,12 @@ def load_params(directory: str | os.PathLike, abstract_params: PyTree) -> PyTree
       FileNotFoundError: there is no such directory.
       CheckpointError: files are damaged, or the tree does not fit.
     """
+    check_saved(directory, abstract_params)
+    return restore_tree(Path(directory), abstract_params)
+
+
+def check_saved(directory: str | os.PathLike, abstract_params: PyTree) -> None:
+    """Raises what ``load_params`` raises, without reading arrays."""
     path = Path(directory)
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory of weights {path}")
@@ -83,7 +89,12 @@ def load_params(directory: str | os.PathLike, abstract_params: PyTree) -> PyTree
         raise CheckpointError(f"the weights in {path} are damaged: {problem}; delete them and convert again")
     if differences := tree_differences(path, abstract_params, cast=True):
         raise mismatch_error(path, differences, "convert the checkpoint that belongs to this configuration")
-    return restore_tree(path, abstract_params)
+
+
+def lazy_params_of_saved(directory: str | os.PathLike, abstract_params: PyTree) -> PyTree:
+    """``load_params`` as LazyArrays in the dtypes that are stored."""
+    check_saved(directory, abstract_params)
+    return lazy_saved_tree(directory)
 
 
 def lazy_saved_tree(directory: str | os.PathLike) -> PyTree:

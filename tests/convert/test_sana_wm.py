@@ -16,7 +16,8 @@ from convert import original_world_model
 from convert.engine import export_model, import_model
 from convert.families import network_of
 from convert.original_world_model import infer_world_model_config, renamed_world_model
-from sana_jax.errors import CheckpointError
+from convert.sources import Choices
+from sana_jax.errors import CheckpointError, UserError
 from sana_jax.models.sana_wm import SanaWMConfig
 from sana_jax.weights.rules import flatten, read_params
 from sana_jax.weights.safetensors_files import SafetensorsSource, TensorInfo
@@ -68,7 +69,7 @@ def test_an_original_file(prefix, tmp_path, monkeypatch):
     save_file(original(state, prefix), tmp_path / "a.safetensors")
     lines: list[str] = []
     import_model(tmp_path / "a.safetensors", tmp_path / "ours", report=lines.append)
-    for said in ("y_embedder.y_embedding", "flow shift 9.8", '"revision": "current"'):
+    for said in ("y_embedder.y_embedding", "flow shift 9.8", "revision legacy; --revision current"):
         assert any(said in line for line in lines), said
     export_model(tmp_path / "ours", tmp_path / "back", report=silent)
     loaded = SanaWMTransformer3DModel.from_pretrained(tmp_path / "back" / "transformer")
@@ -134,6 +135,25 @@ def test_the_revision_travels_with_the_checkpoint(published, tmp_path):
     kept = SanaWMConfig.from_dict(json.loads((tmp_path / "ours" / "config.json").read_text()))
     assert kept.revision == "current"
     assert SanaWMConfig.from_dict(values).revision == "legacy"
+    # diffusers would not say that it computes another revision, so an export does
+    export_model(tmp_path / "ours", tmp_path / "back", report=lines.append)
+    assert any("the revision is current" in line and "as legacy" in line for line in lines)
+
+
+def test_the_revision_of_an_original_file_can_be_named(published, tmp_path, monkeypatch):
+    monkeypatch.setitem(original_world_model.CROSS_HEADS, 48, 4)
+    save_file(original(torch_model("convolved patches").state_dict()), tmp_path / "a.safetensors")
+    for revision in ("legacy", "current"):
+        lines: list[str] = []
+        choices = Choices(revision=revision)
+        import_model(tmp_path / "a.safetensors", tmp_path / revision, choices, report=lines.append)
+        assert not any("--revision" in line for line in lines)
+        config = json.loads((tmp_path / revision / "transformer" / "config.json").read_text())
+        assert SanaWMConfig.from_dict(config).revision == revision
+    with pytest.raises(UserError, match="--revision current is for an original file"):
+        import_model(published, tmp_path / "ours", Choices(revision="current"), report=silent)
+    with pytest.raises(UserError, match="revision='newest' is not known"):
+        import_model(tmp_path / "a.safetensors", tmp_path / "ours", Choices(revision="newest"), report=silent)
 
 
 def test_weights_of_another_pattern_of_layers_are_refused(published, tmp_path):

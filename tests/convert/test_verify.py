@@ -14,7 +14,7 @@ import torch
 
 from convert import main as command
 from convert.engine import import_model
-from convert.verify import loading, networks, verify_model
+from convert.verify import loading, networks, passes, verify_model
 from convert.verify.report import Difference, Limits, choose_limits, make_row, median_ratio_row
 from sana_jax.errors import CheckpointError, UserError
 from tests.convert import cases
@@ -256,7 +256,7 @@ def plant(monkeypatch, change):
     # What is done with prompts and pictures as a whole has nothing to add here.
     monkeypatch.setattr("convert.verify.comparison.whole_rows", lambda *arguments, **options: [])
     only_blocks = networks.autoencoder_passes
-    monkeypatch.setitem(networks.PASSES, "AutoencoderDC", lambda *inputs: (only_blocks(*inputs)[0], []))
+    monkeypatch.setitem(passes.PASSES, "AutoencoderDC", lambda *inputs: (only_blocks(*inputs)[0], []))
 
 
 # the longest, of an autoencoder, whose passing is a proof of `make prove` as well

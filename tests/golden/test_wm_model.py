@@ -14,6 +14,7 @@ from sana_jax.diffusion.guidance import classifier_free_guidance
 from sana_jax.diffusion.samplers import FlowEuler
 from sana_jax.diffusion.samplers.world_model import (
     chunk_starts,
+    euler_step,
     generate_block,
     listed_schedule,
     read_block,
@@ -336,18 +337,20 @@ def compiled_sampling(variant: str, with_given: bool):
     return jax.jit(run, compiler_options=QUICK_COMPILE)
 
 
-def sample_in_turn(variant: str, case: str) -> np.ndarray:
+def sample_in_turn(variant: str, case: str) -> tuple[np.ndarray, list[SanaWMState]]:
+    """The video, and the state before every block."""
     plain = case == "plain_schedule"
     schedule = FlowEuler(HPARAMS["shift"]).schedule(3) if plain else listed_schedule(HPARAMS["steps"])
     noise = channels_last(GOLDEN["in/noise"])
-    state, blocks = empty_state(variant, case, batch=2), []
+    state, blocks, states = empty_state(variant, case, batch=2), [], []
     for start, end in itertools.pairwise(HPARAMS["chunk_boundaries"]):
+        states.append(state)
         first = channels_last(GOLDEN["in/first_frame"]) if start == 0 and not plain else None
         given = of_block(both_captions(), start, end)
         run = compiled_sampling(variant, first is not None)
         block, state = run(params(), noise[:, start:end], given, state, jnp.int32(start), schedule, first)
         blocks.append(block)
-    return np.moveaxis(np.concatenate(blocks, axis=1), -1, 1)
+    return np.moveaxis(np.concatenate(blocks, axis=1), -1, 1), states
 
 
 @pytest.mark.parametrize(
@@ -360,8 +363,56 @@ def sample_in_turn(variant: str, case: str) -> np.ndarray:
     ],
 )
 def test_sampling_one_block_after_another(variant, case):
-    found = sample_in_turn(variant, case)
-    assert_recorded(found, f"{variant}/streaming_sampler/{case}/output", WHOLE_MODEL)
+    """The video, and what every block is handed of those before."""
+    found, states = sample_in_turn(variant, case)
+    prefix = f"{variant}/streaming_sampler/{case}"
+    assert_recorded(found, f"{prefix}/output", WHOLE_MODEL)
+    for name in GOLDEN.names(f"out/{prefix}/chunk"):
+        block, *kind = name.removeprefix(f"out/{prefix}/chunk").split("/")
+        seen = seen_blocks(states[int(block)])
+        if kind[0] == "attended_chunks":
+            np.testing.assert_array_equal(seen, GOLDEN[name])
+        elif kind[0] == "cache_in":
+            handed = handed_slot(states[int(block)], seen, int(kind[1].removeprefix("block")), kind[2])
+            assert_golden(np.reshape(handed, GOLDEN[name].shape), GOLDEN[name], WHOLE_MODEL, name)
+        elif kind[0] == f"step{len(listed_schedule(HPARAMS['steps']).timesteps) - 1}":
+            start, end = HPARAMS["chunk_boundaries"][int(block) :][:2]
+            assert_golden(found[:, :, start:end], GOLDEN[name], WHOLE_MODEL, name)
+
+
+def seen_blocks(state: SanaWMState) -> np.ndarray:
+    """The earlier blocks that softmax layers see of the next one."""
+    known = np.asarray(state.frame_blocks)
+    return np.unique(known[known >= 0])
+
+
+def handed_slot(state: SanaWMState, seen: np.ndarray, layer: int, slot: str) -> np.ndarray:
+    """What a layer is handed, as the recorded slot of this number has it: of softmax, all frames in their order."""
+    if not config("default_fp32").is_softmax(layer):
+        return slot_of([state], 0, layer, slot)
+    return np.concatenate([slot_of([state] * (block + 1), block, layer, slot) for block in seen], axis=2)
+
+
+@pytest.mark.parametrize("case", ["ltx_plain", "ltx_cond", "ltx_cond_noguide"])
+def test_frames_that_are_given_stay(case):
+    """A toy velocity of each frame's own time. ``ltx_cond_noise`` adds noise to given frames, which are clean here."""
+    golden = load_golden("samplers")
+    settings = golden.hparams["cases"][case]
+    assert not any(settings["frame_weights"].values())
+    schedule = FlowEuler(settings["shift"]).schedule(settings["steps"])
+    latents = channels_last(golden[f"in/{settings['input']}"])
+    given = np.isin(np.arange(latents.shape[1]), [int(frame) for frame in settings["frame_weights"]])
+    np.testing.assert_allclose(schedule.timesteps, golden[f"out/{case}/timesteps"], rtol=1e-6)
+
+    def velocity(latents, sigma, condition):
+        return jnp.tanh(latents @ golden["in/W"].T + golden[f"in/{condition}"]) + sigma * golden["in/u"]
+
+    for step in range(settings["steps"]):
+        sigma, following = (np.where(given, 0, schedule.sigmas[place]) for place in (step, step + 1))
+        pair = (velocity(latents, sigma[:, None, None, None], kind) for kind in ("uncond_vid", "cond_vid"))
+        latents = euler_step(latents, classifier_free_guidance(*pair, settings["scale"]), sigma, following)
+        assert_golden(np.moveaxis(latents, -1, 1), golden[f"out/{case}/trajectory"][step], 1e-5, f"step {step}")
+    assert_golden(np.moveaxis(latents, -1, 1), golden[f"out64/{case}/final"], 1e-5, "final")
 
 
 def test_first_frames_of_causal_blocks():

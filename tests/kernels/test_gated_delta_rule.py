@@ -86,6 +86,24 @@ def scanned(inputs, rotation, starts, state, implementation=None):
     return jnp.moveaxis(outputs, 0, 1).reshape(inputs[2].shape), state
 
 
+def split_over_devices(inputs, rotation, starts, state, implementation=None, parts=2):
+    """Each part of the frames as a device would have it: what a device does is mapped over a named axis."""
+
+    def run(inputs, rotation):
+        options = {"normalise": state.key is not None, "key_scale": SCALE, "implementation": implementation}
+        return gated_delta_rule(*inputs, rotation, chunk_starts=starts, state=state, axis_name="devices", **options)
+
+    def split(x, axis):
+        return jnp.moveaxis(x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :]), axis, 0)
+
+    arrays = tuple(split(x, 1) for x in inputs), tuple(split(x, 0) for x in rotation)
+    out, after = jax.vmap(run, axis_name="devices")(*arrays)
+    for leaf in jax.tree.leaves(after):
+        assert leaf.shape[0] == parts
+    # the same state on every device
+    return jnp.moveaxis(out, 0, 1).reshape(inputs[2].shape), jax.tree.map(lambda x: x.mean(0), after)
+
+
 def define(inputs, rotation, starts, state, implementation=None):
     return reference.gated_delta_rule(*inputs, rotation, starts, state, SCALE)
 
@@ -174,6 +192,42 @@ def test_half_precision_inputs_and_a_state_that_stays():
     _, again = run(half, after)
     for one in (after, again):
         assert jax.tree.map(lambda x: (x.shape, x.dtype), one) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+
+
+@functools.cache
+def at_once_in_double(starts):
+    with jax.enable_x64(True):
+        found = with_gradients(all_at_once, starts)(*draw(np.float64), draw_state(True, np.float64))
+        return jax.tree.map(np.asarray, found)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "starts", "parts", "dtype"),
+    [
+        # chunks that begin within devices, and go on over their borders
+        ("xla", UNEQUAL, 2, np.float64),
+        # chunks of whole devices
+        ("xla_associative", EQUAL, 4, np.float64),
+        *(
+            pytest.param(*case, marks=pytest.mark.prove)
+            for case in [
+                ("xla", WHOLE, 4, np.float64),
+                ("xla", EQUAL, 4, np.float64),
+                ("xla", UNEQUAL, 2, np.float32),
+                ("xla_associative", WHOLE, 4, np.float64),
+                ("xla_associative", UNEQUAL, 2, np.float64),
+                ("xla_associative", EQUAL, 2, np.float32),
+            ]
+        ),
+    ],
+)
+def test_frames_split_over_devices(implementation, starts, parts, dtype):
+    """Values, states and gradients, of the given state too, where each device has some of the frames."""
+    use = functools.partial(split_over_devices, implementation=implementation, parts=parts)
+    expected = defined_in_double() if starts == EQUAL else at_once_in_double(starts)
+    with jax.enable_x64(dtype is np.float64):
+        found = with_gradients(use, starts)(*draw(dtype), draw_state(True, dtype))
+    assert_close(found, expected, *((EXACT, EXACT) if dtype is np.float64 else (VALUE, GRADIENT)))
 
 
 def draw_updates(frames: int, dtype=np.float64) -> FrameUpdate:

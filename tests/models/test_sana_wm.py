@@ -394,5 +394,28 @@ def test_states_that_do_not_fit(params, inputs):
         network().apply({"params": params}, **inputs, state=init_state(CONFIG, BATCH, (2, 2), 4))
     with pytest.raises(UserError, match="num_cached_blocks=0"):
         init_state(CONFIG, BATCH, SIZE, 4, 0)
+    state, without = (init_state(CONFIG, BATCH, SIZE, 4, camera=camera) for camera in (True, False))
+    bare = {name: array for name, array in inputs.items() if name not in ("camera_conditions", "chunk_plucker")}
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), state.delta.attention.main)
+    attention = state.delta.attention
+    frames = attention._replace(tails=jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), attention.tails))
+    whole = jax.tree.map(lambda leaf: leaf.astype(jnp.int32), state.softmax.attention)
+
+    def with_delta(attention):
+        return dataclasses.replace(state, delta=state.delta._replace(attention=attention))
+
+    for given, changed, message in (
+        (inputs, without, r"without a camera, and this one has camera_conditions;.*camera=True"),
+        (bare, state, r"with a camera, and this one has no camera_conditions;.*camera=False"),
+        (inputs, with_delta(attention._replace(main=narrow)), r"delta/attention/main/\w+ is bfloat16.* to be float32"),
+        (inputs, with_delta(frames), "state's frames are bfloat16, float32; allowed is one"),
+        (
+            inputs,
+            dataclasses.replace(state, softmax=state.softmax._replace(attention=whole)),
+            "keys and values are int32; allowed is one floating-point dtype",
+        ),
+    ):
+        with pytest.raises(UserError, match=message):
+            jax.eval_shape(functools.partial(network().apply, state=changed), {"params": params}, **given)
     with pytest.raises(UserError, match="sink=True without num_cached_blocks"):
         cache_frames([1, 2], None, True)

@@ -104,6 +104,11 @@ def test_frames_of_padding():
     inputs.hidden_states[~frame_valid] += 1
     again = our_output(variant, inputs, frame_valid_mask=frame_valid)
     np.testing.assert_array_equal(again[frame_valid], found[frame_valid])
+    for nothing in (0, np.nan):  # in place of a camera, whose rays would be NaN either way
+        inputs.camera_conditions[~frame_valid] = inputs.chunk_plucker[~frame_valid] = nothing
+        again = our_output(variant, inputs, frame_valid_mask=frame_valid)
+        assert np.isfinite(again).all()
+        np.testing.assert_array_equal(again[frame_valid], found[frame_valid])
 
 
 def test_without_camera():

@@ -117,8 +117,8 @@ def test_dtypes_and_names(directory, refiner):
     [
         ("model_index.json", {"_class_name": "SanaWMPipeline"}, "SanaWMPipeline"),
         ("model_index.json", {"text_max_sequence_length": 30}, "max_sequence_length 30"),
-        ("scheduler/scheduler_config.json", {"shift": 3.0}, "shift 3.0"),
-        ("scheduler/scheduler_config.json", {"_class_name": "SCMScheduler"}, "SCMScheduler"),
+        ("scheduler/scheduler_config.json", {"shift": 3.0}, "flow_shift=3.0"),
+        ("scheduler/scheduler_config.json", {"_class_name": "SCMScheduler"}, "SCMScheduler with"),
         ("transformer/config.json", {"_class_name": "SanaTransformer2DModel"}, "SanaTransformer2DModel"),
         ("transformer/config.json", {"cross_attn_mod": True}, "LTX-2.3"),
         ("connectors/config.json", {"_class_name": "Other"}, "Other"),

@@ -46,7 +46,14 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
     path = tmp_path / "out.mp4"
     words = ("--model", world_model, "--image", tmp_path / "first.png", "--action", "w-4,jw-4", "--frames", 9)
     words += ("--intrinsics", "40", "41", "26", "14", "--seed", 3, "--output", path)
-    words += ("--refiner", refiner, "--refiner-checkpoint", tmp_path / "blocks", "--low-memory")
+    words += (
+        "--refiner",
+        refiner,
+        "--refiner-checkpoint",
+        tmp_path / "blocks",
+        "--low-memory",
+        "--refiner-stream-blocks",
+    )
     assert call(*QUICK, *SIZE, *words) == 0
     said = capsys.readouterr().out
     for part in (
@@ -58,6 +65,9 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
         "16 per second, 1 steps of FlowEuler(flow_shift=9.8",
         "in memory: encode: autoencoder",
         "in memory for the refiner: text",
+        "in memory for the refiner: connect: text connectors",
+        "in memory for the refiner: denoise: transformer",
+        " in host memory",
         "image of 30x50 pixels for a video of 16x24: 11.1% of its width is cropped",
         "block 2 of 2 refined",
         f"video: {path}, 8 frames, 0.50 seconds",
@@ -71,6 +81,16 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
     expected = {"action": "w-4,jw-4", "action_scheme": "v1", "intrinsics": "40, 41, 26, 14", "frames": "8"}
     assert expected.items() <= notes.items()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["blocks", "first.png", "out.mp4"]
+    # gone on with: neither stage is computed again, and another run is not taken for this one
+    (tmp_path / "blocks" / "block-00001.npy").unlink()
+    assert call(*QUICK, *SIZE, *words) == 0
+    said = capsys.readouterr().out
+    assert f"first stage: taken from {tmp_path / 'blocks' / 'first-stage.npz'}" in said
+    assert "going on behind block 1 of 2" in said
+    np.testing.assert_array_equal(read_video(path).frames, frames)
+    place = words.index("--seed") + 1
+    error = error_of(capsys, *QUICK, *SIZE, *words[:place], 4, *words[place + 1 :])
+    assert "another first stage: seed 3 there and 4 here" in error
 
 
 @pytest.mark.parametrize(
@@ -87,6 +107,7 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
         (("--c2w", "few.npy", "--action-scheme", "v1"), ("would not be used with c2w",)),
         (("--action", "w-8", "--intrinsics", 1, 2, 3), ("--intrinsics 1 2 3 is not allowed", "fx fy cx cy")),
         (("--action", "w-8", "--refiner-checkpoint", "blocks"), ("without --refiner",)),
+        (("--action", "w-8", "--refiner-stream-blocks"), ("--refiner-stream-blocks would not be used without",)),
         (("--action", "w-8", "--refiner", "nowhere/at/all"), ("nowhere/at/all",)),
         (("--action", "w-8", "--num-videos", 2), ("--num-videos 2", "one video at a time")),
         (("--action", "w-8", "--motion-score", 30), ("--motion-score would not be used by SanaWMPipeline",)),
@@ -111,6 +132,9 @@ def test_other_mistakes(world_model, video_model, tmp_path, capsys):
     assert "--image is missing" in error_of(capsys, "--model", world_model, "--action", "w-8", *rest)
     error = error_of(capsys, "--model", video_model, "--action", "w-8", *rest)
     assert "--action would not be used by SanaVideoPipeline" in error
+    assert "--stream would not be used by SanaVideoPipeline" in error_of(
+        capsys, "--model", video_model, "--stream", *rest
+    )
 
 
 def test_a_refiner_s_directory_says_what_it_needs(refiner, tmp_path, capsys):

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from convert.engine import import_model
-from sana_jax import SanaPipeline, SanaVideoPipeline, SanaWMPipeline, SanaWMRefiner
+from sana_jax import SanaPipeline, SanaVideoPipeline, SanaWMPipeline, SanaWMRefiner, SanaWMStreamingPipeline
 from sana_jax.camera import action_to_c2w
 from sana_jax.contract import infer_contract
 from sana_jax.diffusion.samplers import DPMSolver
@@ -198,6 +198,16 @@ def test_the_early_spelling_of_the_embedder(world_model, tmp_path):
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="qkv"):
         SanaWMPipeline.from_pretrained(copy)
+
+
+def test_streamed_without_being_distilled_for_it(world_model, capsys):
+    """Any world model can be; what it does not say of itself is said."""
+    teacher = SanaWMStreamingPipeline.from_pretrained(world_model)
+    said = capsys.readouterr().out
+    assert "does not say how it is streamed; the published student's settings are taken" in said
+    assert "the decoder is not causal; every block is decoded with 1 latent frame before it again" in said
+    assert teacher.sampler.timesteps == (1000, 960, 889, 727)
+    assert (teacher.defaults.num_inference_steps, teacher.defaults.guidance_scale) == (4, 1.0)
 
 
 def test_directories_of_other_kinds(world_model, video_model, tmp_path):

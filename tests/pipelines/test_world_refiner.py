@@ -13,7 +13,7 @@ from PIL import Image
 
 from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
 from sana_jax.errors import UserError
-from sana_jax.pipelines import world_refiner_checkpoint
+from sana_jax.pipelines import resumed_folder
 from sana_jax.pipelines.world_refiner import SanaWMRefiner
 from sana_jax.pipelines.world_refiner_blocks import block_noise, block_place, refine_block
 from sana_jax.weights.components import Resident
@@ -84,7 +84,7 @@ def test_killed_at_every_block(refiner, straight, tmp_path, monkeypatch):
     for block in range(BLOCKS):
         at[0] = block
         with monkeypatch.context() as patched:
-            patched.setattr(world_refiner_checkpoint.np, "save", half)
+            patched.setattr(resumed_folder.np, "save", half)
             with pytest.raises(Killed):
                 refine(refiner, checkpoint_dir=folder)
         assert len(list(folder.glob("block-*.npy"))) == block
@@ -189,7 +189,7 @@ def test_other_weights_and_damaged_folders(refiner, straight, tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(world_refiner_checkpoint.np, "save", full_disk)
+        patched.setattr(resumed_folder.np, "save", full_disk)
         with pytest.raises(UserError, match=r"No space left .* go on"):
             refine(refiner, checkpoint_dir=tmp_path / "full")
 

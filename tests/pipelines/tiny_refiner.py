@@ -24,11 +24,11 @@ FRAMES, OPTIONS = 11, {"block_size": 1, "kv_max_frames": 5, "sigmas": (0.9, 0.4,
 BLOCKS = 10
 
 
-def tiny_refiner(dtype: Any = jnp.bfloat16, **options: Any) -> SanaWMRefiner:
+def tiny_refiner(dtype: Any = jnp.bfloat16, layers: int = 2, **options: Any) -> SanaWMRefiner:
     """Without a text encoder."""
     config = LTX2Config(
         in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=2, attention_head_dim=8,
-        cross_attention_dim=16, num_layers=2, caption_channels=WIDTH, rope_type="split",
+        cross_attention_dim=16, num_layers=layers, caption_channels=WIDTH, rope_type="split",
     )  # fmt: skip
     transformer = LTX2VideoTransformer(config, dtype=dtype)
     connectors = LTX2Connectors(
@@ -71,7 +71,7 @@ def half_a_file(file: Any, array: np.ndarray) -> None:
 
 def main(folder: str, kill_at: str, mid_write: str = "") -> None:
     """Refines into ``folder`` and kills itself at a block, behind or within its file; else writes ``latents.npy``."""
-    from sana_jax.pipelines import world_refiner_checkpoint
+    from sana_jax.pipelines import resumed_folder
 
     block_to_die = None if kill_at == "none" else int(kill_at)
 
@@ -88,7 +88,7 @@ def main(folder: str, kill_at: str, mid_write: str = "") -> None:
             half_a_file(file, array)
             die()
 
-        world_refiner_checkpoint.np.save = half_then_die
+        resumed_folder.np.save = half_then_die
 
     def on_block(pipeline: SanaWMRefiner, block: int, shown: dict) -> None:
         if block == block_to_die:

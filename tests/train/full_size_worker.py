@@ -13,12 +13,14 @@ import os
 import sys
 import time
 
+from tests.simulated_devices import simulated_devices
+
 WORDS = dict(word.split("=") for word in sys.argv[3:])
 AXES = {name: int(size) for name, size in WORDS.items() if name in ("data", "fsdp", "tensor")}
 # The partitioner decides the same without them, and compilation takes half as long.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={math.prod(AXES.values())}"
+os.environ["XLA_FLAGS"] = simulated_devices(math.prod(AXES.values()))
 
 import jax  # noqa: E402
 

@@ -11,8 +11,10 @@ import os
 import re
 import sys
 
+from tests.simulated_devices import simulated_devices
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = simulated_devices(8)
 
 import jax
 import jax.numpy as jnp

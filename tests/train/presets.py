@@ -15,6 +15,7 @@ from train.plan import ModelShapes, PlannedRun, planned_run, settled
 from train.sharding import AXES
 
 MODEL, VIDEO_MODEL = "Sana_1600M_1024px_BF16_diffusers", "SANA-Video_2B_480p_diffusers"
+WORLD_MODEL = "SANA-WM_bidirectional"
 
 
 def abstract_mesh(**axes: int) -> AbstractMesh:
@@ -29,7 +30,7 @@ def needs_model(config: RunConfig) -> bool:
 
 
 def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: str | None = None) -> PlannedRun:
-    """The step of a preset, with the published 1.6B model, or 2B video model, where it starts from one.
+    """The step of a preset, with the published 1.6B, 2B video or world model where it starts from one.
 
     Args:
         name: of the preset.
@@ -39,7 +40,8 @@ def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: s
     """
     config = load_preset(name)
     if needs_model(config):
-        config = dataclasses.replace(config, model=VIDEO_MODEL if config.trains_on_clips else MODEL)
+        model = VIDEO_MODEL if config.trains_on_clips else MODEL
+        config = dataclasses.replace(config, model=WORLD_MODEL if config.trains_a_world else model)
     parts = config.accumulation * mesh.shape["data"] * mesh.shape["fsdp"]
     config = dataclasses.replace(config, batch_size=max(parts, config.batch_size // parts * parts))
     if config.sprint is not None:
@@ -47,6 +49,9 @@ def preset_run(name: str, mesh: Mesh | AbstractMesh, narrower: int = 1, remat: s
     elif name.startswith("moving_digits_"):
         teacher = load_preset("moving_digits").transformer
         config, model = dataclasses.replace(config, transformer=teacher), ModelShapes(teacher, 1, 8, "float32", 1)
+    elif name.startswith("moving_camera_"):
+        teacher = load_preset("moving_camera").transformer
+        config, model = dataclasses.replace(config, transformer=teacher), ModelShapes(teacher, 1, 4, "float32", 1)
     else:
         config, model = settled(config)
     if remat is not None:

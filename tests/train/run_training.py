@@ -21,6 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.simulated_devices import simulated_devices
+
 ROOT = Path(__file__).parents[2]
 STEPS, SAVE_EVERY, PREVIEW_EVERY, ROW_EVERY = 24, 8, 12, 2
 OPTIONS = {
@@ -117,14 +119,13 @@ class Training:
 
 def start(cache: Path, *options: str, hook: Sequence[str] = (), devices: int = 1) -> Training:
     """Starts ``python -m train.main`` with these options, or the hook of that name before it."""
-    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
+    environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": simulated_devices(devices),
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    if devices > 1:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
     module = ["tests.train.run_training", *hook, "--"] if hook else ["train.main"]
     command = [sys.executable, "-m", *module, *options]
     stderr_file = tempfile.NamedTemporaryFile("w+", suffix=".err")  # noqa: SIM115

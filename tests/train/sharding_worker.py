@@ -13,12 +13,14 @@ import math
 import os
 import sys
 
+from tests.simulated_devices import simulated_devices
+
 AXES = {name: int(size) for name, size in (word.split("=") for word in sys.argv[2:])}
 ACCUMULATION = AXES.pop("accumulation", 1)
 # The partitioner decides the same without them, and compilation takes half as long.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={math.prod(AXES.values())}"
+os.environ["XLA_FLAGS"] = simulated_devices(math.prod(AXES.values()))
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

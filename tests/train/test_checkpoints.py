@@ -23,6 +23,7 @@ from sana_jax.weights import (
     load_params,
     save_params,
 )
+from tests.simulated_devices import simulated_devices
 from tests.train.checkpoint_worker import CONFIG, open_store, position, same_bits, save, state
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 
 def start(mode: str, *arguments, devices: int = 1) -> subprocess.Popen:
     environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": simulated_devices(devices),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
     }

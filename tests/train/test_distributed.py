@@ -54,7 +54,7 @@ def free_port() -> int:
 
 
 def start(arguments: list[str], **variables: str) -> subprocess.Popen:
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "XLA_FLAGS"))}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     environment = inherited | {"JAX_PLATFORMS": "cpu"} | quick | variables
     command = [sys.executable, "-m", "train.main", *arguments]

@@ -17,7 +17,7 @@ from train.sharding import parameter_paths
 # axes, the optimizers' sums along cut axes, and small parts of Sprint's losses.
 WHOLE = (
     r"(^|/)(bias|scale|\w*table|null|attention_weight)(/|$)|conv_depth/|lora/.*/(up|down)|"
-    r"(block_scales|block_minimums|residual_per_\w+|second_per_\w+)$"
+    r"(block_scales|block_minimums|residual_per_\w+|second_per_\w+)$|attn1/(decay_\w+|conv_[qkv](_camera)?_kernel)(/|$)"
 )
 OF_SPRINT = r"(^|/)(vectors|logvar)/"
 # Of everything that a device holds.

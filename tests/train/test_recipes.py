@@ -10,6 +10,7 @@ import pytest
 from configs.controlnet import ControlNetConfig
 from configs.lora import LoraConfig
 from sana_jax import UserError
+from tests.kernels.shapes import relative_error
 from tests.train.tiny_run import QUICKLY, mesh_config, tiny_config
 from train.batch import Batch
 from train.data import DigitsData
@@ -72,7 +73,7 @@ def test_training_starts_at_the_base_model(base, batch, kind):
     draws = recipe.draw(0, 0, KEPT)
     found = quick(recipe.velocity)(trained, base, batch.latents, timestep, batch, draws)
     expected = quick(WholeTransformer(recipe.transformer).velocity)(base, None, batch.latents, timestep, batch, ())
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    assert relative_error(found, expected) <= 1e-6  # two programs, which XLA fuses each in its own way
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

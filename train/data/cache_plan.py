@@ -88,7 +88,8 @@ def table_of(data: ImageDataConfig, model: ModelDirectory) -> tuple[Bin, ...]:
     """The sizes that a model's pictures, or clips, may have."""
     if is_for_videos(model):
         network = model.transformer_config
-        return clip_sizes(data, network.sample_size, model.autoencoder.spatial_factor, _patch(network))
+        sample_size = getattr(network, "sample_size", 1)  # world models have none, and their clips one exact size
+        return clip_sizes(data, sample_size, model.autoencoder.spatial_factor, _patch(network))
     return size_table(
         model.transformer_config.sample_size,
         model.autoencoder.spatial_factor,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from kernels.typing import Array, Float, Int, Shaped
 from sana_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS, add_noise, flow_matching_loss, velocity_target
 from sana_jax.errors import UserError
-from train.batch import Batch
+from train.batch import FRAME_VALID, Batch
 from train.randomness import stream
 
 DEFAULT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -31,6 +31,7 @@ def validation_losses(
     seed: int,
     indices: Int[Array, " B"] | None = None,
     counted: Shaped[Array, " B"] | None = None,
+    first_given: bool = False,
 ) -> Float[Array, " K"]:
     """The mean loss at each noise level; ``jax.jit`` it with everything but the arrays closed over.
 
@@ -42,11 +43,12 @@ def validation_losses(
         indices: each sample's number in the validation set; by default 0 to B - 1.
         counted: 1 for samples that count, 0 for those that only fill the batch; by default all count. A batch in which
             none counts has loss 0. The mean over several batches weighs each with its number of samples that count.
+        first_given: whether the first latent frame of clips is given, as ``FlowMatching`` gives it.
 
     Raises:
         UserError: noise levels that are not allowed.
     """
-    losses = sample_losses(velocity, batch, sigmas, seed, indices)
+    losses = sample_losses(velocity, batch, sigmas, seed, indices, first_given)
     weight = jnp.ones(losses.shape[1]) if counted is None else jnp.asarray(counted, jnp.float32)
     # a sample that only fills the batch may hold anything
     total = jnp.where(weight > 0, losses * weight, 0.0).sum(axis=1)
@@ -59,6 +61,7 @@ def sample_losses(
     sigmas: Sequence[float],
     seed: int,
     indices: Int[Array, " B"] | None = None,
+    first_given: bool = False,
 ) -> Float[Array, "K B"]:
     """Every sample's loss at every noise level, float32; arguments and errors as in ``validation_losses``.
 
@@ -72,11 +75,17 @@ def sample_losses(
     rows = latents.shape[0]
     noise = validation_noise(seed, jnp.arange(rows) if indices is None else indices, latents.shape[1:])
     target = velocity_target(latents, noise)
+    axes, noised = (rows,), None  # which frames have the level, where it is not all of them
+    if first_given:
+        axes, noised = latents.shape[:2], jnp.arange(latents.shape[1]) > 0
+    counted = batch.conditions.get(FRAME_VALID)
+    if noised is not None:
+        counted = jnp.broadcast_to(noised if counted is None else noised & counted, axes)
 
     def at(level: tuple[Array, Array]) -> Array:
-        sigma, timestep = level
-        noisy = add_noise(latents, noise, jnp.broadcast_to(sigma, (rows,)))
-        return flow_matching_loss(velocity(noisy, jnp.broadcast_to(timestep, (rows,)), batch), target)
+        sigma, timestep = (jnp.broadcast_to(each if noised is None else each * noised, axes) for each in level)
+        noisy = add_noise(latents, noise, sigma)
+        return flow_matching_loss(velocity(noisy, timestep, batch), target, counted)
 
     return jax.lax.map(at, (jnp.asarray(list(sigmas), jnp.float32), jnp.asarray(timesteps, jnp.float32)))
 

@@ -16,7 +16,7 @@ from configs.schema import FlowConfig, VideoFlowConfig
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from sana_jax.diffusion.flow import add_noise, flow_matching_loss, noise_level, velocity_target
 from sana_jax.diffusion.timesteps import TimestepDensity, sample_timestep_index
-from train.batch import Batch
+from train.batch import FRAME_VALID, Batch
 from train.objectives.base import SampleLosses, VelocityNetwork
 from train.randomness import stream
 
@@ -24,7 +24,7 @@ from train.randomness import stream
 class Draws(NamedTuple):
     """Everything random about one batch."""
 
-    index: Int[Array, " B"]
+    index: Int[Array, " B"] | Int[Array, "B T"]
     noise: Float[Array, "B *X C"]
     drop_caption: Bool[Array, " B"]
     network: PyTree = ()
@@ -38,7 +38,8 @@ class FlowMatching:
     """Mean squared error of the predicted velocity.
 
     A clip whose first latent frame is given has that frame clean, at timestep 0, and out of the loss, as the image of
-    image to video. A sample counts with ``batch.conditions["loss_weight"]`` where the data has it, else with 1.
+    image to video. A sample counts with ``batch.conditions["loss_weight"]`` where the data has it, else with 1; where
+    it has ``frame_valid``, frames that are padding do not count. Indices may be of each latent frame.
 
     Attributes:
         recipe: the network, from the trained parameters and those of the base model.
@@ -87,8 +88,10 @@ class FlowMatching:
         sigma, timestep, counted = level.sigma, level.timestep.astype(jnp.float32), None
         if draws.first_given is not None:
             given = draws.first_given[:, None] & (jnp.arange(latents.shape[1]) == 0)
-            sigma, timestep = (jnp.where(given, 0.0, of_clip[:, None]) for of_clip in (sigma, timestep))
+            sigma, timestep = (jnp.where(given, 0.0, _of_frames(values)) for values in (sigma, timestep))
             counted = ~given
+        if (valid := batch.conditions.get(FRAME_VALID)) is not None:
+            counted = valid.astype(bool) if counted is None else counted & valid.astype(bool)
         noisy = add_noise(latents, draws.noise, sigma)
         embeds = jnp.where(draws.drop_caption[:, None, None], self.null_embeds, batch.prompt_embeds)
         mask = jnp.where(draws.drop_caption[:, None], self.null_mask, batch.prompt_attention_mask)
@@ -96,3 +99,8 @@ class FlowMatching:
         velocity = self.recipe.velocity(trained, frozen, noisy, timestep, captioned, draws.network)
         loss = flow_matching_loss(velocity, velocity_target(latents, draws.noise), counted)
         return SampleLosses(loss * batch.conditions.get("loss_weight", 1.0), level.sigma)
+
+
+def _of_frames(values: Float[Array, " B"] | Float[Array, "B T"]) -> Float[Array, "B *T"]:
+    """With an axis of frames."""
+    return values if values.ndim == 2 else values[:, None]

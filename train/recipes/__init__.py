@@ -6,6 +6,7 @@ import dataclasses
 from typing import NamedTuple
 
 from configs.schema import RunConfig
+from configs.world import WorldChunksConfig
 from sana_jax.autoencoders import VideoAutoencoder
 from sana_jax.errors import UserError
 from sana_jax.models.controlnet import SanaControlNet, SanaControlNetConfig
@@ -18,6 +19,7 @@ from train.recipes.longsana import ChunkCausalTraining, OdeTraining, SelfForcing
 from train.recipes.lora import LoraTransformer
 from train.recipes.sprint import SprintTraining, student_config
 from train.recipes.whole import WholeTransformer
+from train.recipes.world import WorldChunkCausalTraining
 
 __all__ = ["DataShapes", "Prompts", "Recipe", "make_recipe", "student_config"]
 
@@ -40,6 +42,8 @@ def make_recipe(config: RunConfig, data: DataShapes | None = None) -> Recipe:
     if config.lora is not None:
         encoders = None if config.tokens is None else config.tokens.network(config.transformer)
         return LoraTransformer(transformer, config.lora, encoders, getattr(config.data, "conditions", ()))
+    if isinstance(config.chunk_causal, WorldChunksConfig):
+        return WorldChunkCausalTraining(transformer, config.chunk_causal)
     if config.chunk_causal is not None:
         return ChunkCausalTraining(causal_network(transformer), config.chunk_causal)
     if config.ode is not None:

@@ -1,4 +1,5 @@
-"""LongSANA's training: causal blocks, the start of a few-step generator, and self-forcing of it.
+"""LongSANA's training: causal blocks, the start of a few-step generator, and self-forcing of it; the last two are also
+those of SANA-WM's streaming student.
 
 SANA-Video, arXiv 2509.24695, §4; the losses are in ``train.objectives.longsana``.
 """
@@ -18,30 +19,42 @@ from configs.longsana import ChunkCausalConfig, OdeInitializationConfig, SelfFor
 from configs.schema import RunConfig
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.autoencoders import VideoAutoencoder
-from sana_jax.diffusion.samplers import LongSanaSampler, Sampler
+from sana_jax.diffusion.samplers import LongSanaSampler, Sampler, WorldStreamSampler
 from sana_jax.diffusion.samplers.longsana import causal_block_starts, generate_block, read_block
 from sana_jax.diffusion.sampling import sample_scan
 from sana_jax.models.sana_video import SanaVideoTransformer
-from sana_jax.models.sharding_rules import SANA_VIDEO, Rule
+from sana_jax.models.sharding_rules import Rule
 from sana_jax.pipelines.long_video import ATTENTION_EPSILON
 from sana_jax.pipelines.sampling_function import Encoded, VideoNetwork, guided_velocity, is_guided
 from train.batch import Batch
 from train.longsana_step import AVERAGED, STREAM, SelfForcingSteps, stream_tree
+from train.networks import network_conditions, sharding_rules
 from train.objectives.longsana.chunk_causal import ChunkCausal
-from train.objectives.longsana.networks import Captions, block_network, empty_state, score_network
+from train.objectives.longsana.networks import (
+    Captions,
+    Transformer,
+    block_network,
+    captions_of,
+    empty_state,
+    score_network,
+)
 from train.objectives.longsana.ode import OdeInitialization
-from train.objectives.longsana.self_forcing import SelfForcing, captions_of
+from train.objectives.longsana.self_forcing import SelfForcing
 from train.objectives.longsana.streaming import StreamingSelfForcing
 from train.objectives.longsana.windows import Windows
 from train.phases import PhaseOptimizers, part
 from train.recipes.base import NullEncoding, Prompts, SamplingFunction
 from train.recipes.whole import WholeTransformer
+from train.recipes.world_distill import world_few_step_sampling
 from train.sharding import BATCH_AXES, replicated
 from train.step import StepFunction, make_train_step
 
 
-def causal_network(transformer: SanaVideoTransformer) -> SanaVideoTransformer:
-    """The transformer as LongSANA computes it: with a smaller number in the divisor of its attention."""
+def causal_network(transformer: Transformer) -> Transformer:
+    """The transformer as its few-step generator computes it: LongSANA with a smaller number in the divisor of its
+    attention, SANA-WM as it is."""
+    if not isinstance(transformer, SanaVideoTransformer):
+        return transformer
     return transformer.clone(attention_epsilon=ATTENTION_EPSILON)
 
 
@@ -118,17 +131,17 @@ class OdeTraining(WholeTransformer):
         """One."""
 
         def network(params, noisy, timestep, captions):
-            starts = causal_block_starts(noisy.shape[1], self.ode.block_frames)
+            starts = self.ode.block_starts(noisy.shape[1])
             return score_network(self.transformer, starts)(params, noisy, timestep, captions)
 
         return (make_train_step(OdeInitialization(network, self.ode), optimizer, config),)
 
     def sampling_function(
-        self, sampler: LongSanaSampler, num_inference_steps: int, guidance_scale: float
+        self, sampler: LongSanaSampler | WorldStreamSampler, num_inference_steps: int, guidance_scale: float
     ) -> SamplingFunction:
         """Few-step sampling, block after block."""
         sample = few_step_sampling(self.transformer, sampler)
-        return lambda trained, frozen, latents, prompts, conditions: sample(trained, latents, prompts)
+        return lambda trained, frozen, *inputs: sample(trained, *inputs)
 
 
 @dataclass(frozen=True)
@@ -147,20 +160,25 @@ class SelfForcingTraining:
         autoencoder: of the latents, likewise.
     """
 
-    transformer: SanaVideoTransformer
-    score: SanaVideoTransformer
+    transformer: Transformer
+    score: Transformer
     config: SelfForcingConfig
     batch: Batch | None = None
     autoencoder: VideoAutoencoder | None = None
 
     keeps_base: ClassVar[bool] = True
     kind: ClassVar[str] = "self_forcing"
-    conditions: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Those that the network reads."""
+        return network_conditions(self.transformer.config)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
         """The network's for generator and fake score; what a video leaves is cut as a batch is."""
-        networks = [(f"({name})/({path})", axes) for name in ("transformer", "fake") for path, axes in SANA_VIDEO]
+        own = sharding_rules(self.transformer.config)
+        networks = [(f"({name})/({path})", axes) for name in ("transformer", "fake") for path, axes in own]
         kept = (
             (r"stream/state/attention/key_value", (None, None, BATCH_AXES, "tensor", None, None)),
             (r"stream/state/attention/key", (None, None, BATCH_AXES, "tensor", None)),
@@ -235,11 +253,11 @@ class SelfForcingTraining:
         return steps.on_windows(self._streaming(losses), optimizer)
 
     def sampling_function(
-        self, sampler: LongSanaSampler, num_inference_steps: int, guidance_scale: float
+        self, sampler: LongSanaSampler | WorldStreamSampler, num_inference_steps: int, guidance_scale: float
     ) -> SamplingFunction:
         """Few-step sampling, block after block."""
         sample = few_step_sampling(self.transformer, sampler)
-        return lambda averaged, frozen, latents, prompts, conditions: sample(averaged["transformer"], latents, prompts)
+        return lambda averaged, frozen, *inputs: sample(averaged["transformer"], *inputs)
 
     @property
     def _windows(self) -> Windows:
@@ -254,19 +272,23 @@ class SelfForcingTraining:
 
 
 def few_step_sampling(
-    transformer: SanaVideoTransformer, sampler: LongSanaSampler
-) -> Callable[[PyTree, Float[Array, "B T H W C"], Prompts], Float[Array, "B T H W C"]]:
-    """``fn(params, latents, prompts)`` -> latents: a whole video, block after block, to be jitted.
+    transformer: Transformer, sampler: LongSanaSampler | WorldStreamSampler
+) -> Callable[[PyTree, Float[Array, "B T H W C"], Prompts, Mapping[str, Array]], Float[Array, "B T H W C"]]:
+    """``fn(params, latents, prompts, conditions)`` -> latents: a whole video, block after block, to be jitted.
 
-    The noise between steps is a function of the block alone; ``LongSanaVideoPipeline`` draws its own.
+    LongSANA's noise between steps is a function of the block alone; ``LongSanaVideoPipeline`` draws its own.
     """
+    if isinstance(sampler, WorldStreamSampler):
+        return world_few_step_sampling(transformer, sampler)
     network = block_network(transformer)
 
-    def sample(params: PyTree, latents: Array, prompts: Prompts) -> Float[Array, "B T H W C"]:
+    def sample(
+        params: PyTree, latents: Array, prompts: Prompts, conditions: Mapping[str, Array]
+    ) -> Float[Array, "B T H W C"]:
         rows, frames = latents.shape[:2]
         captions = Captions(prompts.embeds, prompts.mask)
-        state = empty_state(transformer, latents.shape, sampler.num_cached_blocks)
         starts, found = causal_block_starts(frames, sampler.block_frames), []
+        state = empty_state(transformer, latents.shape, starts, sampler.num_cached_blocks)
         for number, (start, end) in enumerate(zip(starts, (*starts[1:], frames), strict=True)):
 
             def velocity(noisy, timestep, state, start=start):

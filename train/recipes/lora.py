@@ -20,12 +20,13 @@ from sana_jax.models.condition_tokens import ConditionEncoders, apply_tokens, dr
 from sana_jax.models.sharding_rules import CONDITION_TOKENS, Rule, lora_rules
 from sana_jax.nn.linear import LORA
 from sana_jax.pipelines.families import Transformer
-from sana_jax.pipelines.sampling_function import is_guided, make_sampling_fn
+from sana_jax.pipelines.sampling_function import is_guided
 from train.batch import Batch
-from train.networks import predicted_velocity, sharding_rules
+from train.networks import network_conditions, predicted_velocity, sharding_rules
 from train.randomness import stream
 from train.recipes.base import SamplingFunction
 from train.recipes.flow import FlowRecipe
+from train.recipes.sampling import preview_sampling
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,11 @@ class LoraTransformer(FlowRecipe):
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """Those that become tokens."""
+        """Those that the network reads, and those that become tokens."""
+        return (*network_conditions(self.transformer.config), *self._token_names)
+
+    @property
+    def _token_names(self) -> tuple[str, ...]:
         return () if self.encoders is None else tuple(self.encoders.encoders)
 
     @cached_property
@@ -95,7 +100,7 @@ class LoraTransformer(FlowRecipe):
         if self.config.dropout:
             draws[LORA] = jax.random.split(stream(seed, step, "lora_dropout"), drop_caption.shape[0])
         if self.encoders is not None:
-            keys = {name: stream(seed, step, f"condition_dropout_{name}") for name in self.conditions}
+            keys = {name: stream(seed, step, f"condition_dropout_{name}") for name in self._token_names}
             draws[TOKENS] = draw_dropped(self.encoders, keys, drop_caption)
         return draws
 
@@ -114,7 +119,7 @@ class LoraTransformer(FlowRecipe):
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Guided sampling with the LoRA."""
-        sample = make_sampling_fn(self.transformer, sampler, num_inference_steps, guidance_scale)
+        sample = preview_sampling(self.transformer, sampler, num_inference_steps, guidance_scale)
 
         def function(trained, frozen, latents, prompts, conditions):
             more = {}
@@ -122,6 +127,7 @@ class LoraTransformer(FlowRecipe):
                 more["tokens"] = apply_tokens(self.encoders, trained[TOKENS], conditions)
                 if is_guided(guidance_scale):
                     more["null_tokens"] = null_tokens(self.encoders, trained[TOKENS], 1)
-            return sample(frozen, latents, *prompts, lora=scaled_lora(trained[LORA], self.config.scale), **more)
+            lora = scaled_lora(trained[LORA], self.config.scale)
+            return sample(frozen, latents, prompts, conditions, lora=lora, **more)
 
         return function

@@ -12,11 +12,11 @@ from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.models.sharding_rules import Rule
 from sana_jax.pipelines.families import Transformer, family_of
-from sana_jax.pipelines.sampling_function import make_sampling_fn
 from train.batch import Batch
-from train.networks import predicted_velocity, sharding_rules
+from train.networks import network_conditions, predicted_velocity, sharding_rules
 from train.recipes.base import SamplingFunction
 from train.recipes.flow import FlowRecipe
+from train.recipes.sampling import preview_sampling
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,11 @@ class WholeTransformer(FlowRecipe):
 
     keeps_base: ClassVar[bool] = False
     kind: ClassVar[str] = "whole"
-    conditions: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Those that the network reads."""
+        return network_conditions(self.transformer.config)
 
     @property
     def rules(self) -> tuple[Rule, ...]:
@@ -60,5 +64,5 @@ class WholeTransformer(FlowRecipe):
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Guided sampling."""
-        sample = make_sampling_fn(self.transformer, sampler, num_inference_steps, guidance_scale)
-        return lambda trained, frozen, latents, prompts, conditions: sample(trained, latents, *prompts)
+        sample = preview_sampling(self.transformer, sampler, num_inference_steps, guidance_scale)
+        return lambda trained, frozen, latents, prompts, conditions: sample(trained, latents, prompts, conditions)

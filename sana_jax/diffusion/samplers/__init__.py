@@ -9,6 +9,7 @@ from sana_jax.diffusion.samplers.scheduler_config import (
     to_scheduler_config,
 )
 from sana_jax.diffusion.samplers.scm import SCM, SCMState, SCMTables
+from sana_jax.diffusion.samplers.world_model import WorldStreamSampler
 
 __all__ = [
     "SAMPLERS",
@@ -23,6 +24,7 @@ __all__ = [
     "SCMTables",
     "Sampler",
     "Schedule",
+    "WorldStreamSampler",
     "from_scheduler_config",
     "make_sampler",
     "to_scheduler_config",

@@ -15,6 +15,7 @@ from sana_jax.diffusion.samplers.dpm_solver import DPMSolver
 from sana_jax.diffusion.samplers.flow_euler import FlowEuler
 from sana_jax.diffusion.samplers.longsana import DENOISING_STEPS, LongSanaSampler
 from sana_jax.diffusion.samplers.scm import SCM
+from sana_jax.diffusion.samplers.world_model import DISTILLED_STEPS, WorldStreamSampler
 from sana_jax.errors import UserError
 
 SAMPLERS: dict[str, type] = {"flow_euler": FlowEuler, "dpm_solver": DPMSolver, "scm": SCM}
@@ -126,6 +127,28 @@ _MAPPINGS = {
             "num_train_timesteps": 1000,
             "base_chunk_frames": 10,
             "num_cached_blocks": None,
+        },
+        required={},
+        no_effect=frozenset(),
+    ),
+    # Nor does SANA-WM's streaming student.
+    "SanaWMStreamScheduler": _Mapping(
+        sampler=WorldStreamSampler,
+        fields={
+            "denoising_step_list": "timesteps",
+            "num_train_timesteps": "num_train_timesteps",
+            "chunk_size": "block_frames",
+            "chunk_split_strategy": "blocks",
+            "num_cached_blocks": "num_cached_blocks",
+            "sink_token": "sink",
+        },
+        defaults={
+            "denoising_step_list": DISTILLED_STEPS,
+            "num_train_timesteps": 1000,
+            "chunk_size": 3,
+            "chunk_split_strategy": "first_plus_one",
+            "num_cached_blocks": 2,
+            "sink_token": True,
         },
         required={},
         no_effect=frozenset(),

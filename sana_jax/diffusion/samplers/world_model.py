@@ -8,16 +8,25 @@ Source: the sampling code of NVlabs/Sana, as recorded in this repository's vecto
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.typing import Array, Float, PyTree
+from kernels.typing import Array, Float, Int, PyTree
 from sana_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
-from sana_jax.diffusion.samplers.base import Schedule, require_positive
+from sana_jax.diffusion.samplers.base import (
+    LatentState,
+    Schedule,
+    entry,
+    latents_like,
+    refuse_noise,
+    require_positive,
+    require_steps,
+)
 from sana_jax.errors import UserError
 
 # What the distilled student was trained with, and what the streaming command takes by default.
@@ -79,6 +88,90 @@ def listed_schedule(timesteps: Sequence[int], num_levels: int = NUM_TRAIN_TIMEST
         )
     sigmas = np.array([*steps, 0], np.float32) / np.float32(num_levels)
     return Schedule(sigmas[:-1] * np.float32(num_levels), sigmas)
+
+
+@dataclasses.dataclass(frozen=True)
+class WorldStreamSampler:
+    """How a few-step world model is sampled, block after block: the listed timesteps, and what a block sees.
+
+    Attributes:
+        timesteps: what the network is told at every step, whole numbers from noise to data; a 0 at the end, as
+            published lists have it, stands for the clean result and makes no step. Levels are timestep/1000.
+        num_train_timesteps: the timestep of pure noise.
+        block_frames: latent frames of a block, as the network was trained.
+        blocks: how a video is cut, see ``chunk_starts``.
+        num_cached_blocks: how many earlier blocks softmax layers see; None for all.
+        sink: whether the first block is always one of them.
+
+    Raises:
+        UserError: timesteps that do not decrease or that lie outside 1..num_train_timesteps, numbers below 1, another
+            way to cut, or a sink without a window.
+    """
+
+    timesteps: tuple[int, ...] = DISTILLED_STEPS
+    num_train_timesteps: int = NUM_TRAIN_TIMESTEPS
+    block_frames: int = 3
+    blocks: str = "first_plus_one"
+    num_cached_blocks: int | None = 2
+    sink: bool = True
+
+    stochastic: ClassVar[bool] = False
+    context_sigma: ClassVar[float] = 0.0  # clean blocks write the state as they are, in training as well
+
+    def __post_init__(self):
+        require_positive("num_train_timesteps", self.num_train_timesteps)
+        cached = self.num_cached_blocks
+        for name, value in (
+            ("block_frames", self.block_frames),
+            ("num_cached_blocks", 1 if cached is None else cached),
+        ):
+            if type(value) is not int or value < 1:
+                raise UserError(f"{name}={value!r} must be a whole number of 1 or more; SANA-WM's blocks have 3 frames")
+        if self.sink and cached is None:
+            raise UserError("sink=True without num_cached_blocks: all earlier blocks are seen anyway; set sink=False")
+        chunk_starts(1, self.block_frames, self.blocks)
+        steps = listed_schedule(self.timesteps, self.num_train_timesteps).timesteps
+        object.__setattr__(self, "timesteps", tuple(round(float(step)) for step in steps))
+
+    @property
+    def num_inference_steps(self) -> int:
+        """The number of steps."""
+        return len(self.timesteps)
+
+    def block_starts(self, num_frames: int) -> tuple[int, ...]:
+        """First latent frame of every block of a video."""
+        return chunk_starts(num_frames, self.block_frames, self.blocks)
+
+    def schedule(self, num_inference_steps: int | None = None) -> Schedule:
+        """The listed steps.
+
+        Raises:
+            UserError: another number of steps than are listed.
+        """
+        steps = self.num_inference_steps if num_inference_steps is None else require_steps(num_inference_steps)
+        if steps != self.num_inference_steps:
+            raise UserError(
+                f"num_inference_steps={steps}: this model was distilled to the {self.num_inference_steps} steps at "
+                f"{self.timesteps}; leave the number out, or list other timesteps"
+            )
+        return listed_schedule(self.timesteps, self.num_train_timesteps)
+
+    def init(self, latents: Float[Array, "B *X"]) -> LatentState:
+        """The state before the first step, from standard normal latents."""
+        return LatentState(jnp.asarray(latents, jnp.float32))
+
+    def step(
+        self,
+        schedule: Schedule,
+        state: LatentState,
+        index: int | Int[Array, ""],
+        velocity: Float[Array, "B *X"],
+        noise: None = None,
+    ) -> LatentState:
+        """One step of Euler's method in float32, of all frames alike."""
+        refuse_noise(self, noise)
+        size = entry(schedule.sigmas, index + 1) - entry(schedule.sigmas, index)
+        return LatentState(state.latents + size * latents_like(state, velocity))
 
 
 def euler_step(

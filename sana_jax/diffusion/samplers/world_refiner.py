@@ -111,17 +111,33 @@ def refine_from_noise(
         noise: standard normal.
         schedule: from ``RefinerSampler.schedule``; its arrays may be traced.
     """
-    dtype, sigmas = latents.dtype, jnp.asarray(schedule.sigmas)
-    noised = (1 - sigmas[0]) * latents.astype(jnp.float32) + sigmas[0] * noise.astype(jnp.float32)
+    sigmas = jnp.asarray(schedule.sigmas)
 
     def step(x: Array, own: tuple[Array, Array, Array]) -> tuple[Array, None]:
         timestep, sigma, following = own
-        wide = x.astype(jnp.float32)
-        clean = (wide - velocity_fn(x, timestep).astype(jnp.float32) * sigma).astype(dtype).astype(jnp.float32)
-        return (wide + (following - sigma) * ((wide - clean) / sigma)).astype(dtype), None
+        return refiner_step(x, velocity_fn(x, timestep), sigma, following), None
 
     steps = (jnp.asarray(schedule.timesteps), sigmas[:-1], sigmas[1:])
-    return jax.lax.scan(step, noised.astype(dtype), steps)[0]
+    return jax.lax.scan(step, noised_block(latents, noise, sigmas[0]), steps)[0]
+
+
+def noised_block(
+    latents: Float[Array, "B T H W C"], noise: Float[Array, "B T H W C"], sigma: Float[Array, ""]
+) -> Float[Array, "B T H W C"]:
+    """Latents at a noise level, in their dtype."""
+    return ((1 - sigma) * latents.astype(jnp.float32) + sigma * noise.astype(jnp.float32)).astype(latents.dtype)
+
+
+def refiner_step(
+    x: Float[Array, "B T H W C"],
+    velocity: Float[Array, "B T H W C"],
+    sigma: Float[Array, ""],
+    following: Float[Array, ""],
+) -> Float[Array, "B T H W C"]:
+    """One Euler step from one noise level to the following; what is clean is rounded to ``x``'s dtype on the way."""
+    wide = x.astype(jnp.float32)
+    clean = (wide - velocity.astype(jnp.float32) * sigma).astype(x.dtype).astype(jnp.float32)
+    return (wide + (following - sigma) * ((wide - clean) / sigma)).astype(x.dtype)
 
 
 def _check_whole_number(name: str, value: Any, least: int, unit: str) -> None:

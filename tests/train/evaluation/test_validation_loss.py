@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from sana_jax.errors import UserError
+from tests.simulated_devices import simulated_devices
 from train.batch import Batch
 from train.evaluation.validation_loss import sample_losses, validation_losses, validation_noise
 
@@ -115,7 +116,7 @@ np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_the_same_on_four_devices():
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": simulated_devices(4)}
     done = subprocess.run(
         [sys.executable, "-c", DEVICES], cwd=ROOT, env=environment, text=True, capture_output=True, check=False
     )

@@ -8,5 +8,6 @@ SANA-Video, arXiv 2509.24695, §4; self-forcing, arXiv 2506.08009; distribution 
   and learns from the difference of two score networks.
 * ``windows`` and ``streaming``: the same on windows of a video that grows over many training steps.
 
-``networks`` says how networks are called.
+``networks`` says how networks are called, and ``world`` how SANA-WM's are, whose streaming student is distilled with
+``ode`` and ``self_forcing`` as well: with the camera's path of each block, and the first frame given.
 """

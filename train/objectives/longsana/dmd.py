@@ -52,7 +52,7 @@ class DistributionGradient(NamedTuple):
 
 
 def distribution_gradient(
-    generated: Float[Array, "B *X"], real: Float[Array, "B *X"], fake: Float[Array, "B *X"]
+    generated: Float[Array, "B *X"], real: Float[Array, "B *X"], fake: Float[Array, "B *X"], least: float = 0.0
 ) -> DistributionGradient:
     """(fake − real) / mean|generated − real|, the mean over all of a sample; no gradient passes.
 
@@ -62,9 +62,10 @@ def distribution_gradient(
         generated: the generator's video.
         real: the real score's clean prediction, guided.
         fake: the fake score's.
+        least: what is divided by at least.
     """
     generated, real, fake = jax.lax.stop_gradient((generated, real, fake))
-    normalizer = jnp.abs(generated - real).mean(tuple(range(1, generated.ndim)))
+    normalizer = jnp.maximum(jnp.abs(generated - real).mean(tuple(range(1, generated.ndim))), least)
     gradient = (fake - real) / align_leading(normalizer, generated)
     return DistributionGradient(jnp.nan_to_num(gradient), normalizer)
 

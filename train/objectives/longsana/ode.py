@@ -18,14 +18,14 @@ import numpy as np
 from configs.longsana import OdeInitializationConfig
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from sana_jax.diffusion.flow import flow_matching_loss, shift_sigma
-from sana_jax.diffusion.samplers.longsana import causal_block_starts, nearest_sigma
 from sana_jax.errors import UserError
 from train.batch import Batch
 from train.objectives.base import SampleLosses
-from train.objectives.longsana.networks import Captions, ScoreNetwork, predicted_x0
+from train.objectives.longsana.networks import ScoreNetwork, captions_of, predicted_x0, sigma_at
 from train.randomness import stream
 
 TRAJECTORY = "trajectory"
+_SNAP = 5.0  # timesteps that a step of the teacher is moved at most
 
 
 class OdeSamples(NamedTuple):
@@ -85,7 +85,7 @@ class OdeInitialization:
     H, W, C) their states before, at the listed timesteps.
 
     Attributes:
-        network: the network in causal blocks of ``config.block_frames``.
+        network: the network in causal blocks of ``config.block_starts``.
         config: the timesteps, the table's flow shift and the blocks.
     """
 
@@ -100,7 +100,7 @@ class OdeInitialization:
     def draw(self, seed: int, step: int | Int[Array, ""], batch: Batch) -> OdeDraws:
         """What is random at one step: the streams ``ode_index``."""
         rows, frames = batch.latents.shape[:2]
-        last, starts = len(self.timesteps) - 1, causal_block_starts(frames, self.config.block_frames)
+        last, starts = len(self.timesteps) - 1, self.config.block_starts(frames)
         chunks = jax.random.randint(stream(seed, step, "ode_index"), (rows, len(starts)), 0, last + 1)
         index = frame_indices(chunks, starts, frames, last, self.config.clean_first_frame)
         counted = jnp.sum(index < last, axis=1).astype(jnp.float32)
@@ -117,30 +117,42 @@ class OdeInitialization:
             )
         trajectory = jnp.concatenate([states, batch.latents[:, None]], axis=1).astype(jnp.float32)
         samples = ode_samples(trajectory, draws.index, self.timesteps)
-        captions = Captions(batch.prompt_embeds, batch.prompt_attention_mask)
         shift = self.config.flow_shift
-        predicted = predicted_x0(self.network, trained, samples.noisy, samples.timestep, captions, shift)
-        sigma = nearest_sigma(samples.timestep, shift).mean(axis=1)
+        told = captions_of(batch)
+        predicted = predicted_x0(self.network, trained, samples.noisy, samples.timestep, told, shift)
+        sigma = sigma_at(samples.timestep, shift).mean(axis=1)
         return SampleLosses(ode_losses(predicted, samples) * draws.weight, sigma)
 
 
-def teacher_levels(timesteps: tuple[int, ...], num_steps: int, flow_shift: float) -> tuple[np.ndarray, tuple[int, ...]]:
+def teacher_levels(
+    timesteps: tuple[int, ...], num_steps: int, flow_shift: float, snap: bool = False
+) -> tuple[np.ndarray, tuple[int, ...]]:
     """Levels σ of the teacher's Euler steps, float32 (num_steps + 1,) from 1 to 0, and the steps at listed timesteps.
 
-    With 48 steps and a shift of 8 the listed 1000, 960, 889 and 727 are exactly the steps 0, 12, 24 and 36.
+    With 48 steps and a shift of 8 the listed 1000, 960, 889 and 727 are exactly the steps 0, 12, 24 and 36. SANA-WM's
+    1000, 967, 908 and 764 are within two of the steps 0, 15, 30 and 45 of 60 at a shift of 9.8, which ``snap`` moves.
+
+    Args:
+        timesteps: the listed ones, without the 0.
+        num_steps: Euler steps.
+        flow_shift: of the levels.
+        snap: move the step nearest to each listed timestep onto it.
 
     Raises:
-        UserError: a listed timestep that no step comes within half a timestep of.
+        UserError: a listed timestep that no step comes within half a timestep of, or with ``snap`` within five.
     """
     levels = shift_sigma(np.linspace(1.0, 0.0, num_steps + 1), flow_shift)
     distance = np.abs(levels[:, None] * 1000 - np.array(timesteps, np.float64))
     nearest = distance.argmin(axis=0)
-    if (distance.min(axis=0) > 0.5).any():
-        missed = [step for step, away in zip(timesteps, distance.min(axis=0)) if away > 0.5]
-        raise UserError(
-            f"{num_steps} steps at flow shift {flow_shift:g} do not pass the timesteps {missed}; the published list "
-            "goes with 48 steps at flow shift 8"
-        )
+    allowed = _SNAP if snap else 0.5
+    if (distance.min(axis=0) > allowed).any() or len(set(nearest.tolist())) < len(timesteps):
+        missed = [step for step, away in zip(timesteps, distance.min(axis=0)) if away > allowed] or list(timesteps)
+        advice = "the published list goes with 48 steps at flow shift 8"
+        if snap:
+            advice += ", SANA-WM's with 60 at 9.8"
+        raise UserError(f"{num_steps} steps at flow shift {flow_shift:g} do not pass the timesteps {missed}; {advice}")
+    if snap:
+        levels[nearest] = np.array(timesteps) / 1000
     return levels.astype(np.float32), tuple(int(step) for step in nearest)
 
 
@@ -150,6 +162,7 @@ def teacher_trajectory(
     timesteps: tuple[int, ...],
     num_steps: int = 48,
     flow_shift: float = 8.0,
+    snap: bool = False,
 ) -> Float[Array, "B S T H W C"]:
     """The teacher's ODE from noise to clean by Euler steps: its states at the listed timesteps and the clean end.
 
@@ -159,8 +172,9 @@ def teacher_trajectory(
         timesteps: the listed ones, without the 0.
         num_steps: Euler steps.
         flow_shift: the teacher's, in sampling.
+        snap: as in ``teacher_levels``.
     """
-    levels, kept = teacher_levels(timesteps, num_steps, flow_shift)
+    levels, kept = teacher_levels(timesteps, num_steps, flow_shift, snap)
     levels = jnp.asarray(levels)
 
     def step(carry, index):

@@ -1,8 +1,8 @@
 """Self-forcing's rollout: the generator makes a video from noise, block after block, with the state of its own blocks.
 
 Each block is denoised up to an exit step. Gradients pass through that step alone: not through the steps before, not
-through the state. The block that comes out is the exit step's clean prediction; a pass on it, noised a little, writes
-the state for the next block (self-forcing, arXiv 2506.08009, algorithm 1).
+through the state. The block that comes out is the exit step's clean prediction; a pass on it, which LongSANA noises a
+little, writes the state for the next block (self-forcing, arXiv 2506.08009, algorithm 1). Given frames are left alone.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 from kernels.typing import Array, Float, Int, PyTree
 from sana_jax.diffusion.flow import add_noise, x0_from_velocity
-from sana_jax.diffusion.samplers.longsana import LongSanaSampler, read_block
-from sana_jax.models.sana_video import SanaVideoState
-from train.objectives.longsana.networks import BlockNetwork, Captions
+from sana_jax.diffusion.samplers import LongSanaSampler, WorldStreamSampler
+from sana_jax.diffusion.samplers.longsana import read_block
+from train.objectives.longsana.networks import BlockNetwork, State, Told, made_frames
 from train.randomness import stream
 
 
@@ -28,10 +28,10 @@ class RolloutDraws(NamedTuple):
 
     start: Float[Array, "B T H W C"]
     """Where the blocks begin."""
-    between: Float[Array, "B n-1 T H W C"]
-    """Noise after each step but the last."""
-    context: Float[Array, "B T H W C"]
-    """Noise of the pass that writes the state."""
+    between: Float[Array, "B n-1 T H W C"] | None
+    """Noise after each step but the last; None where it stays that of the step before."""
+    context: Float[Array, "B T H W C"] | None
+    """Noise of the pass that writes the state; None where it has none."""
     exit_step: Int[Array, "B K"]
     """The exit step of each block, the same in every row."""
 
@@ -55,6 +55,8 @@ def draw_rollout(
     *,
     same_for_all_blocks: bool = True,
     always_last: bool = False,
+    fresh_noise: bool = True,
+    context_noise: bool = True,
 ) -> RolloutDraws:
     """Draws from the streams ``{name}_start``, ``{name}_between``, ``{name}_context`` and ``{name}_exit``.
 
@@ -67,6 +69,8 @@ def draw_rollout(
         num_steps: of the sampler, n.
         same_for_all_blocks: one exit step for all blocks.
         always_last: no draw: the last step.
+        fresh_noise: whether there is ``between``.
+        context_noise: whether there is ``context``.
     """
 
     def normal(what, shape):
@@ -76,8 +80,8 @@ def draw_rollout(
     steps = exit_steps(drawn, num_steps, same_for_all_blocks=same_for_all_blocks, always_last=always_last)
     return RolloutDraws(
         start=normal("start", shape),
-        between=normal("between", (shape[0], num_steps - 1, *shape[1:])),
-        context=normal("context", shape),
+        between=normal("between", (shape[0], num_steps - 1, *shape[1:])) if fresh_noise else None,
+        context=normal("context", shape) if context_noise else None,
         exit_step=jnp.broadcast_to(steps, (shape[0], num_blocks)),
     )
 
@@ -86,8 +90,8 @@ class Block(NamedTuple):
     """One block's part of the draws, and where it begins."""
 
     start: Float[Array, "B T H W C"]
-    between: Float[Array, "B n-1 T H W C"]
-    context: Float[Array, "B T H W C"]
+    between: Float[Array, "B n-1 T H W C"] | None
+    context: Float[Array, "B T H W C"] | None
     exit_step: Int[Array, ""]
     first_frame: Int[Array, ""]
 
@@ -95,13 +99,13 @@ class Block(NamedTuple):
 def rollout_block(
     network: BlockNetwork,
     params: PyTree,
-    captions: Captions,
-    state: SanaVideoState,
+    captions: Told,
+    state: State,
     block: Block,
-    sampler: LongSanaSampler,
+    sampler: LongSanaSampler | WorldStreamSampler,
     *,
     state_from_last_step: bool = False,
-) -> tuple[Float[Array, "B T H W C"], SanaVideoState]:
+) -> tuple[Float[Array, "B T H W C"], State]:
     """One block: its clean prediction at the exit step, which alone gradients pass through, and the state after it.
 
     Only the steps up to the exit step are computed, however late it may be.
@@ -115,34 +119,44 @@ def rollout_block(
         sampler: the steps.
         state_from_last_step: go on to the last step, without gradients, and write the state from its prediction.
     """
-    rows, last = block.start.shape[0], sampler.num_inference_steps - 1
+    shape, last = block.start.shape, sampler.num_inference_steps - 1
     schedule = sampler.schedule()
     timesteps, sigmas = jnp.asarray(schedule.timesteps), jnp.asarray(schedule.sigmas)
     fixed, state = jax.lax.stop_gradient((params, state))
+    made = made_frames(captions, shape[1], block.first_frame)
+
+    def of_frames(value):  # what is given is clean
+        return value if made is None else jnp.broadcast_to(jnp.where(made, value, 0.0), shape[:2])
 
     def velocity(of, noisy, timestep, state):
-        return network(of, noisy, jnp.broadcast_to(timestep, (rows,)), captions, state, block.first_frame)
+        timestep = of_frames(timestep) if made is not None else jnp.broadcast_to(timestep, shape[:1])
+        return network(of, noisy, timestep, captions, state, block.first_frame)
 
     def clean_at(of, noisy, index):
-        return x0_from_velocity(noisy, velocity(of, noisy, timesteps[index], state)[0], sigmas[index])
+        return x0_from_velocity(noisy, velocity(of, noisy, timesteps[index], state)[0], of_frames(sigmas[index]))
 
-    def noised_to(index, clean):
-        return add_noise(clean, block.between[:, index - 1], sigmas[index])
+    def noised_to(index, noisy, clean):  # ``noisy`` is what the step before was given
+        if block.between is not None:
+            return add_noise(clean, block.between[:, index - 1], of_frames(sigmas[index]))
+        return clean + sigmas[index] / sigmas[index - 1] * (noisy - clean)
 
     def advance(index, noisy):
-        return noised_to(index + 1, clean_at(fixed, noisy, index))
+        return noised_to(index + 1, noisy, clean_at(fixed, noisy, index))
 
-    def refine(index, clean):
-        return clean_at(fixed, noised_to(index, clean), index)
+    def refine(index, noisy_and_clean):
+        noisy = noised_to(index, *noisy_and_clean)
+        return noisy, clean_at(fixed, noisy, index)
 
     noisy = block.start
+    if made is not None:
+        noisy = jnp.where(made[:, None, None, None], noisy, captions.given.astype(noisy.dtype))
     if last > 0:  # a loop whose length is known only when it runs: no step is computed in vain
         noisy = jax.lax.stop_gradient(jax.lax.fori_loop(0, block.exit_step, advance, noisy))
     clean = clean_at(params, noisy, block.exit_step)
 
     final = jax.lax.stop_gradient(clean)
     if state_from_last_step and last > 0:
-        final = jax.lax.fori_loop(block.exit_step + 1, last + 1, refine, final)
+        _, final = jax.lax.fori_loop(block.exit_step + 1, last + 1, refine, (noisy, final))
     read = functools.partial(velocity, fixed)
     state = read_block(read, state, final, sigma=sampler.context_sigma, noise=block.context)
     return clean, jax.lax.stop_gradient(state)
@@ -151,15 +165,15 @@ def rollout_block(
 def rollout(
     network: BlockNetwork,
     params: PyTree,
-    captions: Captions,
-    state: SanaVideoState,
+    captions: Told,
+    state: State,
     draws: RolloutDraws,
-    sampler: LongSanaSampler,
+    sampler: LongSanaSampler | WorldStreamSampler,
     block_starts: tuple[int, ...],
     *,
     first_frame: int | Int[Array, ""] = 0,
     state_from_last_step: bool = False,
-) -> tuple[Float[Array, "B T H W C"], SanaVideoState]:
+) -> tuple[Float[Array, "B T H W C"], State]:
     """The video, with gradients to ``params``, and the state after its last block.
 
     Blocks of one length that follow one another are one ``lax.scan``, so that a rollout compiles a block of each length
@@ -210,4 +224,6 @@ def _blocks(draws: RolloutDraws, start: int, number: int, count: int, length: in
 
     firsts = jnp.asarray(first_frame, jnp.int32) + start + length * jnp.arange(count, dtype=jnp.int32)
     exits = draws.exit_step[0, number : number + count]
-    return Block(cut(draws.start, 1), cut(draws.between, 2), cut(draws.context, 1), exits, firsts)
+    between = None if draws.between is None else cut(draws.between, 2)
+    context = None if draws.context is None else cut(draws.context, 1)
+    return Block(cut(draws.start, 1), between, context, exits, firsts)

@@ -4,7 +4,8 @@
 
     {"transformer": the generator, "fake": the fake score}
 
-and ``frozen`` the real score's parameters. The data gives prompts; of its latents only the shape is read.
+and ``frozen`` the real score's parameters. The data gives prompts and, for SANA-WM, the camera's path and the first
+frame; of its other latents only the shape is read.
 """
 
 from __future__ import annotations
@@ -17,11 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from configs.longsana import SelfForcingConfig
-from kernels.typing import Array, Float, Int, PyTree, Shaped
+from kernels.typing import Array, Bool, Float, Int, PyTree, Shaped
 from sana_jax.diffusion.flow import add_noise
-from sana_jax.diffusion.samplers.longsana import LongSanaSampler, causal_block_starts, nearest_sigma
+from sana_jax.diffusion.samplers import LongSanaSampler, WorldStreamSampler
 from sana_jax.errors import UserError
-from sana_jax.models.sana_video import SanaVideoState, SanaVideoTransformer
 from train.batch import Batch
 from train.objectives.base import PhaseLosses
 from train.objectives.longsana.critic import critic_loss
@@ -36,10 +36,16 @@ from train.objectives.longsana.networks import (
     BlockNetwork,
     Captions,
     ScoreNetwork,
+    State,
+    Told,
+    Transformer,
     block_network,
+    captions_of,
     empty_state,
+    made_frames,
     predicted_x0,
     score_network,
+    sigma_at,
 )
 from train.objectives.longsana.rollout import RolloutDraws, draw_rollout, rollout
 from train.randomness import stream
@@ -67,8 +73,10 @@ class SeenByScores(NamedTuple):
     """A video noised for the score networks."""
 
     noisy: Float[Array, "B T H W C"]
-    timestep: Float[Array, " B"]
+    timestep: Float[Array, " B"] | Float[Array, "B T"]
+    """Of every frame where some are given, whose time is 0."""
     sigma: Float[Array, " B"]
+    """Of the frames that are not given."""
 
 
 @dataclass(frozen=True)
@@ -94,23 +102,23 @@ class SelfForcing:
     @classmethod
     def of_transformers(
         cls,
-        generator: SanaVideoTransformer,
-        score: SanaVideoTransformer,
+        generator: Transformer,
+        score: Transformer,
         config: SelfForcingConfig,
         negative: Captions,
     ) -> SelfForcing:
         """With transformers as networks, both scores of one shape."""
 
         def state(shape):
-            return empty_state(generator, shape, config.num_cached_blocks)
+            return empty_state(generator, shape, config.block_starts(shape[1]), config.num_cached_blocks, config.sink)
 
         scores = score_network(score)
         return cls(block_network(generator), scores, scores, state, config, negative)
 
     @property
-    def sampler(self) -> LongSanaSampler:
+    def sampler(self) -> LongSanaSampler | WorldStreamSampler:
         """The generator's."""
-        return LongSanaSampler(self.config.flow_shift, self.config.timesteps)
+        return self.config.sampler
 
     # -- randomness --------------------------------------------------------------------------------------------------
 
@@ -136,7 +144,7 @@ class SelfForcing:
         """
         c = self.config
         rolled = (shape[0], new_frames or shape[1], *shape[2:])
-        blocks = len(causal_block_starts(rolled[1], c.block_frames))
+        blocks = len(c.block_starts(rolled[1]))
         rolled_out = draw_rollout(
             seed,
             step,
@@ -146,6 +154,8 @@ class SelfForcing:
             len(c.timesteps),
             same_for_all_blocks=c.same_exit_step,
             always_last=c.always_last_step,
+            fresh_noise=c.fresh_noise,
+            context_noise=self.sampler.context_sigma > 0,
         )
         level = jax.random.uniform(stream(seed, step, f"{phase}_level"), shape[:1], jnp.float32)
         noise = jax.random.normal(stream(seed, step, f"{phase}_noise"), shape, jnp.float32)
@@ -168,11 +178,11 @@ class SelfForcing:
     def roll_out(
         self,
         params: PyTree,
-        captions: Captions,
-        state: SanaVideoState,
+        captions: Told,
+        state: State,
         draws: RolloutDraws,
         first_frame: int | Int[Array, ""] = 0,
-    ) -> tuple[Float[Array, "B T H W C"], SanaVideoState]:
+    ) -> tuple[Float[Array, "B T H W C"], State]:
         """As many frames as the draws have, from frame ``first_frame`` of the video on; see ``rollout``."""
         return rollout(
             self.generator,
@@ -181,7 +191,7 @@ class SelfForcing:
             state,
             draws,
             self.sampler,
-            causal_block_starts(draws.start.shape[1], self.config.block_frames),
+            self.config.block_starts(draws.start.shape[1]),
             first_frame=first_frame,
             state_from_last_step=self.config.state_from_last_step,
         )
@@ -191,8 +201,8 @@ class SelfForcing:
         trained: PyTree,
         frozen: PyTree,
         video: Float[Array, "B T H W C"],
-        captions: Captions,
-        real_captions: Captions,
+        captions: Told,
+        real_captions: Told,
         draws: SelfForcingDraws,
         mask: Shaped[Array, "B *M"] | None = None,
     ) -> PhaseLosses:
@@ -205,12 +215,13 @@ class SelfForcing:
             captions: the prompts.
             real_captions: the prompts as the real score is told them.
             draws: what is random.
-            mask: which elements count.
+            mask: which elements count; None for all that are not given.
         """
         lowest = self._lowest_level(draws)
-        seen = self.seen_by_scores(jax.lax.stop_gradient(video), draws.score, lowest)
+        mask = _counted(captions, video) if mask is None else mask
+        seen = self.seen_by_scores(jax.lax.stop_gradient(video), draws.score, lowest, captions)
         real, fake = self.compare(jax.lax.stop_gradient(trained["fake"]), frozen, seen, captions, real_captions)
-        gradient, normalizer = distribution_gradient(video, real, fake)
+        gradient, normalizer = distribution_gradient(video, real, fake, self.config.least_normalizer)
         losses = dmd_loss(video, gradient, mask)
         norm = jnp.sqrt(jnp.square(gradient).mean(tuple(range(1, gradient.ndim))))
         return PhaseLosses(losses, seen.sigma, {"dmd": losses, "gradient": norm, "normalizer": normalizer})
@@ -219,35 +230,44 @@ class SelfForcing:
         self,
         trained: PyTree,
         video: Float[Array, "B T H W C"],
-        captions: Captions,
+        captions: Told,
         draws: SelfForcingDraws,
         mask: Shaped[Array, "B *M"] | None = None,
     ) -> PhaseLosses:
         """The fake score's loss on a video; arguments as in ``matching_losses``."""
         video = jax.lax.stop_gradient(video)
-        seen = self.seen_by_scores(video, draws.score)
+        mask = _counted(captions, video) if mask is None else mask
+        seen = self.seen_by_scores(video, draws.score, captions=captions)
         x0 = self.score_x0(self.fake_score, trained["fake"], seen, captions)
         losses = critic_loss(x0, seen.noisy, video, draws.score.noise, seen.sigma, mask)
         return PhaseLosses(losses, seen.sigma, {"denoising": losses})
 
     def seen_by_scores(
-        self, video: Float[Array, "B T H W C"], draws: ScoreDraws, lowest: int | Int[Array, ""] = 0
+        self,
+        video: Float[Array, "B T H W C"],
+        draws: ScoreDraws,
+        lowest: int | Int[Array, ""] = 0,
+        captions: Told | None = None,
     ) -> SeenByScores:
-        """The video noised to the drawn times by the generator's table."""
+        """The video noised to the drawn times by the generator's table, but for the frames that are given."""
         c = self.config
         level = score_level(draws.level, lowest)
         timestep = score_timestep(level, c.timestep_shift, c.least_timestep, c.greatest_timestep)
-        sigma = nearest_sigma(timestep, c.flow_shift)
-        return SeenByScores(add_noise(video, draws.noise, sigma), timestep, sigma)
+        sigma = sigma_at(timestep, c.flow_shift)
+        made = None if captions is None else made_frames(captions, video.shape[1])
+        if made is None:
+            return SeenByScores(add_noise(video, draws.noise, sigma), timestep, sigma)
+        of_frames, levels = (jnp.where(made, value[:, None], 0.0) for value in (timestep, sigma))
+        return SeenByScores(add_noise(video, draws.noise, levels), of_frames, sigma)
 
     def score_x0(
-        self, network: ScoreNetwork, params: PyTree, seen: SeenByScores, captions: Captions
+        self, network: ScoreNetwork, params: PyTree, seen: SeenByScores, captions: Told
     ) -> Float[Array, "B T H W C"]:
         """A score network's clean prediction, with its own table."""
         return predicted_x0(network, params, seen.noisy, seen.timestep, captions, self.config.score_flow_shift)
 
     def compare(
-        self, fake: PyTree, real: PyTree, seen: SeenByScores, captions: Captions, real_captions: Captions
+        self, fake: PyTree, real: PyTree, seen: SeenByScores, captions: Told, real_captions: Told
     ) -> tuple[Float[Array, "B T H W C"], Float[Array, "B T H W C"]]:
         """The clean predictions of the real score, guided, and of the fake one, which sees the prompts alone."""
         rows, own, negative = seen.timestep.shape[0], real_captions, self.negative
@@ -256,9 +276,8 @@ class SelfForcing:
                 f"the negative prompt has {negative.mask.shape[1]} tokens and the prompts {own.mask.shape[1]}; encode "
                 "both with the same number"
             )
-        both = jax.tree.map(
-            lambda own, negative: jnp.concatenate([own, negative.astype(own.dtype)]), own, negative.for_rows(rows)
-        )
+        negative = own._replace(**negative.for_rows(rows)._asdict())  # of the same camera
+        both = jax.tree.map(lambda own, negative: jnp.concatenate([own, negative.astype(own.dtype)]), own, negative)
         twice = jax.tree.map(lambda array: jnp.concatenate([array, array]), seen)
         conditional, unconditional = jnp.split(self.score_x0(self.real_score, real, twice, both), 2)
         return (
@@ -272,12 +291,13 @@ class SelfForcing:
         return jnp.asarray(self.config.timesteps)[draws.rollout.exit_step[0, 0]]
 
 
-def captions_of(batch: Batch) -> Captions:
-    """The prompts."""
-    return Captions(batch.prompt_embeds, batch.prompt_attention_mask)
-
-
-def real_captions_of(batch: Batch) -> Captions:
+def real_captions_of(batch: Batch) -> Told:
     """The prompts as the real score is told them: its own, where the data has them."""
-    own = batch.conditions
-    return Captions(own[REAL_EMBEDS], own[REAL_MASK]) if REAL_EMBEDS in own else captions_of(batch)
+    own, captions = batch.conditions, captions_of(batch)
+    return captions._replace(embeds=own[REAL_EMBEDS], mask=own[REAL_MASK]) if REAL_EMBEDS in own else captions
+
+
+def _counted(captions: Told, video: Float[Array, "B T H W C"]) -> Bool[Array, "B T"] | None:
+    """Which frames losses fall on; None for all."""
+    made = made_frames(captions, video.shape[1])
+    return None if made is None else jnp.broadcast_to(made, video.shape[:2])

@@ -1,0 +1,260 @@
+"""Clips with a camera: paths beside videos, their frames and sizes, and latents in zip files."""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+
+import numpy as np
+import pytest
+
+from configs.world_data import WorldDataConfig
+from sana_jax.camera import camera_inputs, relative_poses
+from sana_jax.errors import UserError
+from tests.train.data.video.clip_files import write_video
+from train.batch import CAMERA, FRAME_VALID, PLUCKER
+from train.data.conditions import View
+from train.data.decoding import BadPicture
+from train.data.world.cameras import CameraShape
+from train.data.world.paths import CameraPath, clip_path, frames_shown, path_between, read_path
+from train.data.world.source import open_worlds
+from train.data.world.zip_latents import ZipWorlds, open_zip_latents
+from train.inspect_data import main as inspect
+
+SIZE, FRAMES = (32, 64), 12
+INTRINSICS = np.array([50.0, 48.0, 31.0, 17.0])
+CHANNELS, LATENTS, FACTORS = 3, (4, 2, 5), (2, 8)  # T, H, W; frames and pixels per latent
+
+
+def path_of(frames: int, seed: int = 0) -> np.ndarray:
+    """Camera-to-world matrices that turn and move, from anywhere."""
+    rng = np.random.default_rng(seed)
+    start, _ = np.linalg.qr(rng.standard_normal((3, 3)))
+    start *= np.linalg.det(start)
+    poses = np.tile(np.eye(4), (frames, 1, 1))
+    angles = 0.05 * np.arange(frames)
+    turns = np.tile(np.eye(3), (frames, 1, 1))
+    turns[:, 0, 0] = turns[:, 2, 2] = np.cos(angles)
+    turns[:, 0, 2], turns[:, 2, 0] = np.sin(angles), -np.sin(angles)
+    poses[:, :3, :3] = start @ turns
+    poses[:, :3, 3] = 0.03 * np.arange(frames)[:, None] * rng.standard_normal(3) + rng.standard_normal(3)
+    return poses
+
+
+# -- paths and frames --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fps", "source_fps", "expected"),
+    [(10, 10, [3, 4, 5, 6]), (5, 10, [6, 8, 10, 12]), (10, 5, [1, 2, 2, 3]), (16, 24, [4, 6, 7, 9])],
+)
+def test_a_clip_has_the_poses_of_the_frames_it_shows(fps, source_fps, expected):
+    assert frames_shown(3, 4, fps, source_fps).tolist() == expected
+
+
+def test_the_camera_moves_with_the_crop():
+    path = CameraPath(path_of(6), INTRINSICS)
+    own = clip_path(path, np.arange(2, 6), SIZE, View(16, 16))
+    np.testing.assert_allclose(own.c2w, relative_poses(path.c2w[2:]), atol=1e-6)
+    # half of the size, of whose 32 columns the middle 16 stay
+    np.testing.assert_allclose(own.intrinsics, np.tile([25.0, 24.0, 15.5 - 8, 8.5], (4, 1)))
+
+
+@pytest.mark.parametrize("matrices", [False, True])
+def test_a_path_of_latent_frames_is_filled_in(matrices):
+    whole = path_of(9)
+    intrinsics = np.stack([INTRINSICS + np.array([2 * frame, 0, 0, 0]) for frame in range(9)])
+    every = intrinsics[::4]
+    if matrices:
+        every = np.stack([np.array([[f[0], 0, f[2]], [0, f[1], f[3]], [0, 0, 1]]) for f in every])
+    found = path_between(CameraPath(whole[::4], every), 4)
+    np.testing.assert_allclose(found.c2w, whole, atol=1e-12)
+    np.testing.assert_allclose(found.intrinsics, intrinsics)
+
+
+def test_cameras_of_other_axes():
+    poses = path_of(3)
+    given = {"poses": poses * [1, -1, -1, 1], "K": INTRINSICS}
+    found = read_path(given, "a", SIZE, WorldDataConfig(axes="opengl"))
+    np.testing.assert_allclose(found.c2w, poses)
+    with pytest.raises(BadPicture, match=r"a has poses and no intrinsics; .* --data.field-of-view"):
+        read_path({"npy": poses}, "a", SIZE, WorldDataConfig())
+    wide = read_path({"npy": poses}, "a", SIZE, WorldDataConfig(field_of_view=90.0))
+    np.testing.assert_allclose(wide.intrinsics, [32, 32, 32, 16])
+
+
+# -- videos ------------------------------------------------------------------------------------------------------------
+
+
+def save_videos(folder, count: int) -> None:
+    folder.mkdir(exist_ok=True)
+    for number in range(count):
+        write_video(folder / f"{number}.mp4", FRAMES, first=20 * number)
+        (folder / f"{number}.txt").write_text(f"a street {number}")
+        np.savez(folder / f"{number}.npz", c2w=path_of(FRAMES, number), intrinsics=INTRINSICS)
+
+
+def config(path, **changes) -> WorldDataConfig:
+    given = {"clip_frames": 5, "clip_fps": 10.0, "clip_size": (16, 32), **changes}
+    return WorldDataConfig(path=str(path), **given)
+
+
+def test_bad_paths_are_named_and_left_out(tmp_path):
+    save_videos(tmp_path, 6)
+    bent, holes = path_of(FRAMES), path_of(FRAMES)
+    bent[2, :3, :3] *= 1.1
+    holes[3, 0, 3] = np.nan
+    np.savez(tmp_path / "0.npz", c2w=bent, intrinsics=INTRINSICS)
+    np.savez(tmp_path / "1.npz", c2w=holes, intrinsics=INTRINSICS)
+    np.savez(tmp_path / "2.npz", c2w=path_of(FRAMES - 4), intrinsics=INTRINSICS)
+    np.savez(tmp_path / "3.npz", c2w=path_of(FRAMES - 1), intrinsics=INTRINSICS)
+    (tmp_path / "4.npz").unlink()
+    said: list[str] = []
+    source = open_worlds(config(tmp_path, max_bad_share=0.7), said.append)
+    assert [record.key for record in source.records] == ["3@000000", "3@000005", "5@000000", "5@000005"]
+    lines = "\n".join(said)
+    for expected in (
+        r"left out: 0 has a camera that can't be used: c2w of 0 is not rigid in 1 frames: in frame 2",
+        r"left out: 1 has a camera that can't be used: c2w of 1 holds NaN",
+        r"left out: 2 has 8 poses for 12 frames",
+        r"left out: 4 has no camera",
+        r"1 videos have one pose more or fewer than frames, such as 3",
+    ):
+        assert re.search(expected, lines), lines
+    with pytest.raises(UserError, match=r"4 of 6 files are unusable, --data.max-bad-share allows a share of 0.1"):
+        open_worlds(config(tmp_path), said.append)
+
+
+def test_a_manifest_names_the_paths(tmp_path):
+    save_videos(tmp_path / "videos", 1)
+    (tmp_path / "videos" / "0.npz").rename(tmp_path / "camera.npz")
+    rows = [{"video": "videos/0.mp4", "caption": "a street", "poses": "camera.npz"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_worlds(config(tmp_path / "metadata.jsonl"), lambda line: None)
+    assert len(source.records) == 2
+    np.testing.assert_allclose(source.path_of(source.records[1]).c2w, path_of(FRAMES))
+
+
+def test_inspecting_cameras(tmp_path, capsys):
+    save_videos(tmp_path, 2)
+    options = ["--clips", "--cameras", "--clip-frames", "5", "--clip-fps", "10", "--no-check-pixels"]
+    inspect([str(tmp_path), *options])
+    out = capsys.readouterr().out
+    assert re.search(r"cameras: 2; paths of .* units, longest step", out), out
+    assert re.search(r"turned by 31.5 .*degrees, and span 65.* degrees across", out), out
+    with pytest.raises(UserError, match="--axes is not read without --cameras"):
+        inspect([str(tmp_path), "--clips", "--axes", "opengl"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"flip": True}, "--data.flip True is not allowed"),
+        ({"crop": "random"}, "--data.crop random is not allowed; allowed is center"),
+        ({"field_of_view": 200.0}, "--data.field-of-view 200.0"),
+        ({"filters": ("dover=1:",)}, "--data.filters dover=1: is not allowed; allowed is none but for"),
+        ({"filters": ("dover>1",), "format": "zip_latents"}, "--data.filters dover>1 is not allowed"),
+        ({"clip_stride": 8, "format": "zip_latents"}, "--data.clip-stride 8 is not allowed"),
+        ({"short_clips": "pad"}, "--data.short-clips pad"),
+        ({"clip_frames": 6}, "--data.clip-frames 6"),
+    ],
+)
+def test_options_that_are_refused(changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        WorldDataConfig(**changes)
+
+
+# -- zip files ---------------------------------------------------------------------------------------------------------
+
+
+class Prompts:
+    """Stands for encoded prompts."""
+
+    def encode(self, texts):
+        return np.asarray([[[float(len(text))]] for text in texts]), np.ones((len(texts), 1), np.int32)
+
+
+def save_zips(folder) -> dict[str, np.ndarray]:
+    """Three samples in two files: poses of pixel frames beside latents, of latent frames in metadata, and too short."""
+    rng = np.random.default_rng(0)
+    latents = {name: rng.standard_normal((CHANNELS, *LATENTS)).astype(np.float32) for name in ("a", "b", "c")}
+    latents["c"] = latents["c"][:, :2]
+    folder.mkdir(exist_ok=True)
+    small = INTRINSICS / 2  # in pixels of the latents' own video, of 16 x 40
+    arrays = {"a": {"c2w": path_of(7), "intrinsics": small}, "b": {}, "c": {"c2w": path_of(3), "K": small}}
+    for file, names in (("one", ("a",)), ("two", ("b", "c"))):
+        with zipfile.ZipFile(folder / f"{file}.zip", "w") as archive:
+            for name in names:
+                with archive.open(f"deep/{name}.npz", "w") as member:
+                    np.savez(member, z=latents[name], **arrays[name])
+    camera = {"c2w": path_of(4).tolist(), "intrinsics": INTRINSICS.tolist(), "height": 32, "width": 80}
+    (folder / "one.json").write_text(json.dumps({"a": {"prompt": "a street", "dover": 0.7}}))
+    (folder / "two.json").write_text(json.dumps([{"key": "b", **camera}, {"key": "c", "prompt": "a lake"}]))
+    (folder / "two_caption.json").write_text(json.dumps({"b": "a house"}))
+    (folder / "two_dover.json").write_text(json.dumps({"b": {"score": 0.4}, "c": {"score": 0.9}}))
+    return latents
+
+
+def zipped(folder, *, frames: int = 4, **changes) -> tuple[ZipWorlds, str]:
+    data = WorldDataConfig(path=str(folder), format="zip_latents", **changes)
+    said: list[str] = []
+    samples = open_zip_latents(data, CHANNELS, frames, FACTORS[1], said.append)
+    return ZipWorlds(samples, data, CameraShape(*FACTORS, plucker=True), frames, Prompts()), "\n".join(said)
+
+
+def test_latents_of_zip_files(tmp_path):
+    latents = save_zips(tmp_path)
+    worlds, said = zipped(tmp_path)
+    assert "1 of 3 samples have fewer than 4 latent frames and are left out" in said
+    assert worlds.captions == ["a street", "a house"]
+    assert {shape: len(own) for shape, own in worlds.buckets.items()} == {(*LATENTS, CHANNELS): 2}
+    batch = worlds.batch(np.array([1, 0]))
+    np.testing.assert_array_equal(batch.latents, np.moveaxis(np.stack([latents["b"], latents["a"]]), 1, -1))
+    assert set(batch.conditions) == {CAMERA, PLUCKER}
+    shapes = {name: array.shape[1:] for name, array in batch.conditions.items()}
+    assert shapes == worlds.condition_shapes((*LATENTS, CHANNELS))
+    options = {"height": 16, "width": 40, "temporal_factor": 2, "spatial_factor": 8}
+    direct = camera_inputs(path_of(7), np.tile(INTRINSICS / 2, (7, 1)), **options)
+    np.testing.assert_allclose(batch.conditions[CAMERA][1], direct.conditions, atol=1e-6)
+    np.testing.assert_allclose(batch.conditions[PLUCKER][1], direct.chunk_plucker, atol=1e-6)
+    filled = camera_inputs(path_of(4).repeat(2, 0)[:7], np.tile(INTRINSICS / 2, (7, 1)), **options)  # even frames
+    np.testing.assert_allclose(batch.conditions[CAMERA][0], filled.conditions, atol=1e-6)
+
+
+def test_scores_choose_samples(tmp_path):
+    save_zips(tmp_path)
+    worlds, said = zipped(tmp_path, filters=("dover=0.5:",))
+    assert "1 of 3 samples do not pass --data.filters" in said
+    assert worlds.captions == ["a street"]
+    with pytest.raises(UserError, match=r"3 of 3 files are unusable.*one/deep/a has no score unimatch"):
+        zipped(tmp_path, filters=("unimatch=1:30",))
+
+
+def test_short_clips_are_filled_up(tmp_path):
+    latents = save_zips(tmp_path)
+    worlds, said = zipped(tmp_path, frames=3, short_clips="pad")
+    assert "2 samples have more than 3 latent frames, of which the first 3 are taken" in said
+    assert "1 samples are filled up to 3 latent frames" in said
+    batch = worlds.batch(np.arange(3))
+    assert batch.conditions[FRAME_VALID].tolist() == [[True] * 3, [True] * 3, [True, True, False]]
+    assert not batch.latents[2, 2].any()
+    np.testing.assert_array_equal(batch.latents[0], np.moveaxis(latents["a"], 0, -1)[:3])
+    np.testing.assert_array_equal(batch.conditions[CAMERA][2, 2], batch.conditions[CAMERA][2, 1])
+
+
+@pytest.mark.parametrize("wrong", ["channels", "poses", "damaged"])
+def test_zip_files_that_are_refused(tmp_path, wrong):
+    save_zips(tmp_path)
+    if wrong == "channels":
+        with pytest.raises(UserError, match=r"has latents of shape \(3, 4, 2, 5\); they are \(7, T, H, W\)"):
+            open_zip_latents(WorldDataConfig(path=str(tmp_path), format="zip_latents"), 7, 4, 8, lambda line: None)
+    elif wrong == "poses":
+        with zipfile.ZipFile(tmp_path / "one.zip", "w") as archive, archive.open("a.npz", "w") as member:
+            np.savez(member, z=np.zeros((CHANNELS, *LATENTS), np.float32), c2w=path_of(5), intrinsics=INTRINSICS / 2)
+        with pytest.raises(UserError, match=r"has 5 poses for 4 latent frames; allowed are as many, or 7"):
+            zipped(tmp_path)[0].batch(np.array([0]))
+    else:
+        (tmp_path / "one.zip").write_bytes(b"nothing")
+        with pytest.raises(UserError, match=r"one.zip can't be read"):
+            zipped(tmp_path, max_bad_share=0.0)
