@@ -1,7 +1,7 @@
 """LongSANA, stage 3: the generator learns on windows of videos that grow to a minute (streaming self-forcing).
 
     python -m train.main longsana --model TEACHER --self-forcing.generator runs/longsana_self_forcing \\
-        --data.path prompts.txt
+        --self-forcing.fake-score runs/longsana_self_forcing --data.path prompts.txt
 
 NVlabs/Sana, configs/sana_video_config/longsana/480ms/longsana: as stage 2, with windows of 21 latent frames of which
 20 are new, videos of 261 latent frames, 30,000 of upstream's steps, which are 36,000 of these (see

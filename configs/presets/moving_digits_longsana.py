@@ -1,7 +1,8 @@
 """LongSANA's stage 3 in miniature, on a CPU: windows of clips that grow to six times their length.
 
     python -m train.main moving_digits_longsana --model runs/moving_digits \\
-        --self-forcing.generator runs/moving_digits_self_forcing
+        --self-forcing.generator runs/moving_digits_self_forcing \\
+        --self-forcing.fake-score runs/moving_digits_self_forcing
 """
 
 from __future__ import annotations

@@ -36,7 +36,9 @@ class Stages:
         words = [f"moving_digits_{stage}", "--model", str(self.teacher.run), "--run-dir", str(run_dir)]
         if stage == "ode":
             return [*words, "--data.path", str(self.directory / "trajectories")]
-        return [*words, "--self-forcing.generator", str(self.run_dir(before[stage]))]
+        earlier = str(self.run_dir(before[stage]))
+        words += ["--self-forcing.generator", earlier]
+        return words if stage == "self_forcing" else [*words, "--self-forcing.fake-score", earlier]
 
 
 @pytest.fixture(scope="module")
