@@ -363,7 +363,7 @@ def test_damaged_directories(published, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"components": ["unet"]}, "--component unet .*allowed are text_encoder, transformer"),
+        ({"components": ["unet"]}, "--component unet .*allowed are text_encoder, connectors, transformer"),
         ({"components": ["controlnet"]}, "--component controlnet: .* has none"),
         ({"components": ["transformer"], "steps": 2}, "--steps 2 would not be used"),
         ({"components": ["transformer"], "height": 50}, "--height 50; allowed is a multiple of 32"),

@@ -267,7 +267,7 @@ def test_room_for_the_frames_that_a_block_sees(blocks, window, sink, room):
 @pytest.mark.parametrize("with_camera", [True, False])
 def test_the_state_is_constant_in_size(with_camera):
     model = SanaWMTransformer(CONFIG, dtype=jnp.bfloat16)
-    state = init_state(CONFIG, BATCH, SIZE, 7, 2, True, dtype=jnp.bfloat16)
+    state = init_state(CONFIG, BATCH, SIZE, 7, 2, True, dtype=jnp.bfloat16, camera=with_camera)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
 
     def step(params, state, frames):
