@@ -16,12 +16,12 @@ PROGRAM = """
     # Of 64 MB, far more than what glibc keeps by itself; the result is one number.
     function = jax.jit(lambda x: jnp.fft.fft(jnp.broadcast_to(x, (64, 1 << 16)).reshape(-1, 64)).real.sum())
     faults = []
-    for _ in range(60):
+    for _ in range(40):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         function(jnp.ones(1 << 16)).block_until_ready()
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
     # The heap grows for some calls, as long as small blocks settle between the large ones.
-    print(int(statistics.median(faults[30:])))
+    print(int(statistics.median(faults[20:])))
 """
 
 

@@ -38,8 +38,12 @@ PUBLISHED = {**PUBLISHED_TRANSFORMERS, **PUBLISHED_VIDEO_TRANSFORMERS, **PUBLISH
 OF_TRAJECTORIES = ("moving_digits_ode", "moving_camera_ode")
 
 
-# Their steps are that of sana_wm_2b_chunk_causal but for its levels, and take as long to trace.
-AT_LENGTH = ("finetune_world", "sana_wm_2b_bidirectional")
+# Their steps are those of sana_wm_2b_chunk_causal but for its levels, or of sana_wm_self_forcing but for sizes, and
+# take as long to trace.
+AT_LENGTH = (
+    *("finetune_world", "sana_wm_2b_bidirectional"),
+    *("sana_wm_self_forcing_t121", "moving_camera_self_forcing"),
+)
 
 
 @pytest.mark.parametrize(
