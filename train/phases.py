@@ -21,7 +21,7 @@ from train.objectives.base import PhaseLosses
 from train.optimizers import learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
-from train.step import StepFunction, StepMetrics, accumulate, moving_average, sigma_bins
+from train.step import StepFunction, StepMetrics, accumulate, moving_average, sigma_bins, take_update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class PhaseOptimizers(NamedTuple):
     """An optimizer for each phase; its state is ``TrainState.opt_state`` under the phase's name."""
 
     phases: tuple[Phase, ...]
-    transformations: Mapping[str, optax.GradientTransformation]
+    transformations: Mapping[str, optax.GradientTransformationExtraArgs]
 
     def init(self, trained: PyTree) -> dict[str, PyTree]:
         """The states of step 0."""
@@ -90,7 +90,7 @@ PhaseLossFunction = Callable[[PyTree, PyTree, Batch, PyTree, Int[Array, ""]], tu
 
 def make_phase_step(
     phase: Phase,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     config: RunConfig,
     draw: Callable[[int, Int[Array, ""], Batch], PyTree],
     losses_of: PhaseLossFunction,
@@ -130,30 +130,35 @@ def make_phase_step(
         loss, (losses, carried), grads = accumulate(
             jax.value_and_grad(mean_loss, has_aux=True), own, *rows, config.accumulation
         )
-        updates, new_state = optimizer.update(grads, own_state, own)
-        params = {**state.params, **optax.apply_updates(own, updates), **replaced(state.params, carried)}
+        taken = take_update(optimizer, grads, own_state, own, loss)
+        others = {name: tree for name, tree in state.params.items() if name not in phase.parts}
+        others |= _kept(taken.finite, replaced(state.params, carried), others)
+        params = {**others, **taken.params}
         ema = state.ema
         if ema is not None and averaged:
-            ema = moving_average(config.ema, ema, part(params, averaged), state.step, state.step // steps_per_update)
-        grad_norm = optax.tree_utils.tree_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step + 1, params, ema, {**state.opt_state, phase.name: new_state})
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            moved = moving_average(config.ema, ema, part(params, averaged), state.step, state.step // steps_per_update)
+            ema = _kept(taken.finite, moved, ema)
         bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
         metrics = StepMetrics(
             loss=loss,
-            grad_norm=grad_norm,
-            update_norm=optax.tree_utils.tree_norm(updates),
-            param_norm=optax.tree_utils.tree_norm(part(kept.params, phase.parts)),
+            grad_norm=taken.grad_norm,
+            update_norm=taken.update_norm,
+            param_norm=optax.tree_utils.tree_norm(taken.params),
             learning_rate=jnp.asarray(schedule(updates_taken(own_state)), jnp.float32),
-            finite=finite,
+            finite=taken.finite,
             bin_loss=losses.loss @ bins,
             bin_count=bins.sum(0),
             figures={f"{phase.name}/{name}": values.mean() for name, values in losses.figures.items()},
         )
-        return kept._replace(step=new.step), metrics
+        opt_state = {**state.opt_state, phase.name: taken.opt_state}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step_function
+
+
+def _kept(finite: Array, new: dict[str, PyTree], old: dict[str, PyTree]) -> dict[str, PyTree]:
+    """The trees that ``new`` has; those of ``old`` in a step that does not count."""
+    return {name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new[name], old[name]) for name in new}
 
 
 def _part_rows(arrays: Any, parts: int) -> Any:

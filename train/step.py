@@ -40,7 +40,9 @@ class StepMetrics(NamedTuple):
 StepFunction = Callable[[TrainState, PyTree, Batch], tuple[TrainState, StepMetrics]]
 
 
-def make_train_step(objective: Objective, optimizer: optax.GradientTransformation, config: RunConfig) -> StepFunction:
+def make_train_step(
+    objective: Objective, optimizer: optax.GradientTransformationExtraArgs, config: RunConfig
+) -> StepFunction:
     """The step function ``(state, frozen, batch) -> (state, metrics)``; jit it with the state donated.
 
     Gradients are the mean over the whole batch, whatever the accumulation. A step whose loss or gradient norm is not
@@ -59,31 +61,67 @@ def make_train_step(objective: Objective, optimizer: optax.GradientTransformatio
         loss, losses, grads = accumulate(
             jax.value_and_grad(mean_loss, has_aux=True), state.params, batch, draws, config.accumulation
         )
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        taken = take_update(optimizer, grads, state.opt_state, state.params, loss)
         ema = state.ema
         if ema is not None and config.optimizer.name == "schedule_free_adamw":
-            ema = evaluation_params(opt_state, params)  # which is an average already
+            ema = evaluation_params(taken.opt_state, taken.params)  # which is an average already
         elif ema is not None:
-            ema = moving_average(config.ema, ema, params, state.step, state.step)
-        grad_norm = optax.tree_utils.tree_norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step + 1, params, ema, opt_state)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+            ema = moving_average(config.ema, ema, taken.params, state.step, state.step)
+        ema = jax.tree.map(lambda new, old: jnp.where(taken.finite, new, old), ema, state.ema)
         bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
         metrics = StepMetrics(
             loss=loss,
-            grad_norm=grad_norm,
-            update_norm=optax.tree_utils.tree_norm(updates),
-            param_norm=optax.tree_utils.tree_norm(kept.params),
+            grad_norm=taken.grad_norm,
+            update_norm=taken.update_norm,
+            param_norm=optax.tree_utils.tree_norm(taken.params),
             learning_rate=jnp.asarray(schedule(updates_taken(state.opt_state)), jnp.float32),
-            finite=finite,
+            finite=taken.finite,
             bin_loss=losses.loss @ bins,
             bin_count=bins.sum(0),
         )
-        return kept._replace(step=new.step), metrics
+        return TrainState(state.step + 1, taken.params, ema, taken.opt_state), metrics
 
     return train_step
+
+
+class Taken(NamedTuple):
+    """What an update leaves.
+
+    Attributes:
+        params: the parameters.
+        opt_state: the optimizer's state.
+        finite: whether the step counts.
+        grad_norm: of the gradients.
+        update_norm: of what was added to the parameters.
+    """
+
+    params: PyTree
+    opt_state: PyTree
+    finite: Bool[Array, ""]
+    grad_norm: Float[Array, ""]
+    update_norm: Float[Array, ""]
+
+
+def take_update(
+    optimizer: optax.GradientTransformationExtraArgs,
+    grads: PyTree,
+    opt_state: PyTree,
+    params: PyTree,
+    loss: Float[Array, ""],
+) -> Taken:
+    """Adds the optimizer's updates to the parameters, where loss, gradients and updates are finite.
+
+    With a loss or gradients that are not, parameters and state stay as they were; with updates that are not, the
+    parameters do. What is added waits for the updates' norm: XLA's CPU backend would otherwise copy the parameters, to
+    have them for that norm once they are overwritten.
+    """
+    grad_norm = optax.tree_utils.tree_norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, opt_state, params, finite=finite)
+    update_norm = optax.tree_utils.tree_norm(updates)
+    finite = finite & jnp.isfinite(update_norm)
+    updates = jax.tree.map(lambda update: jnp.where(finite, update, 0), updates)
+    return Taken(optax.apply_updates(params, updates), opt_state, finite, grad_norm, update_norm)
 
 
 def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: PyTree, parts: int):

@@ -45,7 +45,7 @@ CONFIG = RunConfig(
     batch_size=8,
     compute=ComputeConfig(scan_blocks=False),
     # The first frame and the camera decide nearly all of a clip: what there is to learn lies at high noise levels.
-    flow=VideoFlowConfig(flow_shift=9.95, image_to_video=1.0),
+    flow=VideoFlowConfig(flow_shift=5.0, image_to_video=1.0),
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),
     ema=EmaConfig(decay=0.99),
     checkpoint=CheckpointConfig(every=1000),

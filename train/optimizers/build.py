@@ -10,6 +10,7 @@ from kernels.typing import Array, Int, PyTree
 from train.optimizers import contrib
 from train.optimizers.adamw_8bit import scale_by_adam_8bit
 from train.optimizers.came import scale_by_came
+from train.optimizers.left_out import clip_by_global_norm, keeps_state, scale_by_adam
 from train.optimizers.paths import frozen_mask, map_with_names, path_mask, peak_learning_rates
 from train.optimizers.schedules import learning_rate_schedule
 from train.sharding import parameter_paths
@@ -21,8 +22,11 @@ def updates_taken(opt_state: PyTree) -> Int[Array, ""]:
     return count
 
 
-def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> optax.GradientTransformation:
+def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> optax.GradientTransformationExtraArgs:
     """Clipping over all trained parameters, the optimizer, and no update and no state at all for frozen ones.
+
+    Its ``update`` takes ``finite``, by name: where that is False the state comes back as it was, and the updates are
+    not to be used.
 
     Args:
         config: the settings.
@@ -42,7 +46,7 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> optax
         # of the trained parameters alone: the others are no leaves here
         return map_with_names(lambda path, _: not is_undecayed[path], tree)
 
-    clipped = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
+    clipped = [clip_by_global_norm(config.clip_norm)] if config.clip_norm is not None else []
     optimizer = optax.chain(*clipped, _updates(config, steps, decayed, rates))
     if not any(jax.tree.leaves(frozen)):
         return optimizer
@@ -51,10 +55,11 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: PyTree) -> optax
 
 
 def _updates(config: OptimizerConfig, steps: int, decayed, rates: dict[str, float]) -> optax.GradientTransformation:
+    """What is added to the parameters; takes ``finite`` as ``make_optimizer`` says."""
     schedule = learning_rate_schedule(config, steps)
     beta1, beta2, epsilon = (setting(config, name) for name in ("beta1", "beta2", "epsilon"))
     if config.name == "prodigy":
-        return contrib.prodigy(
+        prodigy = contrib.prodigy(
             schedule,
             *(beta1, beta2, config.weight_decay, decayed),
             beta3=config.beta3,
@@ -63,26 +68,25 @@ def _updates(config: OptimizerConfig, steps: int, decayed, rates: dict[str, floa
             estim_lr_coef=config.prodigy_coefficient,
             safeguard_warmup=config.prodigy_safeguard_warmup,
         )
+        return keeps_state(prodigy)
     # Decoupled weight decay: added to the direction, so that both are scaled by the learning rate.
     parts = [
-        _direction(config),
+        scale_by_adam(beta1, beta2, epsilon) if config.name == "adamw" else keeps_state(_direction(config)),
         optax.add_decayed_weights(config.weight_decay, decayed),
-        optax.scale_by_learning_rate(schedule),
+        keeps_state(optax.scale_by_learning_rate(schedule)),
     ]
     if config.learning_rates:
         factors = {path: rate / config.learning_rate for path, rate in rates.items()}
         parts.append(optax.stateless(lambda tree, _: map_with_names(lambda path, update: factors[path] * update, tree)))
     optimizer = optax.chain(*parts)
     if config.name == "schedule_free_adamw":
-        return contrib.schedule_free(optimizer, schedule, beta1, config.schedule_free_weight_power)
+        return keeps_state(contrib.schedule_free(optimizer, schedule, beta1, config.schedule_free_weight_power))
     return optimizer
 
 
 def _direction(config: OptimizerConfig) -> optax.GradientTransformation:
     """What is added to the parameters, up to the learning rate and its sign."""
     beta1, beta2, beta3, epsilon = (setting(config, name) for name in ("beta1", "beta2", "beta3", "epsilon"))
-    if config.name == "adamw":
-        return optax.scale_by_adam(beta1, beta2, epsilon)
     if config.name == "schedule_free_adamw":  # Adam without a first moment, which the average replaces
         return optax.scale_by_rms(beta2, epsilon, eps_in_sqrt=False, bias_correction=True)
     if config.name == "lion":
