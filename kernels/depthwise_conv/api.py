@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import jax
-
 from kernels.depthwise_conv import xla
+from kernels.selection import choose
 from kernels.typing import Array, Float
 
 IMPLEMENTATIONS = {"xla": xla.grouped_convolution, "xla_shifted": xla.shifted_multiply_add}
-
-# What None means, per platform; the measurements are in BUILD_NOTES.md. GPUs are unmeasured so far and keep the
-# library routine.
-PREFERRED = {"cpu": "xla_shifted", "cuda": "xla", "rocm": "xla", "tpu": "xla"}
 
 
 def depthwise_conv2d(
@@ -25,20 +20,12 @@ def depthwise_conv2d(
     Args:
         x: channels-last picture.
         kernel: odd kh and kw.
-        implementation: None picks for the platform the program is lowered for; a name runs just that.
+        implementation: None picks by measurement for the platform the program is lowered for; a name runs just
+            that.
 
     Raises:
         ValueError: for an even kernel size, or if ``implementation`` is not one of ``IMPLEMENTATIONS``.
     """
     if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
         raise ValueError(f"kernel size {kernel.shape[:2]}: both must be odd")
-    kernel = kernel.astype(x.dtype)
-    if implementation is None:
-        return jax.lax.platform_dependent(
-            x, kernel, **{platform: IMPLEMENTATIONS[name] for platform, name in PREFERRED.items()}
-        )
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation={implementation!r}: choose one of {sorted(IMPLEMENTATIONS)}, or None to pick one"
-        )
-    return IMPLEMENTATIONS[implementation](x, kernel)
+    return choose("depthwise_conv", IMPLEMENTATIONS, implementation)(x, kernel.astype(x.dtype))

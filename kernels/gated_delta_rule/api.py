@@ -12,10 +12,16 @@ from collections.abc import Sequence
 from kernels.gated_delta_rule import xla
 from kernels.gated_delta_rule.state import DeltaState, init_state
 from kernels.linear_attention.api import check_rotation
+from kernels.selection import choose, lazy
 from kernels.split_frames import all_frames
 from kernels.typing import Array, Float
 
-IMPLEMENTATIONS = {"xla": xla.scan, "xla_associative": xla.associative_scan}
+IMPLEMENTATIONS = {
+    "xla": xla.scan,
+    "xla_associative": xla.associative_scan,
+    "pallas": lazy("kernels.gated_delta_rule.pallas", "gated_delta_rule"),
+    "triton": lazy("kernels.gated_delta_rule.triton", "gated_delta_rule"),
+}
 
 
 def gated_delta_rule(
@@ -60,7 +66,9 @@ def gated_delta_rule(
             order; T counts one device's. ``chunk_starts`` and ``state`` are then those of all frames, the same on every
             device, and so is the state returned.
         implementation: None picks by measurement (so far ``xla`` everywhere); ``xla`` takes one frame after another,
-            ``xla_associative`` all at once, absorbed in pairs of growing size; a name runs just that.
+            ``xla_associative`` all at once, absorbed in pairs of growing size; ``pallas`` and ``triton`` are kernels
+            for CUDA, for heads of up to 128 channels, without float64, forward-mode derivatives and gradients by the
+            rotation; a name runs just that.
 
     Returns:
         What the queries read, in ``value``'s dtype, and the state after the last frame. Rotation, products, sums, the
@@ -68,7 +76,7 @@ def gated_delta_rule(
 
     Raises:
         ValueError: shapes that do not fit each other, chunk starts that do not ascend from 0, a state of other sizes,
-            or an unknown ``implementation``.
+            an unknown ``implementation``, or one that cannot run what is asked, or not on this device.
     """
     check_shapes(query.shape, key.shape, value.shape, beta.shape, decay.shape)
     batch, frames, tokens, heads, size = query.shape
@@ -77,13 +85,10 @@ def gated_delta_rule(
     starts, end = tuple(chunk_starts), all_frames(frames, axis_name)
     if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], end))):
         raise ValueError(f"chunk_starts={starts}: they must ascend from 0 and stay below {end} frames")
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r}: choose one of {sorted(IMPLEMENTATIONS)}, or None to pick one")
+    run = choose("gated_delta_rule", IMPLEMENTATIONS, implementation)
     empty = init_state(batch, heads, size, value.shape[-1], normalised=normalise)
     state = empty if state is None else state
     _check_state(state, empty)
-    run = IMPLEMENTATIONS[name]
     return run(query, key, value, beta, decay, rotation, starts, state, key_scale, epsilon, axis_name)
 
 

@@ -82,16 +82,16 @@ def _scan(build, read, query, frames, angles, memory, starts_chunk, axis_name):
 
     later, inputs = [jnp.zeros_like(x) for x in memory], (*frames, angles)
     if axis_name is not None:
-        runs, updates = _composed(build, inputs, starts_chunk, memory)
-        memory, last = _entering(runs[0], memory, axis_name)
-        later, _ = _entering(runs[1], later, axis_name, reverse=True)
+        runs, updates = composed_frames(build, inputs, starts_chunk, memory)
+        memory, last = entering_memories(runs[0], memory, axis_name)
+        later, _ = entering_memories(runs[1], later, axis_name, reverse=True)
         build, inputs = (lambda *updates: list(updates)), tuple(updates)
     memory, (updates, seen) = jax.lax.scan(forward, memory, inputs)
     _, out = jax.lax.scan(backward, later, (query, angles, updates, seen, starts_chunk), reverse=True)
     return out, memory if axis_name is None else last
 
 
-def _composed(build, inputs, starts_chunk, memory):
+def composed_frames(build, inputs, starts_chunk, memory):
     """The update of all frames, forward and backward, per memory; and those of each frame."""
 
     def forward(run, inputs):
@@ -115,7 +115,7 @@ def _compose_each(earlier: list[FrameUpdate], later: list[FrameUpdate]) -> list[
     return [compose(*pair) for pair in zip(earlier, later)]
 
 
-def _entering(updates: list[FrameUpdate], memory: list[Array], axis_name: str, reverse: bool = False):
+def entering_memories(updates: list[FrameUpdate], memory: list[Array], axis_name: str, reverse: bool = False):
     """``entering_memory`` of every memory: those that enter, and those that leave."""
     found = [entering_memory(*pair, axis_name, reverse=reverse) for pair in zip(updates, memory)]
     return [enters for enters, _ in found], [leaves for _, leaves in found]
@@ -144,9 +144,9 @@ def _associative_scan(build, read, query, frames, angles, memory, starts_chunk, 
         seen, later = ([run.addition for run in found] for found in (runs, back))
         last, ends = [x[-1] for x in seen], [jnp.zeros_like(x) for x in memory]
     else:
-        entering, last = _entering(jax.tree.map(lambda x: x[-1], runs), memory, axis_name)
+        entering, last = entering_memories(jax.tree.map(lambda x: x[-1], runs), memory, axis_name)
         nothing = [jnp.zeros_like(x) for x in memory]
-        ends, _ = _entering(jax.tree.map(lambda x: x[0], back), nothing, axis_name, reverse=True)
+        ends, _ = entering_memories(jax.tree.map(lambda x: x[0], back), nothing, axis_name, reverse=True)
         seen, later = ([run(x) for run, x in zip(*pair)] for pair in ((runs, entering), (back, ends)))
     # a frame reads what those behind it have left
     later = [jnp.concatenate([x[1:], end[None]]) for x, end in zip(later, ends)]

@@ -6,13 +6,21 @@ small epsilon is that of the published diffusers weights' runtime and only matte
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-
 from kernels.linear_attention import xla
+from kernels.selection import choose, lazy
 from kernels.typing import Array, Float
 
-IMPLEMENTATIONS = {"xla": xla.relu_linear_attention}
-ROPE_IMPLEMENTATIONS = {"xla": xla.rope_linear_attention}
+# The fused forms bring libraries of their own, which are imported where they run.
+_FUSED = {name: f"kernels.linear_attention.{name}" for name in ("pallas", "triton")}
+IMPLEMENTATIONS = {
+    "xla": xla.relu_linear_attention,
+    **{name: lazy(module, "relu_linear_attention") for name, module in _FUSED.items()},
+}
+ROPE_IMPLEMENTATIONS = {
+    "xla": xla.rope_linear_attention,
+    **{name: lazy(module, "rope_linear_attention") for name, module in _FUSED.items()},
+}
+OPERATIONS = {"relu_linear_attention": IMPLEMENTATIONS, "rope_linear_attention": ROPE_IMPLEMENTATIONS}
 
 
 def relu_linear_attention(
@@ -30,15 +38,16 @@ def relu_linear_attention(
         key: keys before the ReLU.
         value: values, of head size e.
         epsilon: added to the normaliser.
-        implementation: None picks by measurement (so far ``xla`` everywhere); a name runs just that.
+        implementation: None picks by measurement (so far ``xla`` everywhere); a name runs just that. ``pallas`` and
+            ``triton`` are fused forms for NVIDIA GPUs without forward-mode derivative.
 
     Returns:
         The attended values in ``value``'s dtype. Products, sums and the division are float32 whatever comes in.
 
     Raises:
-        ValueError: if ``implementation`` is not one of ``IMPLEMENTATIONS``.
+        ValueError: if ``implementation`` is not one of ``IMPLEMENTATIONS``, or cannot run what it is asked to.
     """
-    return _pick(IMPLEMENTATIONS, implementation)(query, key, value, epsilon)
+    return choose("relu_linear_attention", IMPLEMENTATIONS, implementation)(query, key, value, epsilon)
 
 
 def rope_linear_attention(
@@ -63,17 +72,20 @@ def rope_linear_attention(
         cos: cosine of every token's angle for each of its p = d/2 channel pairs, float32.
         sin: the sines.
         epsilon: added to the normaliser.
-        implementation: None picks by measurement (so far ``xla`` everywhere); a name runs just that.
+        implementation: None picks by measurement (so far ``xla`` everywhere); a name runs just that. ``pallas`` and
+            ``triton`` are fused forms for NVIDIA GPUs without forward-mode derivative.
 
     Returns:
         The attended values in ``value``'s dtype. Rotation, products, sums and the division are float32 whatever comes
         in.
 
     Raises:
-        ValueError: if ``implementation`` is not one of ``ROPE_IMPLEMENTATIONS``, or tables that do not fit.
+        ValueError: if ``implementation`` is not one of ``ROPE_IMPLEMENTATIONS``, or cannot run what it is asked to, or
+            tables that do not fit.
     """
     check_rotation(query.shape, cos.shape, sin.shape)
-    return _pick(ROPE_IMPLEMENTATIONS, implementation)(query, key, value, cos, sin, epsilon)
+    run = choose("rope_linear_attention", ROPE_IMPLEMENTATIONS, implementation)
+    return run(query, key, value, cos, sin, epsilon)
 
 
 def check_rotation(query: tuple[int, ...], cos: tuple[int, ...], sin: tuple[int, ...]) -> None:
@@ -83,10 +95,3 @@ def check_rotation(query: tuple[int, ...], cos: tuple[int, ...], sin: tuple[int,
         raise ValueError(
             f"cos {cos} and sin {sin}: queries of {query[1]} tokens and an even head size {query[3]} need {wanted}"
         )
-
-
-def _pick(implementations: Mapping[str, Callable], name: str | None) -> Callable:
-    name = "xla" if name is None else name
-    if name not in implementations:
-        raise ValueError(f"implementation={name!r}: choose one of {sorted(implementations)}, or None to pick one")
-    return implementations[name]

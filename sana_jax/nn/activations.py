@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
-import jax.numpy as jnp
 
+from kernels.activations import rounded_once, silu
 from kernels.typing import Array, Float
 
-
-def silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``x / (1 + exp(-x))``, rounded once to ``x``'s dtype. A backward pass keeps ``x`` alone."""
-    return _rounded_once(_silu, x)
-
-
-@jax.custom_jvp
-def _silu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    return x / (1 + jnp.exp(-x))
-
-
-@_silu.defjvp
-def _silu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (x,), (dx,) = primals, tangents
-    # The sigmoid in another form than above: XLA would else compute it once, write it out and read it again, which
-    # takes a CPU longer.
-    sigmoid = 0.5 + 0.5 * jnp.tanh(0.5 * x)
-    return _silu(x), dx * (sigmoid * (1 + x * (1 - sigmoid)))
+__all__ = ["gelu_tanh", "silu"]
 
 
 def gelu_tanh(x: Float[Array, "..."]) -> Float[Array, "..."]:
     """GELU in its tanh form, rounded once to ``x``'s dtype."""
-    return _rounded_once(lambda x: jax.nn.gelu(x, approximate=True), x)
-
-
-def _rounded_once(function: Callable, x: Array) -> Array:
-    """``function`` in float32. Written in bfloat16, XLA rounds after every one of its four to eight operations."""
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return function(x)
-
-    def wide(x: Array) -> Array:
-        return function(x.astype(jnp.float32)).astype(x.dtype)
-
-    # A backward pass keeps x alone, not what is float32.
-    return jax.checkpoint(wide, prevent_cse=False)(x)
+    return rounded_once(lambda x: jax.nn.gelu(x, approximate=True), x)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
+from kernels.adaln import gated_residual, modulated_norm
 from kernels.typing import Array, Float
-from sana_jax.nn.norms import layer_norm
+
+__all__ = ["gated_residual", "modulated_norm", "modulation"]
 
 
 def modulation(
@@ -17,17 +19,3 @@ def modulation(
     """
     vectors = table.astype(jnp.float32) + embedding.astype(jnp.float32)
     return tuple(vectors[..., i : i + 1, :] for i in range(table.shape[0]))
-
-
-def modulated_norm(
-    x: Float[Array, "*B N D"], shift: Float[Array, "*#B 1 D"], scale: Float[Array, "*#B 1 D"], epsilon: float
-) -> Float[Array, "*B N D"]:
-    """``LayerNorm(x) · (1 + scale) + shift`` in float32, rounded once to ``x``'s dtype."""
-    return (layer_norm(x, epsilon) * (1 + scale) + shift).astype(x.dtype)
-
-
-def gated_residual(
-    x: Float[Array, "*B N D"], gate: Float[Array, "*#B 1 D"], update: Float[Array, "*B N D"]
-) -> Float[Array, "*B N D"]:
-    """``x + gate · update`` in float32, rounded once to ``x``'s dtype."""
-    return (x.astype(jnp.float32) + gate * update.astype(jnp.float32)).astype(x.dtype)

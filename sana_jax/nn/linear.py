@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from kernels.typing import Array, Float, PRNGKeyArray
+from sana_jax.quantization.formats import LEAVES
+from sana_jax.quantization.products import quantized_product
 
 LORA = "lora"  # the collection beside "params"
 
@@ -21,6 +23,11 @@ class Linear(nn.Module):
     Where it has no leaves, and where there is none, the layer is the plain one. ``up`` has the LoRA's scale in it.
     Where it has ``dropout_keys`` (B,) and ``dropout_rate`` as well, as ``sana_jax.lora.with_dropout`` adds them for
     training, the LoRA's own input goes through dropout.
+
+    Where the parameters have a quantised kernel's leaves in place of ``kernel``, the layer multiplies with these: see
+    ``sana_jax.quantization.formats``.
+
+    With ``bias_apart`` the bias is not added but given as a second result, for an operation that adds it itself.
     """
 
     features: int
@@ -28,22 +35,28 @@ class Linear(nn.Module):
     dtype: jnp.dtype | None = None
     kernel_init: Callable = nn.initializers.lecun_normal()
     bias_init: Callable = nn.initializers.zeros
+    bias_apart: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
+    def __call__(
+        self, x: Float[Array, "... C"]
+    ) -> Float[Array, "... D"] | tuple[Float[Array, "... D"], Float[Array, " D"]]:
         """Multiplies the last axis, in the compute dtype."""
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        quantized = {name: self.get_variable("params", name) for name in LEAVES if self.has_variable("params", name)}
+        kernel = None
+        if not quantized:
+            kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = product(x, kernel)
-        if bias is not None:
+        y = quantized_product(x, quantized) if quantized else product(x, kernel)
+        if bias is not None and not self.bias_apart:
             y = y + bias
         if self.has_variable(LORA, "down"):
             down, up = (self.get_variable(LORA, name).astype(y.dtype) for name in ("down", "up"))
             if self.has_variable(LORA, "dropout_keys"):
                 x = sample_dropout(x, *(self.get_variable(LORA, name) for name in ("dropout_keys", "dropout_rate")))
             y = y + (x @ down) @ up
-        return y
+        return (y, bias) if self.bias_apart else y
 
 
 def product(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:

@@ -12,10 +12,9 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.depthwise_conv import depthwise_conv2d
+from kernels.mix_ffn import mix_ffn
 from kernels.split_frames import all_frames, earlier_frames, later_frames, own_part
 from kernels.typing import Array, Float
-from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
 from sana_jax.nn.linear import Linear
 
@@ -38,17 +37,16 @@ class GLUMBConv(nn.Module):
 def _gated_bottleneck(x: Float[Array, "B H W D"], hidden: int, dtype: Any) -> Float[Array, "B H W D"]:
     """The layers of ``GLUMBConv``, made in the module that calls this."""
     features, wide = x.shape[-1], 2 * hidden
-    x = Linear(
+    inverted = Linear(
         wide,
         dtype=dtype,
         kernel_init=torch_uniform(features),
         bias_init=torch_uniform(features),
+        bias_apart=True,
         name="conv_inverted",
-    )(x)
-    x = DepthwiseConv(dtype=dtype, name="conv_depth")(silu(x))
-    value, gate = jnp.split(x, 2, axis=-1)
-    point = Linear(features, use_bias=False, dtype=dtype, kernel_init=torch_uniform(hidden), name="conv_point")
-    return point(value * silu(gate))
+    )
+    gated = mix_ffn(*inverted(x), *DepthwiseWeights(dtype=dtype, name="conv_depth")(wide))
+    return Linear(features, use_bias=False, dtype=dtype, kernel_init=torch_uniform(hidden), name="conv_point")(gated)
 
 
 class TemporalGLUMBConv(nn.Module):
@@ -109,15 +107,15 @@ def _three_frames(
     return jnp.concatenate([before, u, after], axis=-1)
 
 
-class DepthwiseConv(nn.Module):
-    """A 3x3 kernel (3, 3, C) and a bias per channel."""
+class DepthwiseWeights(nn.Module):
+    """A 3x3 kernel (3, 3, C) and a bias per channel, in the compute dtype."""
 
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
-        """Convolves every channel with its own kernel, zero outside the picture."""
+    def __call__(self, channels: int) -> tuple[Float[Array, "3 3 C"], Float[Array, " C"]]:
+        """The parameters of a depthwise convolution of ``channels``."""
         init = torch_uniform(9)
-        kernel = self.param("kernel", init, (3, 3, x.shape[-1]), jnp.float32)
-        bias = self.param("bias", init, (x.shape[-1],), jnp.float32)
-        return depthwise_conv2d(x, kernel.astype(self.dtype)) + bias.astype(self.dtype)
+        kernel = self.param("kernel", init, (3, 3, channels), jnp.float32)
+        bias = self.param("bias", init, (channels,), jnp.float32)
+        return kernel.astype(self.dtype), bias.astype(self.dtype)

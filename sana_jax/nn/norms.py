@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
+from kernels.adaln.xla import layer_norm
+from kernels.qk_norm import qk_norm
 from kernels.typing import Array, Float
 
-
-def layer_norm(x: Float[Array, "... C"], epsilon: float) -> Float[Array, "... C"]:
-    """Layer normalisation without scale and shift; biased variance in two passes; returns float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + epsilon)
+__all__ = ["RMSNorm", "layer_norm", "rms_norm"]
 
 
 def rms_norm(x: Float[Array, "... C"], scale: Float[Array, " C"], epsilon: float) -> Float[Array, "... C"]:
     """``x / sqrt(mean(x²) + ε) · scale`` in float32, rounded once to ``x``'s dtype."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + epsilon)
-    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+    return qk_norm(x, scale, epsilon=epsilon)
 
 
 class RMSNorm(nn.Module):

@@ -12,8 +12,11 @@ import pytest
 from configs.published import PUBLISHED_TRANSFORMERS
 from kernels.linear_attention import reference, relu_linear_attention
 from kernels.linear_attention.api import IMPLEMENTATIONS
+from kernels.selection import DEVICE_PROGRAMS
 from tests.kernels.shapes import QUICK_COMPILE, attention_shapes, relative_error
 
+# those that run wherever XLA does; the fused ones have tests of their own
+EVERYWHERE = [name for name in IMPLEMENTATIONS if name not in DEVICE_PROGRAMS]
 # (batch, queries, keys, heads, head size, value size): odd ones, one token, one head, values of another width
 SHAPES = [(2, 33, 33, 3, 8, 8), (1, 7, 19, 5, 11, 3), (3, 1, 1, 1, 32, 32), (1, 130, 130, 2, 112, 112)]
 
@@ -50,7 +53,7 @@ def output_weights(shape):
     return np.random.default_rng(1).standard_normal((batch, queries, heads, value_size)).astype(np.float32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradient(shape, implementation):
     arguments = (*draw(shape), output_weights(shape))
@@ -66,7 +69,7 @@ def test_value_and_gradient(shape, implementation):
             assert relative_error(found, wanted) <= 1e-5, name
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_forward_mode(implementation):
     inputs, tangents = draw(SHAPES[0]), draw(SHAPES[0], seed=5)
 
@@ -80,7 +83,7 @@ def test_forward_mode(implementation):
     assert relative_error(tangent, expected_tangent) <= 1e-5
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_half_precision_inputs_are_summed_in_float32(implementation, dtype):
     """Nothing is rounded but the result, and that once; the same for the gradients."""
@@ -98,7 +101,7 @@ def test_half_precision_inputs_are_summed_in_float32(implementation, dtype):
         assert relative_error(found.astype(jnp.float32), wanted) <= rounding
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("which", ["keys", "queries"])
 def test_nothing_to_attend_to_gives_zero(which, implementation):
     """Keys or queries without a positive channel: the output is exactly 0 and the gradients are finite."""
@@ -114,12 +117,14 @@ def test_nothing_to_attend_to_gives_zero(which, implementation):
 
 
 def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match=r"implementation='cudnn': choose one of \['xla'.*\], or None"):
+    with pytest.raises(
+        ValueError, match=r"implementation='cudnn': choose one of \['pallas', 'triton', 'xla'\], or None"
+    ):
         relu_linear_attention(*draw(SHAPES[0]), implementation="cudnn")
 
 
 @pytest.mark.parametrize("shape", attention_shapes(PUBLISHED_TRANSFORMERS), ids=str)
-@pytest.mark.parametrize("implementation", [None, *IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", [None, *EVERYWHERE])
 def test_lowers_for_cuda(shape, implementation):
     """Value and gradient lower at every shape of the published models, in their compute dtype; nothing is computed."""
     dtype, *sizes = shape

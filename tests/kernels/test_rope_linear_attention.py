@@ -11,9 +11,12 @@ import pytest
 
 from kernels.linear_attention import reference, relu_linear_attention, rope_linear_attention
 from kernels.linear_attention.api import ROPE_IMPLEMENTATIONS
+from kernels.selection import DEVICE_PROGRAMS
 from tests.kernels.rotation_cases import draw_rotary
 from tests.kernels.shapes import QUICK_COMPILE, relative_error
 
+# those that run wherever XLA does; the fused ones have tests of their own
+EVERYWHERE = [name for name in ROPE_IMPLEMENTATIONS if name not in DEVICE_PROGRAMS]
 # (batch, tokens, heads, head size, value size): odd ones, one token, and the head size of SANA-Video
 SHAPES = [(2, 33, 3, 8, 8), (1, 19, 5, 10, 3), (3, 1, 1, 32, 32), (1, 130, 2, 112, 112)]
 # SANA-Video 2B with guidance, in tokens: 480p and 720p, 81 frames
@@ -39,7 +42,7 @@ def output_weights(shape):
     return np.random.default_rng(1).standard_normal((batch, tokens, heads, value_size)).astype(np.float32)
 
 
-@pytest.mark.parametrize("implementation", ROPE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_and_gradient(shape, implementation):
     arguments = (*draw_rotary(*shape), output_weights(shape))
@@ -55,7 +58,7 @@ def test_value_and_gradient(shape, implementation):
             assert relative_error(found, wanted) <= 1e-5, name
 
 
-@pytest.mark.parametrize("implementation", ROPE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_the_normaliser_is_not_rotated(implementation):
     """Without angles it is the plain attention; with them the weights of a query do not add up to 1."""
     query, key, value, cos, sin = draw_rotary(*SHAPES[0])
@@ -66,7 +69,7 @@ def test_the_normaliser_is_not_rotated(implementation):
     assert np.abs(sums - 1).max() > 0.1
 
 
-@pytest.mark.parametrize("implementation", ROPE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_half_precision_inputs_are_rotated_and_summed_in_float32(implementation):
     shape = SHAPES[0]
     half = draw_rotary(*shape, dtype=jnp.bfloat16)
@@ -82,7 +85,7 @@ def test_half_precision_inputs_are_rotated_and_summed_in_float32(implementation)
         assert relative_error(found.astype(jnp.float32), wanted) <= rounding
 
 
-@pytest.mark.parametrize("implementation", ROPE_IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVERYWHERE)
 def test_nothing_to_attend_to_gives_zero(implementation):
     query, key, value, cos, sin = draw_rotary(*SHAPES[0])
     run = with_gradients(functools.partial(rope_linear_attention, implementation=implementation))
@@ -92,7 +95,9 @@ def test_nothing_to_attend_to_gives_zero(implementation):
 
 
 def test_unknown_implementation_is_named():
-    with pytest.raises(ValueError, match=r"implementation='cudnn': choose one of \['xla'.*\], or None"):
+    with pytest.raises(
+        ValueError, match=r"implementation='cudnn': choose one of \['pallas', 'triton', 'xla'\], or None"
+    ):
         rope_linear_attention(*draw_rotary(*SHAPES[0]), implementation="cudnn")
 
 
@@ -103,7 +108,7 @@ def test_tables_that_do_not_fit():
 
 
 @pytest.mark.parametrize("shape", PUBLISHED_SHAPES, ids=str)
-@pytest.mark.parametrize("implementation", [None, *ROPE_IMPLEMENTATIONS])
+@pytest.mark.parametrize("implementation", [None, *EVERYWHERE])
 def test_lowers_for_cuda(shape, implementation):
     """Value and gradient lower at the published models' shapes, in their compute dtype; nothing is computed."""
     dtype, *sizes = shape

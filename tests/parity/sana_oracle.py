@@ -183,6 +183,27 @@ def torch_output(variant: str, inputs: Inputs, mask: np.ndarray | None, dtype: t
     return channels_last(out)
 
 
+def distance_to_a_corner(variant: str, inputs: Inputs, mask: np.ndarray | None) -> float:
+    """The least size of a query or key of linear attention, relative to their root mean square.
+
+    At 0 the ReLU has a corner: what lies so near it that rounding decides the side has one gradient or another.
+    """
+    model, sizes = torch_model(variant, torch.float32), []
+
+    def note(_module, _arguments, out: torch.Tensor) -> None:
+        sizes.append((out.abs().min() / out.square().mean().sqrt()).item())
+
+    attentions = [block.attn1 for block in model.transformer_blocks]
+    last = [(a.to_q, a.to_k) if a.norm_q is None else (a.norm_q, a.norm_k) for a in attentions]
+    hooks = [module.register_forward_hook(note) for pair in last for module in pair]
+    try:
+        torch_output(variant, inputs, mask, torch.float32)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return min(sizes)
+
+
 def torch_output_and_gradients(
     variant: str, inputs: Inputs, mask: np.ndarray | None, controlnet_residuals: np.ndarray | None = None
 ) -> tuple[np.ndarray, dict]:

@@ -20,6 +20,7 @@ from tests.parity import sana_oracle as oracle
 
 OUTPUT_TOLERANCE = 2e-6
 GRADIENT_TOLERANCE = 1e-5
+LEAST_DISTANCE_TO_A_CORNER = 3e-6  # of the ReLU, several float32 roundings
 # Two compiled forms of one program differ by how their sums are fused.
 SAME_PROGRAM_TOLERANCE = 2e-6
 BF16_FACTOR = 1.5
@@ -107,12 +108,18 @@ def assert_parity(found, expected, qk_norm: bool) -> None:
 @pytest.mark.parametrize("variant", oracle.VARIANTS)
 def test_output_and_gradients(variant, last_caption):
     config, mask = oracle.jax_config(variant), oracle.MASK
-    inputs = oracle.draw_inputs(config)
     if last_caption == "all padding":
-        # Next to -10000, float32 keeps logits only to 1e-3, and which way one rounds is chance. Equal tokens have equal
-        # logits whichever way that is; test_caption_of_padding_only has tokens that differ.
         mask = oracle.MASK_WITH_EMPTY_ROW
-        inputs.encoder_hidden_states[-1] = inputs.encoder_hidden_states[-1, :1]
+    for seed in range(9):
+        inputs = oracle.draw_inputs(config, seed)
+        if last_caption == "all padding":
+            # Next to -10000, float32 keeps logits only to 1e-3, and which way one rounds is chance. Equal tokens have
+            # equal logits whichever way that is; test_caption_of_padding_only has tokens that differ.
+            inputs.encoder_hidden_states[-1] = inputs.encoder_hidden_states[-1, :1]
+        if oracle.distance_to_a_corner(variant, inputs, mask) > LEAST_DISTANCE_TO_A_CORNER:
+            break
+    else:
+        raise AssertionError("no inputs whose gradients do not depend on how a processor rounds")
     run = output_and_gradients_function(variant)
     found = run(oracle.params_for(variant), inputs.arrays(), mask, inputs.output_weights)
     expected = oracle.torch_output_and_gradients(variant, inputs, mask)

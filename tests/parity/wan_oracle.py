@@ -110,7 +110,7 @@ def statistics(variant: str) -> tuple[torch.Tensor, torch.Tensor]:
     return mean, 1.0 / std
 
 
-def quick_compile(name, function, *arguments, say=print):
+def quick_compile(name, function, *arguments, say=print, identity=None):
     """``compile_ahead`` for programs of which only values are wanted: LLVM's optimiser is most of the compile time."""
     say(f"compiling {name} ...")
     return function.lower(*arguments).compile(compiler_options={"xla_backend_optimization_level": 0})

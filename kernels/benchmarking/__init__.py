@@ -1,0 +1,1 @@
+"""What the benchmark commands share: timing, the machine's measured peaks, the roofline, tables and comparisons."""

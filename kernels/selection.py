@@ -1,0 +1,267 @@
+"""Which implementation of an operation runs: the one that is named, or the one that was measured to be faster.
+
+The measurements are data, in ``measurements.json`` beside this file. A row there is one implementation timed beside
+``xla`` on one device; nothing is picked that has no row.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import json
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+TABLE = Path(__file__).with_name("measurements.json")
+DEFAULT = "xla"
+# Implementations that are programs for one kind of device. Others run wherever XLA does.
+DEVICE_PROGRAMS = {"pallas": ("cuda",), "triton": ("cuda",)}
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the table: an implementation's time beside that of ``xla``, taken in the same run.
+
+    Attributes:
+        op: the operation's name, as ``choose`` gets it.
+        implementation: its implementation's name.
+        platform: what JAX calls the kind of device: ``cpu``, ``cuda``, ``rocm`` or ``tpu``.
+        device: the device's own name.
+        versions: of jax and whatever else made the program.
+        date: of the measurement, YYYY-MM-DD.
+        shapes: the inputs' shapes and dtype, and whether gradients were taken.
+        ratio: time as a share of xla's; below 1 is faster.
+        how: the command, or what was timed and how often.
+    """
+
+    op: str
+    implementation: str
+    platform: str
+    device: str
+    versions: Mapping[str, str]
+    date: str
+    shapes: str
+    ratio: float
+    how: str
+
+
+@dataclass(frozen=True)
+class Pick:
+    """What None means for an operation on a platform, and the measurements that say so (none of them: unmeasured)."""
+
+    op: str
+    platform: str
+    implementation: str
+    measurements: tuple[Measurement, ...]
+
+
+def choose(op: str, implementations: Mapping[str, Callable], name: str | None) -> Callable:
+    """The function that runs an operation.
+
+    Args:
+        op: the operation's name in the table of measurements.
+        implementations: functions by name, all with the same arguments and results; ``xla`` must be among them.
+        name: the implementation wanted; None for what the table picks for the platform that the program is lowered for.
+
+    Returns:
+        A function of the implementations' arguments. A Pallas or Triton form that was named raises a ``ValueError``
+        with the reason when the program is lowered for a device that it does not run on, or for ``jax.jvp``.
+
+    Raises:
+        ValueError: if ``name`` is not one of ``implementations``.
+    """
+    if name is None:
+        picked = {platform: pick(op, platform).implementation for platform in PLATFORMS}
+        special = {platform: choose(op, implementations, name) for platform, name in picked.items() if name != DEFAULT}
+        return _by_platform(special, implementations[DEFAULT]) if special else implementations[DEFAULT]
+    if name not in implementations:
+        raise ValueError(f"implementation={name!r}: choose one of {sorted(implementations)}, or None to pick one")
+    if name not in DEVICE_PROGRAMS:
+        return implementations[name]
+    return _only_on(DEVICE_PROGRAMS[name], implementations[name], op, name)
+
+
+def lazy(module: str, function: str) -> Callable:
+    """A function of a module that is imported at the first call, for implementations with libraries of their own."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    run.__name__ = run.__qualname__ = function
+    return run
+
+
+def pick(op: str, platform: str) -> Pick:
+    """What None means for one operation on one platform.
+
+    The implementation that was faster than ``xla`` in every row of that platform, and by the geometric mean the fastest
+    of these; ``xla`` where there is none.
+    """
+    rows = [row for row in measurements() if (row.op, row.platform) == (op, platform)]
+    by_name = {row.implementation: [r for r in rows if r.implementation == row.implementation] for row in rows}
+    faster = {
+        name: math.exp(sum(math.log(row.ratio) for row in own) / len(own))
+        for name, own in by_name.items()
+        if max(row.ratio for row in own) < 1
+    }
+    best = min(faster, key=faster.__getitem__, default=DEFAULT)
+    return Pick(op, platform, best, tuple(by_name.get(best, rows)))
+
+
+def picks() -> list[Pick]:
+    """What None means, for every operation on every platform."""
+    return [pick(op, platform) for op in operations() for platform in PLATFORMS]
+
+
+def describe() -> str:
+    """``picks`` in words, one line each."""
+    return "\n".join(_in_words(found) for found in picks())
+
+
+def operations() -> dict[str, Mapping[str, Callable]]:
+    """Every operation's implementations by name: ``OPERATIONS`` of a package's ``api``, or its ``IMPLEMENTATIONS``."""
+    found: dict[str, Mapping[str, Callable]] = {}
+    for package in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        if package.ispkg and (Path(__file__).parent / package.name / "api.py").is_file():
+            api = importlib.import_module(f"kernels.{package.name}.api")
+            found |= getattr(api, "OPERATIONS", None) or {package.name: api.IMPLEMENTATIONS}
+    return found
+
+
+@functools.cache
+def measurements() -> tuple[Measurement, ...]:
+    """The rows of ``measurements.json``.
+
+    Raises:
+        ValueError: for a row that lacks a field, has another one, or a ratio that is no time.
+    """
+    return parse(json.loads(TABLE.read_text()))
+
+
+def parse(rows: list[dict[str, Any]]) -> tuple[Measurement, ...]:
+    """Rows of the table, checked; ``measurements`` says what is refused."""
+    fields = sorted(Measurement.__dataclass_fields__)
+    for row in rows:
+        if sorted(row) != fields:
+            raise ValueError(f"{TABLE.name}: a row of {sorted(row)}: its fields must be {fields}")
+        if row["platform"] not in PLATFORMS or row["implementation"] == DEFAULT:
+            raise ValueError(
+                f"{TABLE.name}: {row['implementation']} on {row['platform']}: rows are of implementations other than "
+                f"{DEFAULT!r}, on one of {PLATFORMS}"
+            )
+        if not (math.isfinite(row["ratio"]) and row["ratio"] > 0):
+            raise ValueError(f"{TABLE.name}: ratio {row['ratio']} of {row['op']}: it must be a time over xla's")
+    return tuple(Measurement(**row) for row in rows)
+
+
+def _in_words(found: Pick) -> str:
+    start = f"{found.op} on {found.platform}: {found.implementation}"
+    if not found.measurements:
+        return f"{start} (nothing is measured there)"
+    if found.implementation == DEFAULT:
+        others = ", ".join(f"{row.implementation} {row.ratio:.2f} x its time" for row in found.measurements)
+        return f"{start} (no other was faster in every row: {others})"
+    rows = "; ".join(
+        f"{row.ratio:.2f} x the time of {DEFAULT} at {row.shapes}, {row.device}, {row.date}"
+        for row in found.measurements
+    )
+    return f"{start} ({rows})"
+
+
+# -- deciding when a program is lowered --------------------------------------------------------------------------------
+
+
+def _by_platform(special: Mapping[str, Callable], default: Callable) -> Callable:
+    """A function that lowers to ``special[platform]``, or to ``default`` on platforms that have none."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arrays, rebuild = _split((args, kwargs))
+
+        def calling(function: Callable) -> Callable:
+            def call(*arrays: Any) -> Any:
+                args, kwargs = rebuild(arrays)
+                return function(*args, **kwargs)
+
+            return call
+
+        branches = {platform: calling(function) for platform, function in special.items()}
+        return jax.lax.platform_dependent(*arrays, **branches, default=calling(default))
+
+    return run
+
+
+def _only_on(platforms: tuple[str, ...], function: Callable, op: str, name: str) -> Callable:
+    """``function``, except that lowering for another platform or taking a forward-mode derivative raises the reason."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        arrays, rebuild = _split((args, kwargs))
+        args, kwargs = rebuild([_checked_p.bind(x, op=op, name=name, platforms=platforms) for x in arrays])
+        return function(*args, **kwargs)
+
+    return run
+
+
+def _split(tree: Any) -> tuple[list, Callable]:
+    """The arrays of a tree, and the function that puts arrays in their places; all other leaves stay as they are."""
+    leaves, structure = jax.tree.flatten(tree)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, jax.Array | np.ndarray)]
+
+    def rebuild(arrays: Any) -> Any:
+        filled = list(leaves)
+        for place, array in zip(places, arrays):
+            filled[place] = array
+        return jax.tree.unflatten(structure, filled)
+
+    return [leaves[place] for place in places], rebuild
+
+
+# -- two identities that raise when they are lowered where they must not be --------------------------------------------
+
+
+def _check_platform(
+    context: mlir.LoweringRuleContext, x: Any, *, op: str, name: str, platforms: tuple[str, ...]
+) -> Any:
+    wanted = context.platforms or context.module_context.platforms
+    if refused := [platform for platform in wanted if platform not in platforms]:
+        raise ValueError(
+            f"{op}: implementation={name!r} runs on {' and '.join(platforms)} alone, not on {' and '.join(refused)}; "
+            "use 'xla', or None to pick one"
+        )
+    return [x]
+
+
+def _refuse_tangent(*_: Any, op: str, name: str, platforms: tuple[str, ...]) -> Any:
+    raise ValueError(
+        f"{op}: implementation={name!r} has no forward-mode derivative (jax.jvp); use implementation='xla' there"
+    )
+
+
+def _identity(name: str, lowering: Callable) -> Primitive:
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(lambda x, **params: x)
+    mlir.register_lowering(primitive, lowering)
+    batching.primitive_batchers[primitive] = lambda operands, axes, **params: (
+        primitive.bind(*operands, **params),
+        axes[0],
+    )
+    return primitive
+
+
+# The second takes the place of the first one's tangents. Reverse mode transposes it away, so that it is only ever
+# lowered, or run, where a forward-mode derivative was asked for.
+_checked_p = _identity("platform_checked", _check_platform)
+_checked_p.def_impl(lambda x, **params: jax.jit(functools.partial(_checked_p.bind, **params))(x))
+_no_tangent_p = _identity("no_forward_mode", _refuse_tangent)
+_no_tangent_p.def_impl(_refuse_tangent)
+ad.deflinear2(_no_tangent_p, lambda cotangent, _, **params: [cotangent])
+ad.defjvp(_checked_p, lambda tangent, x, **params: _no_tangent_p.bind(tangent, **params))

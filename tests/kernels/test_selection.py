@@ -1,0 +1,95 @@
+"""Which implementation runs: by name, by the table of measurements, and when it must not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels import selection
+from kernels.selection import Measurement, choose, describe, measurements, operations, parse, pick, picks
+from tests.kernels.cuda_lowering import lower_for_cuda
+
+ROW = Measurement("scale", "pallas", "cuda", "H100", {"jax": "0"}, "2026-01-01", "float32 (2,)", 0.5, "by hand")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def fused(x, factor):
+    return jnp.cos(x) * factor
+
+
+fused.defvjp(lambda x, factor: (fused(x, factor), x), lambda factor, x, g: (-g * jnp.sin(x) * factor,))
+IMPLEMENTATIONS = {"xla": lambda x, factor: jnp.sin(x) * factor, "pallas": fused, "xla_other": lambda x, _: jnp.tanh(x)}
+
+
+def table(monkeypatch, *rows):
+    monkeypatch.setattr(selection, "measurements", lambda: rows)
+
+
+def row(implementation, ratio, platform="cuda"):
+    return dataclasses.replace(ROW, implementation=implementation, ratio=ratio, platform=platform)
+
+
+def test_the_table_is_of_operations_that_exist():
+    found = operations()
+    assert {"relu_linear_attention", "rope_linear_attention", "depthwise_conv"} <= set(found)
+    for measurement in measurements():
+        assert measurement.implementation in found[measurement.op]
+    assert pick("depthwise_conv", "cpu").implementation == "xla_shifted"
+    # nothing is measured on a GPU so far
+    assert all(found.implementation == "xla" for found in picks() if found.platform != "cpu")
+    assert "depthwise_conv on cuda: xla (nothing is measured there)" in describe()
+
+
+def test_what_is_faster_in_every_row_is_picked(monkeypatch):
+    table(monkeypatch, row("pallas", 0.9), row("pallas", 0.2), row("xla_other", 0.5), row("xla_other", 0.5))
+    assert pick("scale", "cuda").implementation == "pallas"  # 0.42 in the geometric mean
+    assert pick("scale", "cpu") == selection.Pick("scale", "cpu", "xla", ())
+    table(monkeypatch, row("pallas", 1.1), row("pallas", 0.2))
+    assert pick("scale", "cuda").implementation == "xla"
+
+
+def test_none_is_decided_when_the_program_is_lowered(monkeypatch):
+    x = jnp.ones(2)
+    assert choose("scale", IMPLEMENTATIONS, None) is IMPLEMENTATIONS["xla"]
+    table(monkeypatch, row("xla_other", 0.5, "cpu"), row("pallas", 0.5))
+    run = jax.jit(jax.grad(lambda x: choose("scale", IMPLEMENTATIONS, None)(x, 2.0).sum()))
+    programs = [run.trace(x).lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "tpu")]
+    assert ["stablehlo.tanh" in program for program in programs] == [True, False, False]
+    assert ["stablehlo.sine" in program for program in programs] == [False, True, False]
+
+
+@pytest.mark.parametrize("transform", [lambda f: f, lambda f: jax.grad(lambda x: f(x).sum()), jax.vmap])
+def test_a_named_program_for_a_gpu(transform):
+    """It lowers for CUDA, with gradients, in loops and under remat; elsewhere it says where it runs."""
+    run = transform(lambda x: choose("scale", IMPLEMENTATIONS, "pallas")(x, 2.0))
+    looped = lambda x: jax.lax.scan(lambda c, _: (jax.checkpoint(run)(c), None), x, None, length=2)[0]  # noqa: E731
+    for function in (run, looped):
+        assert "stablehlo.cosine" in lower_for_cuda(function, jnp.ones(2)) or transform is not jax.vmap
+        with pytest.raises(
+            ValueError, match="scale: implementation='pallas' runs on cuda alone, not on cpu; use 'xla'"
+        ):
+            jax.jit(function).trace(jnp.ones(2)).lower(lowering_platforms=("cpu",))
+
+
+def test_forward_mode_of_a_fused_form_is_refused():
+    forward = lambda x: jax.jvp(lambda x: choose("scale", IMPLEMENTATIONS, "pallas")(x, 2.0), (x,), (x,))  # noqa: E731
+    with pytest.raises(ValueError, match=r"no forward-mode derivative \(jax.jvp\); use implementation='xla'"):
+        lower_for_cuda(forward, jnp.ones(2))
+
+
+def test_unknown_names_and_rows():
+    with pytest.raises(ValueError, match=r"implementation='cudnn': choose one of \['pallas', 'xla', 'xla_other'\]"):
+        choose("scale", IMPLEMENTATIONS, "cudnn")
+    good = dataclasses.asdict(ROW)
+    assert parse([good]) == (ROW,)
+    for changed, message in (
+        ({"ratio": 0.0}, "ratio 0.0 of scale"),
+        ({"platform": "gpu"}, "pallas on gpu: rows are of"),
+        ({"device_memory": 1}, "its fields must be"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse([good | changed])
