@@ -18,6 +18,7 @@ from sana_jax.autoencoders.dc_ae_config import BATCH_NORM, RES_BLOCK, DCAEConfig
 from sana_jax.errors import UserError
 from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
+from sana_jax.nn.linear import Linear
 from sana_jax.nn.mix_ffn import GLUMBConv
 
 NORM_EPSILON = 1e-5
@@ -194,7 +195,7 @@ class MultiscaleLinearAttention(nn.Module):
         return _norm(self.norm, "norm_out")(out)
 
     def _dense(self, features: int, name: str) -> nn.Module:
-        return nn.Dense(features, use_bias=False, dtype=self.dtype, kernel_init=_dense_init, name=name)
+        return Linear(features, use_bias=False, dtype=self.dtype, kernel_init=_dense_init, name=name)
 
 
 class MultiscaleProjection(nn.Module):

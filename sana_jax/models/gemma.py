@@ -19,6 +19,7 @@ from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.nn.activations import gelu_tanh
 from sana_jax.nn.initializers import scaled_normal
+from sana_jax.nn.linear import Linear
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 _ACTIVATION = "gelu_pytorch_tanh"
@@ -287,8 +288,8 @@ class GemmaMLP(nn.Module):
         return _dense(x.shape[-1], self.dtype, "down_proj")(gate * _dense(hidden, self.dtype, "up_proj")(x))
 
 
-def _dense(features: int, dtype: jnp.dtype, name: str) -> nn.Dense:
-    return nn.Dense(features, use_bias=False, dtype=dtype, kernel_init=scaled_normal(0.02), name=name)
+def _dense(features: int, dtype: jnp.dtype, name: str) -> Linear:
+    return Linear(features, use_bias=False, dtype=dtype, kernel_init=scaled_normal(0.02), name=name)
 
 
 class GemmaLayer(nn.Module):

@@ -24,6 +24,9 @@ from sana_jax.models.ltx2_config import LTX2_CLASS, REFINER_CLASS, LTX2Config
 from sana_jax.models.ltx2_connectors import LTX2Connectors, LTX2ConnectorsConfig
 from sana_jax.pipelines.opening import find_model
 from sana_jax.pipelines.world_refiner_streamed import BLOCKS
+from sana_jax.quantization.choice import QuantizationChoice, parse_quantization
+from sana_jax.quantization.trees import plain_dtypes
+from sana_jax.quantization.weights import quantized_weights
 from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
 from sana_jax.weights.components import CONVERTED, DIFFUSERS_STEM, Resident, open_component
 from sana_jax.weights.converted import lazy_saved_tree
@@ -43,11 +46,18 @@ def open_refiner(
     variant: str | None,
     autoencoder: VideoAutoencoder | None,
     stream_blocks: bool = False,
+    quantization: QuantizationChoice = None,
 ) -> dict[str, Any]:
     """What ``SanaWMRefiner`` is made of; arguments and errors as in ``SanaWMRefiner.from_pretrained``.
 
     All configurations are read and all weights compared with them; the weights themselves are read later.
     """
+    chosen = parse_quantization(quantization)
+    if "autoencoder" in chosen:
+        raise UserError(
+            f"quantization autoencoder={chosen['autoencoder'].format}: the refiner's autoencoder is convolutions, "
+            "which are not quantised; leave it out"
+        )
     if dtype is not None:
         parse_dtype(dtype, "dtype", _FLOAT16)
     directory = find_model(path, variant)
@@ -70,7 +80,7 @@ def open_refiner(
         autoencoder = load_autoencoder(directory / "vae", variant=variant)
     shapes = jax.eval_shape(lambda: ltx2.init_params(transformer, jax.random.key(0)))
     connectors_shapes = jax.eval_shape(lambda: ltx2_connectors.init_params(connectors, jax.random.key(0)))
-    return {
+    found = {
         "transformer": transformer,
         "params": _open(
             directory / "transformer",
@@ -93,6 +103,14 @@ def open_refiner(
         "contract": contract,
         "weights": {part: weights_id(directory / part) for part in ("transformer", "connectors", "text_encoder")},
     }
+    for network, choice in chosen.items():
+        if network == "text_encoder":
+            weights = quantized_weights(found[network].weights, choice, network)
+            found[network] = dataclasses.replace(found[network], weights=weights)
+        else:
+            name = {"transformer": "params", "connectors": "connectors_params"}[network]
+            found[name] = quantized_weights(found[name], choice, network)
+    return found
 
 
 def _index(directory: Path) -> Mapping[str, Any]:
@@ -135,7 +153,7 @@ def _dtype(dtype: Any, directory: Path, variant: str | None) -> Any:
     if dtype is not None:
         return parse_dtype(dtype, "dtype", _FLOAT16)
     if (directory / CONVERTED).is_dir():
-        stored = {jnp.dtype(leaf.dtype).name for leaf in jax.tree.leaves(lazy_saved_tree(directory / CONVERTED))}
+        stored = plain_dtypes(lazy_saved_tree(directory / CONVERTED))
     else:
         stored = stored_dtypes(directory, DIFFUSERS_STEM, variant)
     if "float16" in stored:

@@ -27,6 +27,7 @@ from sana_jax.models.gemma import (
     shared_by_layers,
     split_layers,
 )
+from sana_jax.quantization.trees import plain_dtypes
 from sana_jax.text_encoders.base import check_max_length
 from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
@@ -319,7 +320,7 @@ def abstract_params(config: GemmaConfig, dtype: Any) -> Any:
 def _converted_dtypes(directory: Path) -> set[str]:
     from sana_jax.weights.converted import lazy_saved_tree
 
-    return {jnp.dtype(leaf.dtype).name for leaf in jax.tree.leaves(lazy_saved_tree(directory))}
+    return plain_dtypes(lazy_saved_tree(directory))
 
 
 def _checked(prompt: Any, *, allow_empty: bool) -> str:

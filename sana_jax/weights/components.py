@@ -13,13 +13,14 @@ import numpy as np
 
 from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
+from sana_jax.quantization.trees import quantized_abstract, stored_formats
 from sana_jax.weights.converted import lazy_params_of_saved, load_params
 from sana_jax.weights.recognition import looks_like
 from sana_jax.weights.resident import Resident
 from sana_jax.weights.rules import Rule, lazy_params, misfits, places, read_params
 from sana_jax.weights.safetensors_files import SafetensorsSource, TensorSource, find_weights_file
 from sana_jax.weights.streamed import StreamedResident
-from sana_jax.weights.trees import abstract_tree, tree_bytes
+from sana_jax.weights.trees import abstract_tree, saved_structure, tree_bytes
 
 DIFFUSERS_STEM = "diffusion_pytorch_model"
 TRANSFORMERS_STEM = "model"
@@ -60,9 +61,15 @@ def open_component(
     if converted.is_dir():
         if variant is not None:
             raise CheckpointError(f"{directory} is converted and has no variants; leave variant={variant!r} out")
+        # Kernels that were quantised before they were saved are read as they are.
+        abstract = quantized_abstract(abstract, _saved_formats(converted))
+
+        def open_tree() -> PyTree:
+            return lazy_params_of_saved(converted, abstract)
+
         if streamed is not None:
-            return StreamedResident(name, abstract, streamed, lambda: lazy_params_of_saved(converted, abstract))
-        return Resident(name, tree_bytes(abstract), lambda: load_params(converted, abstract))
+            return StreamedResident(name, abstract, streamed, open_tree)
+        return Resident(name, tree_bytes(abstract), lambda: load_params(converted, abstract), abstract, open_tree)
     source = SafetensorsSource(find_weights_file(directory, stem, variant))
     opened = open_tensors(name, source, rules, abstract, ignored)
     if streamed is None:
@@ -87,8 +94,20 @@ def open_tensors(
             "download it again"
         )
     return Resident(
-        name, tree_bytes(abstract), lambda: read_params(source, rules, abstract, ignored=ignored, place=_put)
+        name,
+        tree_bytes(abstract),
+        lambda: read_params(source, rules, abstract, ignored=ignored, place=_put),
+        abstract,
+        lambda: lazy_params(source, rules, abstract, ignored=ignored),
     )
+
+
+def _saved_formats(converted: Path) -> dict[tuple[str, ...], str]:
+    """The layers that are stored quantised; none where the weights cannot be read, which reading them will say."""
+    try:
+        return stored_formats(saved_structure(converted))
+    except Exception:  # Orbax raises bare Exceptions for unreadable data
+        return {}
 
 
 def _put(array: np.ndarray, leaf: Any) -> jax.Array:

@@ -22,6 +22,7 @@ from sana_jax.weights.trees import (
     disk_shortage,
     mismatch_error,
     restore_tree,
+    saved_structure,
     tree_bytes,
     tree_differences,
 )
@@ -87,6 +88,14 @@ def check_saved(directory: str | os.PathLike, abstract_params: PyTree) -> None:
         raise FileNotFoundError(f"there is no directory of weights {path}")
     if problem := find_damage(path):
         raise CheckpointError(f"the weights in {path} are damaged: {problem}; delete them and convert again")
+    from sana_jax.quantization.trees import stored_formats  # which imports modules of this package
+
+    stored, wanted = (stored_formats(tree) for tree in (saved_structure(path), abstract_params))
+    if stored and not wanted:
+        raise CheckpointError(
+            f"the weights in {path} are quantised, {len(stored)} kernels in {', '.join(sorted(set(stored.values())))}; "
+            "plain ones are needed here: name the model that they were made of"
+        )
     if differences := tree_differences(path, abstract_params, cast=True):
         raise mismatch_error(path, differences, "convert the checkpoint that belongs to this configuration")
 

@@ -21,20 +21,32 @@ class Resident:
         num_bytes: what they take on the device.
         stays: whether someone else holds them, so that ``free`` frees nothing.
         host_bytes: what they take in host memory beside that.
+        abstract: their shapes, dtypes and shardings.
+        open_tree: gives them as LazyArrays, which are read one by one; None where only ``params`` has them.
     """
 
     host_bytes: int = 0
 
-    def __init__(self, name: str, num_bytes: int, read: Callable[[], PyTree]) -> None:
+    def __init__(
+        self,
+        name: str,
+        num_bytes: int,
+        read: Callable[[], PyTree],
+        abstract: PyTree | None = None,
+        open_tree: Callable[[], PyTree] | None = None,
+    ) -> None:
         """Parameters that are not there yet.
 
         Args:
             name: see above.
             num_bytes: see above.
             read: reads them onto the device.
+            abstract: see above; None where no one will ask.
+            open_tree: see above.
         """
         self.name = name
         self.num_bytes = num_bytes
+        self.abstract, self.open_tree = abstract, open_tree
         self._read = read
         self._params: PyTree | None = None
         self._on_host: PyTree | None = None
@@ -43,7 +55,7 @@ class Resident:
     @classmethod
     def of(cls, name: str, params: PyTree) -> Resident:
         """Parameters that someone else holds: always in memory, whatever is freed."""
-        resident = cls(name, tree_bytes(params), lambda: params)
+        resident = cls(name, tree_bytes(params), lambda: params, params)
         resident.stays = True
         return resident
 

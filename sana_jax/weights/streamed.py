@@ -41,6 +41,7 @@ class StreamedResident(Resident):
         host_bytes: what its blocks take in host memory.
         bytes_beside_a_block: of ``num_bytes``, what is there beside the block that computes.
         block_count: how many blocks there are.
+        stacked: the key of the tree under which they are.
     """
 
     def __init__(self, name: str, abstract: PyTree, stacked: str, open_tree: Callable[[], PyTree]) -> None:
@@ -59,8 +60,8 @@ class StreamedResident(Resident):
         self.host_bytes = tree_bytes(abstract[stacked])
         block = self.host_bytes // self.block_count
         self.bytes_beside_a_block = tree_bytes(abstract) - self.host_bytes + block
-        super().__init__(name, self.bytes_beside_a_block + block, self._to_device)
-        self._abstract, self._stacked, self._open_tree = abstract, stacked, open_tree
+        super().__init__(name, self.bytes_beside_a_block + block, self._to_device, abstract, open_tree)
+        self.stacked = stacked
         self._read_already: tuple[PyTree, tuple[PyTree, ...]] | None = None
 
     @classmethod
@@ -100,9 +101,9 @@ class StreamedResident(Resident):
 
     def _read_to_host(self) -> tuple[PyTree, tuple[PyTree, ...]]:
         """The parameters outside the blocks, and every block's; one stack after another is read and cut."""
-        tree = dict(self._open_tree())
-        shapes = dict(self._abstract)
-        stacks, shapes_of_stacks = tree.pop(self._stacked), shapes.pop(self._stacked)
+        tree = dict(self.open_tree())
+        shapes = dict(self.abstract)
+        stacks, shapes_of_stacks = tree.pop(self.stacked), shapes.pop(self.stacked)
         outside = jax.tree.map(lambda array, leaf: _host(_numpy(array), leaf), tree, shapes)
         leaves, structure = jax.tree.flatten(shapes_of_stacks)
         cut: list[list[Array]] = []

@@ -1,0 +1,344 @@
+"""A memory budget to what keeps within it: residency, tiled decoding, split guidance and quantization.
+
+Weights are counted by their shapes. What the computation takes beside them is estimated: by the tokens of the widest
+layer while sampling, and by what the compiler's analysis gave for the autoencoders while decoding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple
+
+import jax
+
+from sana_jax.compilation import readable_bytes
+from sana_jax.errors import UserError
+from sana_jax.pipelines.residency import Residency, check_residency
+from sana_jax.quantization.choice import Quantization
+from sana_jax.quantization.trees import quantizable_layers, quantized_abstract, stored_formats
+from sana_jax.weights.components import Resident
+from sana_jax.weights.streamed import StreamedResident
+from sana_jax.weights.trees import tree_bytes
+
+# Of the budget, for weights and activations: the rest is the driver's, the libraries' workspaces and fragmentation.
+USABLE = 0.92
+# What is tried where a stage does not fit: half the bytes of bfloat16, then less than a third.
+LEVELS = ("int8", "nvfp4")
+# By the compiler's analysis, in float32 (see the autoencoders): bytes per pixel when a picture or a whole clip is
+# decoded at once, bytes per pixel and frame, and bytes for one tile.
+_DECODING = {
+    "AutoencoderDC": (2050.0, 0.0, 0.54e9),
+    "AutoencoderKLWan": (22500.0, 0.0, 1.5e9),
+    "AutoencoderKLLTX2Video": (0.0, 200.0, 5e9),
+}
+# Of the budget, for the weights of one of the refiner's networks; and where its transformer's blocks are stacked.
+_REFINER_WEIGHTS, _REFINER_BLOCKS = 0.75, "transformer_blocks"
+# Arrays of the width of the feed-forward network's middle and of the token stream that are alive together.
+_WIDE_ARRAYS, _STREAM_ARRAYS = 2.0, 8.0
+
+
+class Stage(NamedTuple):
+    """Bytes of one stage: of all weights that are on the device, and of the computation."""
+
+    name: str
+    weights: int
+    work: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.work
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryPlan:
+    """What a budget makes of a model.
+
+    Attributes:
+        budget: bytes of the device.
+        residency: see ``sana_jax.pipelines.residency``.
+        quantization: network -> how; networks that keep their dtype are not there.
+        tiling: True where the decoder is to go tile by tile; None leaves it to its own limit.
+        guidance_batching: ``split`` where prompt and negative prompt are to go one after another; else ``auto``.
+        stages: what each takes.
+    """
+
+    budget: int
+    residency: Residency
+    quantization: Mapping[str, Quantization]
+    tiling: Literal[True] | None
+    guidance_batching: Literal["auto", "split"]
+    stages: tuple[Stage, ...]
+
+    @property
+    def peak(self) -> int:
+        """The bytes of the largest stage."""
+        return max(stage.total for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest stage keeps within the part of the budget that can be used."""
+        return self.peak <= USABLE * self.budget
+
+    def lines(self) -> list[str]:
+        """The plan, one line each for the choices and for every stage."""
+        formats = ", ".join(f"{network}={one.format}" for network, one in self.quantization.items()) or "none"
+        tiled = "in tiles" if self.tiling else "as the autoencoder decides"
+        return [
+            f"memory plan for {readable_bytes(self.budget)}, {readable_bytes(USABLE * self.budget)} of it usable: "
+            f"residency {self.residency}, quantization {formats}, decoding {tiled}, guidance {self.guidance_batching}",
+            *(
+                f"memory plan: {name}: weights {readable_bytes(weights)}, computation about {readable_bytes(work)}"
+                for name, weights, work in self.stages
+            ),
+        ]
+
+    def check(self, program_bytes: int | None = None, device: jax.Device | None = None) -> str:
+        """A line that compares the plan with what happened.
+
+        Args:
+            program_bytes: what the compiler says that the sampling program holds; taken where the device keeps no
+                account of its memory, as a CPU does not.
+            device: this process's first by default.
+        """
+        device = jax.local_devices()[0] if device is None else device
+        used = (device.memory_stats() or {}).get("peak_bytes_in_use")
+        source = "the device reports" if used is not None else "the compiler reports for sampling"
+        planned = self.peak
+        if used is None:
+            used = program_bytes
+            planned = next((stage.total for stage in self.stages if stage.name == "denoise"), planned)
+        if used is None:
+            return "memory check: neither the device nor the compiler reports what was used"
+        told = f"{source} {readable_bytes(used)} at most, planned were {readable_bytes(planned)}"
+        if used > self.budget:
+            return f"memory check: EXCEEDED the budget of {readable_bytes(self.budget)}: {told}"
+        if used > planned:
+            return f"memory check: more than planned, within the budget of {readable_bytes(self.budget)}: {told}"
+        return f"memory check: kept: {told}"
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of a budget like ``24g``: so many GB (10^9 bytes).
+
+    Raises:
+        UserError: another form.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:g|gb)", str(text).strip().lower())
+    if not found or float(found[1]) <= 0:
+        raise UserError(f"memory {text!r} is not allowed; allowed are 24g, 16g, 12g or another number of GB, as in 10g")
+    return int(float(found[1]) * 1e9)
+
+
+def fit_memory(model: Any, memory: str, residency: Residency) -> tuple[Any, MemoryPlan]:
+    """An opened model as it keeps within a budget, and the plan, which is printed.
+
+    Args:
+        model: a ``sana_jax.pipelines.opening.OpenModel``; networks that are quantised already stay as they are.
+        memory: the budget, as ``parse_memory`` takes it.
+        residency: what is kept where there is room for it.
+
+    Raises:
+        UserError: a budget that nothing keeps within; the least one that is enough is named.
+    """
+    from sana_jax.pipelines.opening import quantized_model
+
+    check_residency(residency)
+    networks = {
+        "text_encoder": getattr(model.text_encoder, "weights", None),
+        "transformer": model.transformer_weights,
+        "controlnet": model.controlnet_weights,
+        "autoencoder": getattr(model.autoencoder, "weights", None),
+    }
+    networks = {name: weights for name, weights in networks.items() if weights is not None}
+    plan = choose_plan(parse_memory(memory), networks, residency, work_of(model))
+    for line in plan.lines():
+        print(line)
+    if plan.tiling and hasattr(model.autoencoder, "tiling"):
+        model.autoencoder.tiling = True
+    return quantized_model(model, plan.quantization), plan
+
+
+def refiner_choices(
+    found: Mapping[str, Any], memory: str, chosen: Mapping[str, Quantization]
+) -> dict[str, bool | dict[str, Quantization]]:
+    """``stream_blocks`` and ``quantization`` with which a refiner's networks keep within a budget, one at a time.
+
+    The weights of each may take three quarters of it: what a block of latents takes beside them is not known before
+    there are latents. The choice is printed.
+
+    Args:
+        found: what ``open_refiner`` gives, with what was asked for by name.
+        memory: the budget.
+        chosen: what is quantised in any case.
+
+    Raises:
+        UserError: a network that is too large even so; the least budget that is enough is named.
+    """
+    budget, quantization, streams = parse_memory(memory), dict(chosen), isinstance(found["params"], StreamedResident)
+    room = _REFINER_WEIGHTS * budget
+    parts = {"text_encoder": found["text_encoder"].weights, "connectors": found["connectors_params"]}
+    sizes = {name: weights.num_bytes for name, weights in parts.items()}
+    for name, weights in parts.items():
+        if sizes[name] > room and name not in chosen:
+            smaller = _quantized_sizes(weights)
+            for level in smaller:
+                quantization[name], sizes[name] = Quantization(level), smaller[level]
+                if sizes[name] <= room:
+                    break
+    transformer = found["params"]
+    sizes["transformer"] = transformer.num_bytes
+    if sizes["transformer"] > room and not streams:
+        streams = True
+        streamed = StreamedResident("transformer", transformer.abstract, _REFINER_BLOCKS, lambda: {})
+        sizes["transformer"] = streamed.num_bytes
+    formats = ", ".join(f"{name}={one.format}" for name, one in quantization.items()) or "none"
+    print(
+        f"memory plan for the refiner, {readable_bytes(budget)}: one network at a time, quantization {formats}, blocks "
+        f"{'streamed from host memory' if streams else 'on the device'}; weights "
+        + ", ".join(f"{name} {readable_bytes(size)}" for name, size in sizes.items())
+    )
+    if (largest := max(sizes, key=sizes.get)) and sizes[largest] > room:
+        least = math.ceil(sizes[largest] / _REFINER_WEIGHTS / 1e8) / 10
+        raise UserError(
+            f"memory {budget / 1e9:g}g is not enough for the refiner: its {largest} takes "
+            f"{readable_bytes(sizes[largest])} and may take three quarters; the least that is enough is {least:g}g"
+        )
+    return {"stream_blocks": streams, "quantization": quantization}
+
+
+class Work(NamedTuple):
+    """Bytes that computing takes beside the weights.
+
+    Attributes:
+        text: reading a prompt.
+        layer: one layer's weights in the compute dtype, which the compiler copies out of the stack.
+        sample: one sample in the transformer.
+        sums: what 8-bit products of it add: the int32 sums of the widest layer.
+        samples: how many go through it at once with guidance.
+        decode: decoding at once.
+        tile: decoding a tile.
+    """
+
+    text: int
+    layer: int
+    sample: int
+    sums: int
+    samples: int
+    decode: int
+    tile: int
+
+
+def work_of(model: Any) -> Work:
+    """The estimate for one picture or video of an opened model's own size."""
+    config, defaults, autoencoder = model.transformer.config, model.defaults, model.autoencoder
+    itemsize = jax.numpy.dtype(model.transformer.dtype).itemsize
+    factor = autoencoder.spatial_factor
+    pixels = defaults.height * defaults.width
+    frames = defaults.frames or 1
+    latent_frames = 1 + (frames - 1) // getattr(autoencoder, "temporal_factor", 1)
+    patch = getattr(config, "patch_size", 1)
+    patch = patch if isinstance(patch, int) else patch[-1]
+    tokens = latent_frames * pixels // (factor * patch) ** 2
+    hidden = getattr(config, "mlp_hidden", 0)
+    sample = tokens * itemsize * int(_WIDE_ARRAYS * 2 * hidden + _STREAM_ARRAYS * _width(config))
+    name = autoencoder.to_config().get("_class_name", "")
+    per_pixel, per_frame, tile = _DECODING.get(name, (0.0, 0.0, 0.0))
+    scale = jax.numpy.dtype(getattr(autoencoder, "dtype", "float32")).itemsize / 4
+    decode = (per_pixel + per_frame * frames) * pixels * scale
+    text_config = getattr(model.text_encoder, "config", None)
+    text = 3 * 4 * 1024 * getattr(text_config, "intermediate_size", 0)
+    guided = 2 if defaults.guidance_scale > 1 and not getattr(config, "guidance_embeds", False) else 1
+    layer = itemsize * sum(
+        math.prod(shape[-2:]) for shape in quantizable_layers(model.transformer_weights.abstract).values()
+    )
+    sums = 4 * tokens * 2 * hidden
+    return Work(text, layer, sample, sums, guided, int(decode), int(min(tile * scale, decode)))
+
+
+def _width(config: Any) -> int:
+    return getattr(config, "inner_dim", 0) or config.hidden_size
+
+
+def choose_plan(budget: int, networks: Mapping[str, Resident], residency: Residency, work: Work) -> MemoryPlan:
+    """The first plan that keeps within the budget, from the one that changes least to the one that saves most.
+
+    Raises:
+        UserError: there is none; the least budget that is enough is named.
+    """
+    plan = None
+    for plan in _plans(budget, networks, residency, work):
+        if plan.fits:
+            return plan
+    least = -(-plan.peak // int(USABLE * 1e8)) / 10
+    stage = max(plan.stages, key=lambda one: one.total)
+    raise UserError(
+        f"memory {budget / 1e9:g}g is not enough: with one network at a time, quantised and in tiles, {stage.name} "
+        f"still takes {readable_bytes(stage.total)}; the least that is enough is {least:g}g"
+    )
+
+
+def _plans(budget: int, networks: Mapping[str, Resident], residency: Residency, work: Work) -> Iterator[MemoryPlan]:
+    sizes = {name: {None: weights.num_bytes} for name, weights in networks.items()}
+    for name, weights in networks.items():
+        if name != "autoencoder":
+            sizes[name] |= _quantized_sizes(weights)
+
+    def plan(residency, tiling, split, chosen):
+        held = {name: sizes[name][chosen.get(name)] for name in networks}
+        quantization = {name: Quantization(one) for name, one in chosen.items()}
+        batching = "split" if split else "auto"
+        own = work._replace(sample=work.sample + (work.sums if chosen.get("transformer") == "int8" else 0))
+        stages = _stages(held, residency, own, tiling, split)
+        return MemoryPlan(budget, residency, quantization, tiling, batching, stages)
+
+    yield plan(residency, None, False, {})
+    steps = [("one_at_a_time", None, False), ("one_at_a_time", True, False)]
+    if work.samples > 1:
+        steps.append(("one_at_a_time", True, True))
+    for step in steps:
+        last = plan(*step, {})
+        yield last
+    chosen: dict[str, str] = {}
+    for level in LEVELS:
+        for network, stage in (("text_encoder", "text"), ("transformer", "denoise")):
+            total = next(one.total for one in last.stages if one.name == stage)
+            if total > USABLE * budget and level in sizes.get(network, {}):
+                chosen[network] = level
+        last = plan(*steps[-1], chosen)
+        yield last
+
+
+def _quantized_sizes(weights: Resident) -> dict[str, int]:
+    abstract = weights.abstract
+    if abstract is None or stored_formats(abstract) or not (layers := quantizable_layers(abstract)):
+        return {}
+    return {level: tree_bytes(quantized_abstract(abstract, dict.fromkeys(layers, level))) for level in LEVELS}
+
+
+def _stages(
+    sizes: Mapping[str, int], residency: Residency, work: Work, tiling: bool | None, split: bool
+) -> tuple[Stage, ...]:
+    """Every stage of a later call, when networks that stay are there already."""
+    alone = {
+        "text": ("text_encoder",),
+        "denoise": ("transformer", "controlnet"),
+        "decode": ("autoencoder",),
+    }
+    computing = {
+        "text": work.text,
+        "denoise": work.layer + work.sample * (1 if split else work.samples),
+        "decode": work.tile if tiling else work.decode,
+    }
+    stages = []
+    for name, own in alone.items():
+        there = set(sizes)
+        if residency == "one_at_a_time":
+            there = set(own)
+        elif residency == "text_encoder_freed" and name != "text":
+            there -= {"text_encoder"}
+        stages.append(Stage(name, sum(sizes.get(network, 0) for network in there), computing[name]))
+    return tuple(stages)
