@@ -35,8 +35,10 @@ test: $(VENV)/.test lint  ## everything that must hold on a CPU
 prove: $(VENV)/.test  ## the longer proofs: models that must really learn, full-size figures
 	XLA_FLAGS="$(XLA_FLAGS)" $(BIN)/python -m pytest -m 'prove and not gpu' $(ARGS)
 
-bench: $(VENV)/.test  ## the benchmark tables
-	$(BIN)/python -m tests.benchmarks.sana_cpu $(ARGS)
+bench: $(VENV)/.test  ## the benchmark tables, in runs/benchmarks: under 9 minutes on a GPU; on a CPU at sizes that fit
+	$(BIN)/python -m kernels.benchmark --seconds 150
+	$(BIN)/python -m sana_jax.benchmark --seconds 180 $(ARGS)
+	$(BIN)/python -m train.benchmark --seconds 60
 
 lint: $(VENV)/.test  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -20,10 +20,10 @@ from collections.abc import Callable
 import jax
 from jax.extend import core as jax_core
 
+from kernels.benchmarking.timing import paired_ratio, ratio, time_interleaved
 from sana_jax.autoencoders.dc_ae import DCDecoder, DCEncoder, init_params
 from sana_jax.autoencoders.dc_ae_config import DCAEConfig
 from tests.benchmarks.sana_cpu import array, compile_timed, environment, markdown, random_like
-from tests.benchmarks.timing import paired_ratio, ratio, time_interleaved
 
 CONFIG = DCAEConfig.f32c32_sana()
 NETWORKS = {"encode": ("encoder", DCEncoder), "decode": ("decoder", DCDecoder)}

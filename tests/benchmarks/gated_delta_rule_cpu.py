@@ -18,11 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.benchmarking.timing import Timing, paired_ratio, time_interleaved
 from kernels.gated_delta_rule import gated_delta_rule
 from kernels.gated_delta_rule.api import IMPLEMENTATIONS
 from sana_jax.nn.rope import rope_3d
 from tests.benchmarks.sana_cpu import compile_timed, environment, markdown
-from tests.benchmarks.timing import Timing, paired_ratio, time_interleaved
 
 GRID, HEADS, SIZE = (21, 15, 26), 8, 112
 

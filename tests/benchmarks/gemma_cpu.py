@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.benchmarking.timing import paired_ratio, ratio, time_interleaved
 from sana_jax.models.gemma import Gemma, GemmaConfig, init_params
 from sana_jax.text_encoders.gemma import _layer_by_layer_program
 from tests.benchmarks.sana_cpu import array, compile_timed, environment, random_like
-from tests.benchmarks.timing import paired_ratio, ratio, time_interleaved
 
 # A negative prompt or a prompt alone; a prompt behind the instruction.
 LENGTHS = (64, 256)

@@ -23,33 +23,12 @@ PIXELS, STEPS, GUIDANCE = 512, 2, 4.5
 PROMPTS = ("a red panda reading a book under a tree", "two small birds sitting on a wire at dusk")
 
 
-def word_tokenizer(directory: pathlib.Path) -> None:
-    """A tokenizer of whole words, so that the instruction has about as many tokens as with Gemma's own."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
-
-    from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION
-
-    text = " ".join((*IMAGE_INSTRUCTION, *PROMPTS))
-    splitter = pre_tokenizers.Whitespace()
-    words = [word for word, _ in splitter.pre_tokenize_str(text)]
-    names = dict.fromkeys(["<pad>", "<eos>", "<bos>", "<unk>", *words])
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = splitter
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", 2)]
-    )
-    directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    special = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-
-
 def run_ours(directory: pathlib.Path) -> dict:
     """Seconds of our stages, of the first step and of compiling."""
     import jax
     import jax.numpy as jnp
 
+    from kernels.benchmarking.timing import random_like
     from sana_jax.autoencoders.dc_ae import init_params as autoencoder_params
     from sana_jax.autoencoders.dc_ae_config import DCAEConfig
     from sana_jax.autoencoders.dc_autoencoder import DCAutoencoder
@@ -64,7 +43,6 @@ def run_ours(directory: pathlib.Path) -> dict:
     from sana_jax.text_encoders.gemma import GemmaTextEncoder
     from sana_jax.text_encoders.tokenizer import PromptTokenizer
     from sana_jax.weights.components import Resident
-    from tests.benchmarks.sana_cpu import random_like
 
     enable_compilation_cache()
     imported = time.perf_counter()
@@ -107,60 +85,28 @@ def run_ours(directory: pathlib.Path) -> dict:
 
 def run_diffusers(directory: pathlib.Path, threads: int) -> dict:
     """Seconds of diffusers' stages, from the times at which its components are called."""
-    import torch
-    from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaPipeline, SanaTransformer2DModel
-    from transformers import AutoTokenizer, Gemma2Config, Gemma2Model
+    from sana_jax.benchmarking.models import image_model
+    from tests.benchmarks.torch_side import prepare
 
-    from sana_jax.autoencoders.dc_ae_config import DCAEConfig
-    from sana_jax.models.gemma import GemmaConfig
-    from sana_jax.models.sana import SanaConfig
-
-    torch.set_num_threads(threads)
-    fields = {name: value for name, value in DCAEConfig.f32c32_sana().to_dict().items() if name != "_class_name"}
-    shape = {name: v for name, v in SanaConfig.sana_600m(sample_size=16).to_dict().items() if name != "_class_name"}
-    gemma = GemmaConfig()
-    with torch.device("meta"):
-        modules = {
-            "text_encoder": Gemma2Model(Gemma2Config(**gemma.to_dict(), attn_implementation="eager")),
-            "transformer": SanaTransformer2DModel(**shape),
-            "vae": AutoencoderDC(**fields),
-        }
-    generator = torch.Generator().manual_seed(0)
-    for name, module in modules.items():
-        modules[name] = module.to_empty(device="cpu").eval()
-        with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.normal_(0, 0.02, generator=generator)
-    text = modules["text_encoder"]
-    text.rotary_emb = type(text.rotary_emb)(text.config)  # the meta device has left these two without values
-    text.embed_tokens.embed_scale.fill_(gemma.hidden_size**0.5)
-    scheduler = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    pipe = SanaPipeline(tokenizer=AutoTokenizer.from_pretrained(directory), scheduler=scheduler, **modules)
-    pipe.set_progress_bar_config(disable=True)
-    moments: dict[str, float] = {}
-
-    def note(stage):
-        def hook(*_):  # what a hook returns would take the input's place
-            moments.setdefault(stage, time.perf_counter())
-
-        return hook
-
-    modules["transformer"].register_forward_pre_hook(note("denoise"))
-    modules["vae"].decoder.register_forward_pre_hook(note("decode"))
-    for prompt in PROMPTS:
-        moments.clear()
-        started = time.perf_counter()
-        with torch.inference_mode():
-            pipe(
-                prompt, num_inference_steps=STEPS, guidance_scale=GUIDANCE, height=PIXELS, width=PIXELS,
-                output_type="np", use_resolution_binning=False,
-            )  # fmt: skip
-        ended = time.perf_counter()
-    stages = {
-        "text": moments["denoise"] - started,
-        "denoise": moments["decode"] - moments["denoise"],
-        "decode": ended - moments["decode"],
-    }
+    model = image_model("sana_600m", "full")
+    run = prepare({
+        "kind": "image_pipeline",
+        "transformer": model.transformer.to_dict(),
+        "text_encoder": model.text_encoder.to_dict(),
+        "vae": model.autoencoder.to_dict(),
+        "tokenizer": str(directory),
+        "prompts": PROMPTS,
+        "pixels": PIXELS,
+        "steps": STEPS,
+        "guidance_scale": GUIDANCE,
+        "flow_shift": model.flow_shift,
+        "dtype": "float32",
+        "device": "cpu",
+        "compile": False,
+        "threads": threads,
+    })  # fmt: skip
+    for _ in PROMPTS:
+        stages = run()
     return {"stages": stages, "peak_resident_MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3}
 
 
@@ -178,6 +124,8 @@ def run_side(side: str, directory: pathlib.Path, cache: pathlib.Path, threads: i
 
 def measure(threads: int = 2) -> dict:
     """Both sides in turn, and our second start; each with the time of every stage."""
+    from sana_jax.benchmarking.models import word_tokenizer
+
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, cache = pathlib.Path(folder) / "tokenizer", pathlib.Path(folder) / "cache"
         word_tokenizer(tokenizer)

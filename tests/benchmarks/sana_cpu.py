@@ -14,18 +14,17 @@ import json
 import math
 import os
 import pathlib
-import platform
 import resource
-import time
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.benchmarking.report import cpu_name
+from kernels.benchmarking.timing import Timing, compile_timed, paired_ratio, random_like, ratio, time_interleaved
 from sana_jax.models.sana import SanaBlock, SanaConfig, SanaTransformer
 from sana_jax.nn.attention import mask_to_bias
-from tests.benchmarks.timing import Timing, paired_ratio, ratio, time_interleaved
 
 CONFIG = SanaConfig.sana_1600m()
 MODELS = {"600m": SanaConfig.sana_600m(), "1600m": CONFIG}
@@ -34,33 +33,12 @@ LATENT_SIDE = {512: 16, 1024: 32}
 TIMESTEP = 999.0
 
 
-def random_like(tree, standard_deviation: float = 0.02):
-    """Normal float32 numbers in the shapes of a tree, drawn leaf by leaf so that nothing is held twice."""
-    rng = np.random.default_rng(0)
-
-    def draw(leaf) -> jax.Array:
-        numbers = rng.standard_normal(leaf.shape, dtype=np.float32)
-        numbers *= standard_deviation
-        return jax.device_put(numbers)
-
-    return jax.tree.map(draw, tree)
-
-
 def array(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def caption_mask() -> np.ndarray:
     return (np.arange(CAPTION_TOKENS) < KEPT_TOKENS).astype(np.int32)[None]
-
-
-def compile_timed(function: Callable, *arguments, static_argnums: tuple[int, ...] = ()) -> tuple[Callable, dict]:
-    """Compiles and says how long that took and what memory the program needs beside its arguments."""
-    start = time.perf_counter()
-    compiled = jax.jit(function, static_argnums=static_argnums).lower(*arguments).compile()
-    seconds = time.perf_counter() - start
-    memory = compiled.memory_analysis()
-    return compiled, {"compile_s": seconds, "temporary_MB": memory.temp_size_in_bytes / 1e6}
 
 
 # --- one block ------------------------------------------------------------------------------------------------------
@@ -216,13 +194,6 @@ def torch_seconds(
 
 
 # --- the report -----------------------------------------------------------------------------------------------------
-
-
-def cpu_name() -> str:
-    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def environment() -> dict:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kernels.benchmarking.timing import Timing, paired_ratio, time_interleaved
 from sana_jax.models.sana_video import SanaVideoBlock, SanaVideoConfig, init_state
 from sana_jax.nn.attention import mask_to_bias
 from sana_jax.nn.rope import rope_3d
@@ -29,7 +30,6 @@ from tests.benchmarks.sana_cpu import (
     markdown,
     random_like,
 )
-from tests.benchmarks.timing import Timing, paired_ratio, time_interleaved
 
 CONFIG = SanaVideoConfig.sana_video_2b_480p()
 GRID = (5, 15, 26)

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.benchmarking.timing import Timing, paired_ratio, time_interleaved
 from sana_jax.models.sana_wm import BlockInputs, SanaWMBlock, SanaWMConfig
 from sana_jax.models.sana_wm_state import visible_frames
 from sana_jax.nn.camera_attention import AttentionInputs, CausalLayout
@@ -32,7 +33,6 @@ from tests.benchmarks.sana_cpu import (
     markdown,
     random_like,
 )
-from tests.benchmarks.timing import Timing, paired_ratio, time_interleaved
 
 CONFIG = SanaWMConfig()
 GRID = (3, 22, 40)

@@ -9,12 +9,10 @@ pass alone: for each product of two arrays also the two that their gradients are
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import pathlib
 import resource
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,121 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from configs import load_preset
-from configs.schema import EmaConfig, FlowConfig, OptimizerConfig, RunConfig
+from kernels.benchmarking.timing import paired_ratio, ratio, time_interleaved
 from sana_jax.host_memory import keep_freed_memory
-from sana_jax.models.sana import SanaConfig
 from tests.benchmarks.sana_cpu import array, environment, markdown, random_like
-from tests.benchmarks.timing import paired_ratio, ratio, time_interleaved
-from train.batch import Batch
-from train.recipes import make_recipe
-from train.state import TrainState
+from train.benchmark import CASES, CLIP_NORM, LEARNING_RATE, Case, random_batch, step_function
 
-LEARNING_RATE, CLIP_NORM = 1e-4, 1.0
-
-
-class Case(NamedTuple):
-    """A network and a batch."""
-
-    config: SanaConfig
-    batch_size: int
-    side: int
-    """Height and width of the latents."""
-    caption_tokens: int
-    steps: int
-    """That are timed at once, so that what the other side leaves behind does not count."""
-
-    @property
-    def tokens(self) -> int:
-        """Of a picture."""
-        return (self.side // self.config.patch_size) ** 2
-
-
-TINY = Case(load_preset("digits").transformer, batch_size=64, side=8, caption_tokens=7, steps=10)
-MEDIUM = Case(
-    SanaConfig(
-        in_channels=32,
-        out_channels=32,
-        num_attention_heads=16,
-        attention_head_dim=32,
-        num_layers=8,
-        num_cross_attention_heads=8,
-        cross_attention_head_dim=64,
-        cross_attention_dim=512,
-        caption_channels=256,
-        sample_size=16,
-        patch_size=1,
-        qk_norm="rms_norm_across_heads",
-    ),
-    batch_size=4,
-    side=16,
-    caption_tokens=64,
-    steps=1,
-)
-WIDE = Case(
-    SanaConfig.sana_600m(sample_size=16, num_layers=4, qk_norm="rms_norm_across_heads", caption_channels=256),
-    batch_size=4,
-    side=16,
-    caption_tokens=64,
-    steps=1,
-)
-"""Four blocks of SANA 0.6B's width."""
-CASES = {"tiny": TINY, "medium": MEDIUM, "wide": WIDE}
-
-
-def random_batch(case: Case) -> Batch:
-    """Latents, captions and their masks, half of which is padding."""
-    rng = np.random.default_rng(0)
-    config, length = case.config, case.caption_tokens
-    latents = rng.standard_normal((case.batch_size, case.side, case.side, config.in_channels), np.float32)
-    embeds = rng.standard_normal((case.batch_size, length, config.caption_channels), np.float32)
-    mask = np.broadcast_to(np.arange(length) < (length + 1) // 2, embeds.shape[:2]).astype(np.int32)
-    return Batch(latents, embeds, mask, {})
-
-
-# -- the step as the trainer compiles it -------------------------------------------------------------------------------
-
-
-def run_config(case: Case) -> RunConfig:
-    """The digits preset with this network."""
-    preset = load_preset("digits")
-    data = dataclasses.replace(preset.data, embedding_dim=case.config.caption_channels)
-    return dataclasses.replace(
-        preset,
-        transformer=case.config,
-        data=data,
-        batch_size=case.batch_size,
-        flow=FlowConfig(flow_shift=3.0, caption_dropout=0.0),
-        optimizer=OptimizerConfig(
-            learning_rate=LEARNING_RATE, schedule="constant", warmup_steps=0, clip_norm=CLIP_NORM
-        ),
-        ema=EmaConfig(enabled=False),
-    )
-
-
-def step_function(case: Case) -> tuple[Callable[[], Any], dict[str, float]]:
-    """Trains some steps; and what compiling took."""
-    config = run_config(case)
-    recipe, batch = make_recipe(config), jax.device_put(random_batch(case))
-    params = random_like(jax.eval_shape(lambda: recipe.initialize(jax.random.key(0), None)))
-    optimizer = recipe.optimizer(config, params)
-    null = jnp.zeros((1, *batch.prompt_embeds.shape[1:])), jnp.ones((1, case.caption_tokens), jnp.int32)
-    (step,) = recipe.step_functions(config, optimizer, null)
-    state = TrainState(jnp.int32(0), params, None, optimizer.init(params))
-    start = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, None, batch).compile()
-    compilation = {
-        "compile_s": time.perf_counter() - start,
-        "temporary_MB": compiled.memory_analysis().temp_size_in_bytes / 1e6,
-    }
-
-    def run():
-        nonlocal state
-        for _ in range(case.steps):
-            state, metrics = compiled(state, None, batch)
-        return metrics.loss
-
-    return run, compilation
+TIMED = ("tiny", "medium", "wide")
 
 
 # -- its matrix products -----------------------------------------------------------------------------------------------
@@ -284,7 +173,7 @@ def measure(name: str, repetitions: int) -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.train_cpu", description=__doc__)
     parser.add_argument("--repetitions", type=int, default=15)
-    parser.add_argument("--case", choices=CASES, action="append", help="which networks; all without it")
+    parser.add_argument("--case", choices=TIMED, action="append", help="which networks; all without it")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
@@ -294,12 +183,12 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     report = environment()
-    parts = [measure(name, options.repetitions) for name in options.case or CASES]
+    parts = [measure(name, options.repetitions) for name in options.case or TIMED]
     for key in ("timings", "compilation", "ratios"):
         report[key] = {name: value for part in parts for name, value in part[key].items()}
     report["timings"] = {name: timing.summary() for name, timing in report["timings"].items()}
     report["peak_resident_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    what = ", ".join(f"{name}: {CASES[name].steps} steps of {CASES[name].batch_size}" for name in options.case or CASES)
+    what = ", ".join(f"{name}: {CASES[name].steps} steps of {CASES[name].batch_size}" for name in options.case or TIMED)
     print(markdown(report, f"float32; {what}"))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

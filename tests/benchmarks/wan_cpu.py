@@ -20,11 +20,11 @@ from collections.abc import Callable
 
 import jax
 
+from kernels.benchmarking.timing import paired_ratio, ratio, time_interleaved
 from sana_jax.autoencoders.wan import WanDecoder, WanEncoder, init_params
 from sana_jax.autoencoders.wan_config import WanConfig
 from tests.benchmarks.dc_ae_cpu import products_of, run_products
 from tests.benchmarks.sana_cpu import array, compile_timed, environment, markdown, random_like
-from tests.benchmarks.timing import paired_ratio, ratio, time_interleaved
 
 CONFIG = WanConfig()
 CASES = ("encode", "decode", "step")
