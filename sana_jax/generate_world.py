@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -110,11 +111,18 @@ def _array(name: str, option: str, holds: str) -> np.ndarray:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing; {option} takes an .npy file of {holds}")
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path} is no .npy file of numbers; {option} takes what numpy.save wrote: write it anew"
         ) from error
+    if not isinstance(found, np.ndarray):  # of an .npz
+        there = ", ".join(found.files) or "none"
+        raise UserError(
+            f"{path} holds arrays by name ({there}), and {option} takes an .npy file of one: write it with "
+            "numpy.save(NAME.npy, numpy.load(FILE)[ARRAY])"
+        )
+    return found
 
 
 def _open_refiner(config: GenerateConfig, pipeline: SanaWMPipeline) -> Any:
@@ -128,6 +136,7 @@ def _open_refiner(config: GenerateConfig, pipeline: SanaWMPipeline) -> Any:
         autoencoder=pipeline.autoencoder,
         residency=pipeline.residency,
         stream_blocks=config.refiner_stream_blocks,
+        memory=config.memory,
     )
     for line in describe_plan(refiner.residency, refiner.networks):
         print(f"in memory for the refiner: {line}")

@@ -1,6 +1,7 @@
 """What a data set holds and how training would read it: ``python -m train.inspect_data PATH [--resolution 1024 ...]``.
 
-Videos are told by the names of files, or by ``--clips``: see ``train.inspect_clips``.
+Videos are told by the names of files, or by ``--clips``: see ``train.inspect_clips``; and so are zip files of latents,
+or by ``--format zip_latents``: see ``train.inspect_worlds``.
 
 Counts, sizes, shapes and the sizes that they are trained at, captions, further columns, and every file that can't be
 used, by name. No model is needed, and nothing is written but the contact sheet that ``--contact-sheet`` asks for.
@@ -333,13 +334,29 @@ def _about_clips(arguments: Sequence[str]) -> bool:
     return bool(suffixes & (set(CLIP_SUFFIXES) - {".gif"})) and not suffixes & set(PICTURE_SUFFIXES)
 
 
+def _about_latents(arguments: Sequence[str]) -> bool:
+    """Whether a command line is about zip files of latents: it says so, or its folder has no others."""
+    places = [place for place, word in enumerate(arguments[:-1]) if word in ("--path", "--format")]
+    given = {arguments[place]: arguments[place + 1] for place in places}
+    if "--format" in given or "--path" not in given:
+        return given.get("--format") == "zip_latents"
+    path = pathlib.Path(given["--path"])
+    suffixes = {os.path.splitext(name)[1].lower() for name in names_below(path)} if path.is_dir() else {path.suffix}
+    others = {*PICTURE_SUFFIXES, *CLIP_SUFFIXES, ".tar", ".parquet", ".arrow"}
+    return ".zip" in suffixes and not suffixes & others
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: a path, then options."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
     try:
-        if _about_clips(arguments):
+        if _about_latents(arguments):
+            from train.inspect_worlds import InspectLatentsConfig, inspect_latents
+
+            inspect_latents(parse(InspectLatentsConfig, arguments, prog=PROG))
+        elif _about_clips(arguments):
             from train.inspect_clips import InspectClipsConfig, inspect_clips
 
             inspect_clips(parse(InspectClipsConfig, arguments, prog=PROG))

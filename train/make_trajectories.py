@@ -92,8 +92,8 @@ class MakeTrajectoriesConfig:
     """A text file with one prompt per line, or a manifest (jsonl, csv) with captions; None: the captions that the
     teacher was trained on, where these are moving digits'."""
     data: str | None = None
-    """Of a world model: the cache of clips with the camera's path, of which first frames, paths and captions are taken;
-    None: the clips that the teacher was trained on, where these are made in memory."""
+    """Of a world model: the cache of clips with the camera's path, or zip files of latents, of which first frames,
+    paths and captions are taken; None: the clips that the teacher was trained on, where these are made in memory."""
     num_clips: int | None = None
     """Of a world model: how many of the clips, spread evenly over them; None: all."""
     per_caption: int = 1

@@ -40,6 +40,7 @@ from sana_jax.compilation import compile_ahead, enable_compilation_cache, readab
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
+from sana_jax.models.context_parallel import CONTEXT_AXIS
 from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.models.sana_wm import SanaWMConfig
 from sana_jax.nn.remat import REMAT_POLICIES
@@ -314,7 +315,9 @@ def estimated_memory(run: PlannedRun) -> Memory | None:
     if run.mesh.shape["fsdp"] > 1:  # a layer's weights, and the one that is fetched meanwhile
         weights = run.frozen if run.frozen is not None else run.state.abstract.params
         gathered = 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights)) // layers
-    return fixed._replace(activations=(found.saved + found.working) // run.mesh.shape["tensor"] + gathered)
+    # Frames are cut inside the loss, which counts what is kept on all devices of that axis together.
+    parts = run.mesh.shape["tensor"] * run.mesh.shape[CONTEXT_AXIS]
+    return fixed._replace(activations=(found.saved + found.working) // parts + gathered)
 
 
 def _one_devices_share(run: PlannedRun) -> tuple[PyTree, PyTree, Batch, PyTree]:
@@ -408,7 +411,7 @@ def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh |
     if config.ema.enabled and config.optimizer.name != "schedule_free_adamw":
         ema = change(config.ema, enabled=False)
         yield "--no-ema.enabled", "samples are drawn with the last weights", change(config, ema=ema), mesh
-    if run.recipe.kind == "whole" and config.model is not None:
+    if run.recipe.kind == "whole" and config.model is not None and config.few_steps is None:
         ema = change(config.ema, enabled=False)
         lora = change(config, lora=LoraConfig(), ema=ema)
         preset = "lora_video" if config.trains_on_clips else "lora"

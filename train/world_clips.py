@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +19,15 @@ from sana_jax.errors import UserError
 from sana_jax.pipelines.model_directory import ModelDirectory
 from sana_jax.pipelines.world_network import WorldGiven
 from train.batch import CAMERA, PLUCKER
+from train.data.cache import IDENTITY_FILE
 from train.data.cached import CachedData
 from train.data.encoding import autoencoder_identity
 from train.data.video.moving_camera import MovingCameraData
 from train.data.world.cached import CachedWorlds
 from train.data.world.cameras import CameraShape
 from train.data.world.paths import POSES
+from train.data.world.zip_files import CAMERA_COLUMNS, open_zip_latents
+from train.data.world.zip_latents import ZipWorlds
 from train.networks import network_conditions
 from train.run_directory import CONFIG_NAME, read_config
 
@@ -41,7 +46,7 @@ class WorldClips:
         identity: what all of this is a function of.
     """
 
-    data: MovingCameraData | CachedWorlds
+    data: MovingCameraData | CachedWorlds | ZipWorlds
     rows: Int[np.ndarray, " n"]
     frames: int
     conditions: tuple[str, ...]
@@ -64,9 +69,14 @@ class WorldClips:
 
     def given(self, indices: Int[np.ndarray, " B"]) -> WorldGiven:
         """The first latent frames and the cameras of clips, whose numbers begin anew where they are used up."""
-        batch = self.data.batch(self.rows[np.asarray(indices) % len(self.rows)])
-        camera = {name: np.asarray(batch.conditions[name][:, : self.frames], np.float32) for name in self.conditions}
-        return WorldGiven(np.asarray(batch.latents[:, :1], np.float32), camera[CAMERA], camera.get(PLUCKER))
+        rows = self.rows[np.asarray(indices) % len(self.rows)]
+        if isinstance(self.data, ZipWorlds):  # which has no encoded captions
+            latents, conditions = self.data.latents_and_conditions(rows)
+        else:
+            batch = self.data.batch(rows)
+            latents, conditions = batch.latents, batch.conditions
+        camera = {name: np.asarray(conditions[name][:, : self.frames], np.float32) for name in self.conditions}
+        return WorldGiven(np.asarray(latents[:, :1], np.float32), camera[CAMERA], camera.get(PLUCKER))
 
 
 def camera_arrays(given: WorldGiven) -> dict[str, Float[np.ndarray, "B *X"]]:
@@ -83,11 +93,12 @@ def open_world_clips(
     model: ModelDirectory,
     say: Say = print,
 ) -> WorldClips:
-    """The clips of a cache, or those that the teacher was trained on, where these are made in memory.
+    """The clips of a cache or of zip files, or those that the teacher was trained on, where these are made in memory.
 
     Args:
-        path: the cache's directory; None for the teacher's own.
-        frames: of a video, in pixels' time, of which the first are taken; None for the clips' own.
+        path: the cache's directory, or zip files of latents; None for the teacher's own.
+        frames: of a video, in pixels' time, of which the first are taken; None for the clips' own. Zip files need it,
+            whose samples are of any length.
         num_clips: how many, spread evenly; None for all.
         directory: the teacher's.
         model: the same, opened.
@@ -102,9 +113,12 @@ def open_world_clips(
         if not isinstance(config, MovingCameraDataConfig):
             raise UserError(
                 f"--data is missing: {directory} is no run on clips that are made in memory; name the cache of clips "
-                "with the camera's path, whose first frames and paths the trajectories have"
+                "with the camera's path, or the zip files of latents, whose first frames and paths the trajectories "
+                "have"
             )
         data, identity = MovingCameraData(config), {"clips.made": repr(config)}
+    elif _are_zip_files(Path(path).expanduser()):
+        data, identity = _open_zip_files(path, frames, model, say)
     else:
         cache = CachedData(Path(path).expanduser(), WorldDataConfig())
         _check_cache(cache, model)
@@ -130,6 +144,35 @@ def open_world_clips(
     if taken < own:
         say(f"data: the first {taken} of {own} latent frames of each clip are taken")
     return WorldClips(data, rows, taken, conditions, identity)
+
+
+def _are_zip_files(path: Path) -> bool:
+    """Whether a path is a zip file, or a folder that has some and is no cache."""
+    if not path.is_dir():
+        return path.suffix == ".zip"
+    return not (path / IDENTITY_FILE).is_file() and next(path.rglob("*.zip"), None) is not None
+
+
+def _open_zip_files(path: str, frames: int | None, model: ModelDirectory, say: Say) -> tuple[ZipWorlds, dict[str, Any]]:
+    """Latents of zip files that are long enough, and what identifies them."""
+    camera = CameraShape.of(model.transformer_config, model.autoencoder)
+    if frames is None:
+        raise UserError(
+            f"--frames is missing: the samples of the zip files {path} are of any length; say how many frames of each "
+            "are taken (a preset for published models takes --frames 337)"
+        )
+    wanted = latent_frames(frames, camera.temporal_factor)
+    samples = open_zip_latents(
+        WorldDataConfig(path=path, format="zip_latents"), model.autoencoder.latent_channels, wanted, camera, say
+    )
+    data = ZipWorlds(samples, WorldDataConfig(), camera, wanted, None)
+    say(f"data: {data.describe()}")
+    digest = hashlib.sha256()
+    for sample in samples:
+        captions = [caption.text for caption in sample.captions]
+        path_there = {name: sample.columns[name] for name in CAMERA_COLUMNS if name in sample.columns}
+        digest.update(json.dumps([sample.key, sample.checksum, captions, path_there], default=str).encode())
+    return data, {"clips.zips": digest.hexdigest()[:16], "clips.frames": wanted}
 
 
 def _check_cache(data: CachedData, model: ModelDirectory) -> None:

@@ -12,7 +12,8 @@ from train.data.cached import CachedData
 from train.data.prompt_records import PromptRecords
 from train.data.world.cached import CachedWorlds
 from train.data.world.cameras import CameraShape
-from train.data.world.zip_latents import ZipWorlds, open_zip_latents
+from train.data.world.zip_files import open_zip_latents
+from train.data.world.zip_latents import ZipWorlds
 from train.distributed import on_first_process
 from train.longsana_data import prepare_prompts
 from train.precompute import precompute
@@ -41,7 +42,7 @@ def open_world_data(
         directory = on_first_process(lambda: precompute(config, model, say=say, stop=stop))
         return None if directory is None else CachedWorlds(CachedData(directory, data), camera)
     frames = latent_frames(data.clip_frames, camera.temporal_factor)
-    samples = open_zip_latents(data, model.autoencoder.latent_channels, frames, camera.spatial_factor, say)
+    samples = open_zip_latents(data, model.autoencoder.latent_channels, frames, camera, say)
     texts = [caption.text for sample in samples for caption in sample.captions]
     directory = on_first_process(lambda: prepare_prompts(config, model, texts, say, stop))
     if directory is None:

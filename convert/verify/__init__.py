@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from convert.sources import Choices, Component, Model, open_model
-from convert.verify import loading
+from convert.verify import loading, refiner_pipelines
 from convert.verify.networks import WORLD_MODEL
 from convert.verify.report import Limits, Report, Section, print_section, verdict, write_json
 from sana_jax.compilation import readable_bytes
@@ -162,6 +162,8 @@ def _choose(
         wanted = set(by_name) | set(model.failures) | (set() if reason else {PIPELINE})
     if steps is not None and PIPELINE not in wanted:
         raise UserError(f"--steps {steps} would not be used, since no pipeline is compared; leave it out")
+    if steps is not None and model.index.get("_class_name") in refiner_pipelines.KINDS:
+        raise UserError(f"--steps {steps} would not be used: a refiner's noise levels are given; leave it out")
     return tuple(name for name in COMPONENTS if name in wanted) or tuple(wanted)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from convert.sources import Model
-from convert.verify import loading, world_pipelines
+from convert.verify import loading, refiner_pipelines, world_pipelines
 from convert.verify.comparison import BFLOAT16, whole_rows
 from convert.verify.networks import EXACT, PIXELS_KIND, WHOLE, Inputs, Whole, from_torch, smooth_picture
 from convert.verify.report import Limits, Report, Section, median_ratio_row
@@ -29,6 +29,7 @@ _OURS = {
     "SanaVideoPipeline": "SanaVideoPipeline",
     "SanaImageToVideoPipeline": "SanaImageToVideoPipeline",
     world_pipelines.KIND: "SanaWMPipeline",
+    **dict.fromkeys(refiner_pipelines.KINDS, "SanaWMRefiner"),
 }
 _LATENT_FRAMES = 3  # of a video
 _STATES_LENGTH = 128  # tokens of a prompt of which all layers' states are compared
@@ -191,11 +192,15 @@ def compare_pipeline(
     if steps is None:
         steps = _SPRINT_STEPS if "Sprint" in kind else 3
     dtypes = dict.fromkeys(("float32", dtype))
+    is_refiner = kind in refiner_pipelines.KINDS
+    if (kind == world_pipelines.KIND or is_refiner) and len(prompts) > 1:
+        report(f"note: {kind} makes one video at a time; of {len(prompts)} prompts the first is compared")
     if kind == world_pipelines.KIND:
-        if len(prompts) > 1:
-            report(f"note: {kind} makes one video at a time; of {len(prompts)} prompts the first is compared")
         world = world_pipelines.WorldCase.draw(places, inputs, prompts[0], steps)
         theirs = {name: world_pipelines.run_theirs(world, model, places, name) for name in dtypes}
+    elif is_refiner:
+        refined = refiner_pipelines.RefinerCase.draw(model, places, inputs, prompts[0])
+        theirs = {name: refiner_pipelines.run_theirs(refined, model, places, name) for name in dtypes}
     else:
         case = _Case(kind, inputs, prompts, steps, places["transformer"].component.network.config)
         theirs = {name: _run_theirs(case, model, places, name, fp16_saturation) for name in dtypes}
@@ -203,6 +208,8 @@ def compare_pipeline(
     report(f"pipeline: PyTorch's {kind} took {time.perf_counter() - begin:.1f} s and is freed; ours is read now")
     if kind == world_pipelines.KIND:
         ours = world_pipelines.run_ours(world, model, dtype, variant)
+    elif is_refiner:
+        ours = refiner_pipelines.run_ours(refined, model, dtype, variant)
     else:
         ours = _run_ours(case, model, dtype, variant, fp16_saturation)
     kinds = {name: PIXELS_KIND if name == "pixels" else WHOLE for name in theirs["float32"]}
@@ -360,6 +367,8 @@ def runnable(model: Model, folders: set[str]) -> str | None:
     if kind not in _OURS:
         return f"{model.path} is no pipeline that is known here ({', '.join(_OURS)})"
     needed = {"transformer", "text_encoder", "vae"} | ({"controlnet"} if "ControlNet" in str(kind) else set())
+    if kind in refiner_pipelines.KINDS:
+        needed = set(refiner_pipelines.PARTS)
     if missing := sorted(needed - folders):
         return f"{model.path} has no {', '.join(missing)}"
     return None

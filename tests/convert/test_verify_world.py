@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from convert.engine import import_model
 from convert.inspection import inspect_model
-from convert.verify import verify_model
+from convert.verify import refiner_pipelines, verify_model
 from sana_jax.autoencoders import blockwise
+from sana_jax.errors import UserError
 from sana_jax.nn import camera_attention
 from tests.parity import refiner_oracle, wan_oracle, world_pipeline_oracle
 
@@ -79,7 +82,25 @@ def test_a_refiner(refiner, tmp_path, converted):
         assert part in said
     if not converted:
         assert "encoding" in said  # of the text encoder
-        assert "its pipeline is not compared" in said
+        assert "latents of block 2" in said  # of the pipeline
+
+
+@pytest.mark.prove
+def test_the_pipeline_of_a_refiner(refiner, monkeypatch):
+    """Gemma-3, connectors and the blocks with their window; a fault in the loop alone is named."""
+    fine, said = verify(refiner, "pipeline")
+    assert fine, said
+    for part in ("of 2 prompts the first is compared", "prompt", "latents of block 1", "latents of block 2"):
+        assert part in said
+    with pytest.raises(UserError, match="--steps 3 would not be used: a refiner's noise levels are given"):
+        verify(refiner, "pipeline", steps=3)
+    run = refiner_pipelines.run_ours
+    monkeypatch.setattr(
+        refiner_pipelines, "run_ours", lambda case, *rest: run(dataclasses.replace(case, noise=-case.noise), *rest)
+    )
+    fine, said = verify(refiner, "pipeline")
+    assert not fine
+    assert "latents of block 1" in said.splitlines()[-1]
 
 
 def test_inspect(world, refiner, tmp_path):

@@ -103,6 +103,8 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
         (("--action", "x-8", "--action-scheme", "v2"), ("scheme v2",)),
         (("--c2w", "poses.npy"), ("poses.npy is missing", "--c2w takes")),
         (("--c2w", "broken.npy"), ("broken.npy is no .npy file of numbers",)),
+        (("--c2w", "empty.npy"), ("empty.npy is no .npy file of numbers",)),
+        (("--c2w", "several.npz"), ("several.npz holds arrays by name (c2w, intrinsics)", "numpy.save")),
         (("--c2w", "few.npy", "--frames", 11), ("--frames 11 with a c2w of 9 poses",)),
         (("--c2w", "few.npy", "--action-scheme", "v1"), ("would not be used with c2w",)),
         (("--action", "w-8", "--intrinsics", 1, 2, 3), ("--intrinsics 1 2 3 is not allowed", "fx fy cx cy")),
@@ -118,7 +120,9 @@ def test_mistakes_are_one_line(world_model, tmp_path, capsys, monkeypatch, words
     monkeypatch.chdir(tmp_path)
     picture(30, 50).save("first.png")
     np.save("few.npy", np.tile(np.eye(4), (9, 1, 1)))
+    np.savez("several.npz", c2w=np.eye(4)[None], intrinsics=np.ones(4))
     (tmp_path / "broken.npy").write_text("no")
+    (tmp_path / "empty.npy").touch()
     kept = sorted(entry.name for entry in tmp_path.iterdir())
     common = ("--model", world_model, "--output", "out.mp4", "--image", "first.png")
     error = error_of(capsys, *common, *QUICK, *SIZE, *words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import zipfile
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from configs.serialization import to_dict
 from configs.world_data import WorldDataConfig
 from sana_jax import SanaWMPipeline, SanaWMStreamingPipeline
 from sana_jax.autoencoders import PixelVideoAutoencoder
+from sana_jax.camera import camera_inputs
 from sana_jax.diffusion.samplers import FlowEuler, WorldStreamSampler
 from sana_jax.errors import UserError
 from sana_jax.files import write_json
@@ -26,7 +28,7 @@ from sana_jax.pipelines.model_directory import WORLD_PIPELINE, SamplingDefaults,
 from sana_jax.text_encoders import WordEncoder
 from sana_jax.weights import load_checkpoint_params
 from sana_jax.weights.checkpoints import checkpoint_structure
-from tests.train.data.test_world_data import save_videos
+from tests.train.data.test_world_data import path_of, save_videos
 from tests.train.run_training import assert_same_run, cache_directory, call, in_this_process, left_behind, rows
 from tests.train.test_main_video import words
 from train.data.trajectories import TrajectoriesData
@@ -214,6 +216,37 @@ def test_first_frames_and_cameras_of_a_cache(tmp_path):
     np.testing.assert_array_equal(given.chunk_plucker, expected.conditions["chunk_plucker"][:, :3])
     with pytest.raises(UserError, match="--num-clips 99 is not allowed"):
         open_world_clips(str(cache), None, 99, tmp_path, model)
+
+
+def test_first_frames_and_cameras_of_zip_files(teacher, tmp_path):
+    """Without a cache between: the same latents and the same camera as in the files, another identity for others."""
+    rng, model = np.random.default_rng(0), SanaWMPipeline.from_pretrained(teacher)
+    camera = {"intrinsics": [8.0, 8.0, 4.0, 4.0]}
+    latents = rng.standard_normal((2, 3, 5, 8, 8)).astype(np.float32)
+
+    def save(latents):
+        with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+            for name, own in zip("ab", latents):
+                with archive.open(f"{name}.npz", "w") as member:
+                    np.savez(member, z=own, c2w=path_of(5))
+        (tmp_path / "all.json").write_text(json.dumps({name: {"prompt": f"a {name}", **camera} for name in "ab"}))
+
+    parts, lines = type("Parts", (), {"transformer_config": NETWORK, "autoencoder": model.autoencoder}), []
+    save(latents)
+    clips = open_world_clips(str(tmp_path), 3, None, teacher, parts, lines.append)
+    assert clips.latent_shape == (3, 3, 8, 8)
+    assert clips.captions == ["a a", "a b"]
+    given = clips.given(np.array([1, 2]))
+    np.testing.assert_array_equal(given.frames, np.moveaxis(latents[[1, 0], :, :1], 1, -1))
+    expected = camera_inputs(
+        path_of(5), np.tile(camera["intrinsics"], (5, 1)), height=8, width=8, temporal_factor=1, spatial_factor=1
+    )
+    np.testing.assert_allclose(given.camera_conditions[0], expected.conditions[:3], atol=1e-6)
+    assert any("nothing says whether this model's autoencoder" in line for line in lines)
+    save(latents + 1)
+    assert open_world_clips(str(tmp_path), 3, None, teacher, parts, lines.append).identity != clips.identity
+    with pytest.raises(UserError, match=r"--frames is missing: the samples of the zip files .* are of any length"):
+        open_world_clips(str(tmp_path), None, None, teacher, parts)
 
 
 # What compiles steps and previews takes minutes: `make prove` runs it.

@@ -3,19 +3,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import re
+import subprocess
+import sys
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from configs.lora import LoraConfig
 from configs.schema import ComputeConfig, OptimizerConfig
 from sana_jax import UserError
+from tests.simulated_devices import simulated_devices
 from tests.train.tiny_run import QUICKLY, mesh_config, tiny_config
 from train import main as trainer
-from train.memory import Choice, advice_when_memory_ends, compiled_bytes, out_of_memory_line
+from train import plan
+from train.memory import Activations, Choice, advice_when_memory_ends, compiled_bytes, out_of_memory_line
 from train.plan import ModelShapes, choices, estimated_memory, planned_run, settled
-from train.sharding import make_mesh
+from train.sharding import AXES, make_mesh
 
 NEAR = 0.15
 SMALL_OPTIONS = [
@@ -106,6 +112,66 @@ def test_what_a_change_would_need_is_what_the_compiler_then_reports(option, make
 def test_estimates_without_compiling(make, changes):
     config = make(**changes)
     assert estimated_memory(run_of(config)).total == pytest.approx(needed(config), rel=NEAR)
+
+
+WORLD_OPTIONS = [
+    "--data.photographs=china",
+    "--transformer.num-layers=4",
+    "--transformer.hidden-size=64",
+    "--transformer.num-attention-heads=2",
+    "--transformer.linear-head-dim=32",
+    "--compute.scan-blocks",
+    "--steps=1",
+]
+
+
+def test_a_worlds_frames_are_cut_over_devices(monkeypatch):
+    config = trainer.read_command_line(["moving_camera", *WORLD_OPTIONS])
+    model = ModelShapes(None, 1, 8, "float32", 1)
+    monkeypatch.setattr(plan, "traced_activations", lambda *_: Activations(3000, 1000))
+    found = []
+    for frames in (1, 2):
+        mesh = AbstractMesh((1, 1, 1, frames), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+        found.append(estimated_memory(planned_run(config, model, mesh)))
+    assert found[0].parameters == found[1].parameters > 0
+    assert [memory.activations for memory in found] == [4000, 2000]
+
+
+@pytest.mark.parametrize("preset", ["sana_wm_ode", "sana_wm_self_forcing", "sana_wm_2b_chunk_causal", "finetune_world"])
+def test_published_worlds_are_planned_by_shapes_in_every_stage(preset):
+    """State, batch and what single changes would make of them, of the full size; a student is no LoRA."""
+    name = "Efficient-Large-Model/SANA-WM_bidirectional"
+    config, model = settled(trainer.read_command_line([preset, "--model", name, "--mesh.data=1", "--mesh.context=2"]))
+    mesh = AbstractMesh((1, config.mesh.fsdp, 1, 2), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    run = planned_run(config, model, mesh)
+    camera = run.batch.latents.shape[:2]
+    assert run.batch.conditions["camera_conditions"].shape == (*camera, 20)
+    assert run.batch.conditions["chunk_plucker"].shape == (*camera, 22, 40, 48)
+    found = [option for option, *_ in plan._alternatives(run)]
+    assert "--optimizer.name adamw_8bit" in found
+    assert ("the preset lora_world instead" in found) == (preset == "finetune_world")
+
+
+@pytest.mark.prove
+def test_what_a_change_needs_where_frames_are_cut():
+    """As a user asks, on two simulated devices: the plan's figure for another remat policy is the compiler's own."""
+    words = ["moving_camera", "--plan", "--mesh.context=2", *WORLD_OPTIONS]
+    environment = {**os.environ, "XLA_FLAGS": simulated_devices(2)}
+
+    def planned(*more: str) -> str:
+        command = [sys.executable, "-m", "train.main", *words, *more]
+        done = subprocess.run(command, env=environment, text=True, capture_output=True, timeout=1500, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
+
+    def size_of(pattern: str, text: str) -> float:
+        number, unit = re.search(rf"{pattern} +([\d.]+) (\w?B)", text).groups()
+        return float(number) * {"kB": 1e3, "MB": 1e6, "GB": 1e9}[unit]
+
+    as_it_is, other = planned(), planned("--compute.remat=full")
+    assert size_of("in all", as_it_is) > 1.2 * size_of("in all", other)
+    assert size_of("--compute.remat full", as_it_is) == pytest.approx(size_of("in all", other), rel=NEAR)
+    assert size_of("--compute.remat none", other) == pytest.approx(size_of("in all", as_it_is), rel=NEAR)
 
 
 def test_the_figures_of_a_plan_add_up():

@@ -19,12 +19,14 @@ from train.data.decoding import BadPicture
 from train.data.world.cameras import CameraShape
 from train.data.world.paths import CameraPath, clip_path, frames_shown, path_between, read_path
 from train.data.world.source import open_worlds
-from train.data.world.zip_latents import ZipWorlds, open_zip_latents
+from train.data.world.zip_files import open_zip_latents
+from train.data.world.zip_latents import ZipWorlds
 from train.inspect_data import main as inspect
 
 SIZE, FRAMES = (32, 64), 12
 INTRINSICS = np.array([50.0, 48.0, 31.0, 17.0])
 CHANNELS, LATENTS, FACTORS = 3, (4, 2, 5), (2, 8)  # T, H, W; frames and pixels per latent
+CAMERA_SHAPE = CameraShape(*FACTORS, plucker=True)
 
 
 def path_of(frames: int, seed: int = 0) -> np.ndarray:
@@ -199,8 +201,8 @@ def save_zips(folder) -> dict[str, np.ndarray]:
 def zipped(folder, *, frames: int = 4, **changes) -> tuple[ZipWorlds, str]:
     data = WorldDataConfig(path=str(folder), format="zip_latents", **changes)
     said: list[str] = []
-    samples = open_zip_latents(data, CHANNELS, frames, FACTORS[1], said.append)
-    return ZipWorlds(samples, data, CameraShape(*FACTORS, plucker=True), frames, Prompts()), "\n".join(said)
+    samples = open_zip_latents(data, CHANNELS, frames, CAMERA_SHAPE, said.append)
+    return ZipWorlds(samples, data, CAMERA_SHAPE, frames, Prompts()), "\n".join(said)
 
 
 def test_latents_of_zip_files(tmp_path):
@@ -243,17 +245,67 @@ def test_short_clips_are_filled_up(tmp_path):
     np.testing.assert_array_equal(batch.conditions[CAMERA][2, 2], batch.conditions[CAMERA][2, 1])
 
 
-@pytest.mark.parametrize("wrong", ["channels", "poses", "damaged"])
+def save_bad_zips(folder, method: int) -> None:
+    """One good sample, and one with each fault of a camera beside its latents, or of its own."""
+    poses, latents = path_of(7), np.zeros((CHANNELS, *LATENTS), np.float32)
+    bent = poses.copy()
+    bent[2, :3, :3] *= 1.1
+    good = {"z": latents, "c2w": poses, "intrinsics": INTRINSICS / 2}
+    cases = {
+        "good": good,
+        "narrow": {**good, "intrinsics": INTRINSICS / 2 * [9, 9, 1, 1]},
+        "bent": {**good, "c2w": bent},
+        "few": {**good, "c2w": poses[:5]},
+        "outside": {**good, "intrinsics": INTRINSICS * 9},
+        "none": {"z": latents},
+        "half": {"z": latents, "c2w": poses},
+    }
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "all.zip", "w", method) as archive:
+        for name, arrays in cases.items():
+            with archive.open(f"{name}.npz", "w") as member:
+                np.savez(member, **arrays)
+        archive.writestr("torn.npz", b"PK nothing")
+    (folder / "all.json").write_text(json.dumps({name: {"prompt": "a street"} for name in (*cases, "torn")}))
+
+
+BAD = {
+    "bent": "has a camera that can't be used: c2w of all/bent is not rigid in 1 frames: in frame 2",
+    "few": "has 5 poses for 4 latent frames; allowed are as many, or 7",
+    "outside": "the principal point is outside the image",
+    "none": "has no camera",
+    "half": "has poses and no intrinsics",
+    "torn": "can't be read",
+}
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+def test_bad_samples_of_zip_files_are_named_before_training(tmp_path, capsys, method):
+    """Stopped, left out and counted, or reported by inspect_data: as other damage is. None when it is first read."""
+    save_bad_zips(tmp_path, method)
+    with pytest.raises(UserError, match=r"6 of 8 files are unusable, --data.max-bad-share allows a share of 0.1"):
+        zipped(tmp_path)
+    worlds, said = zipped(tmp_path, max_bad_share=0.8)
+    assert [sample.key for sample in worlds.samples] == ["all/good", "all/narrow"]
+    for name, reason in BAD.items():
+        assert any(f"left out: all/{name}" in line and reason in line for line in said.splitlines()), said
+    assert "1 cameras are unusual, such as: intrinsics: the field of view is" in said
+    worlds.batch(np.arange(2))
+    inspect([str(tmp_path), "--temporal-factor", "2", "--spatial-factor", "8", "--clip-frames", "5"])
+    out = capsys.readouterr().out
+    for name, reason in BAD.items():
+        assert any(f"unusable: all/{name}" in line and reason in line for line in out.splitlines()), out
+    for line in ("usable: 2 of 8", "latents 3 x 4x2x5: 2", "training would stop: 6 of 8 files are unusable"):
+        assert line in out, out
+
+
+@pytest.mark.parametrize("wrong", ["channels", "damaged"])
 def test_zip_files_that_are_refused(tmp_path, wrong):
     save_zips(tmp_path)
     if wrong == "channels":
+        data = WorldDataConfig(path=str(tmp_path), format="zip_latents")
         with pytest.raises(UserError, match=r"has latents of shape \(3, 4, 2, 5\); they are \(7, T, H, W\)"):
-            open_zip_latents(WorldDataConfig(path=str(tmp_path), format="zip_latents"), 7, 4, 8, lambda line: None)
-    elif wrong == "poses":
-        with zipfile.ZipFile(tmp_path / "one.zip", "w") as archive, archive.open("a.npz", "w") as member:
-            np.savez(member, z=np.zeros((CHANNELS, *LATENTS), np.float32), c2w=path_of(5), intrinsics=INTRINSICS / 2)
-        with pytest.raises(UserError, match=r"has 5 poses for 4 latent frames; allowed are as many, or 7"):
-            zipped(tmp_path)[0].batch(np.array([0]))
+            open_zip_latents(data, 7, 4, CAMERA_SHAPE, lambda line: None)
     else:
         (tmp_path / "one.zip").write_bytes(b"nothing")
         with pytest.raises(UserError, match=r"one.zip can't be read"):
