@@ -20,9 +20,9 @@ import jax
 
 from sana_jax.command_line import parse
 from sana_jax.compilation import enable_compilation_cache
-from sana_jax.condition_tokens_files import has_condition_tokens
 from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
+from sana_jax.generate_parts import choose_sampler, load_tokens
 from sana_jax.generate_video import (
     VIDEO_OPTIONS,
     check_output_name,
@@ -71,6 +71,9 @@ _PASSED = {
     "refiner": "refine",
     "refiner_checkpoint": "refiner_options",
     "refiner_stream_blocks": "refine",
+    "guidance_batching": "guidance_batching",
+    "step_cache": "step_cache",
+    "step_cache_error": "step_cache_error",
 }
 # as in diffusers, world models have another name for it
 _FRAMES = ("frames", "num_frames")
@@ -172,6 +175,16 @@ class GenerateConfig:
     timesteps: tuple[float, ...] | None = None
     """SANA-Sprint's angles from noise to 0, one more than steps; None: 1.5708, 1.3, 0 for two steps, else even. Of a
     streamed world, whole numbers from 1000 down; None: the model's own."""
+    guidance_batching: Literal["auto", "batched", "split"] = "auto"
+    """Prompt and negative prompt in one batch, or one after another in less memory; auto: as the device's memory
+    allows."""
+    step_cache: float | None = None
+    """Skips steps at which the network's input changes little: a threshold from 0, which skips none, to be found with
+    --step-cache-error; None: off."""
+    step_cache_error: bool = False
+    """Measures the error that this makes, by taking every step as well."""
+    progress: bool = True
+    """Shows the steps; --no-progress takes them all in one call on the device."""
     instruction: Literal["default", "none"] = "default"
     """Whether the instruction to enrich the prompt, with which SANA was trained, stands before it."""
     max_sequence_length: int | None = None
@@ -201,6 +214,10 @@ class GenerateConfig:
     """Clips linear attention as float16 does, for the original float16 weights."""
     low_memory: bool = False
     """Keeps one network in memory at a time."""
+    quantization: tuple[str, ...] = ()
+    """int8, fp8, int4 or nvfp4 for the transformer, or NETWORK=FORMAT for transformer, text_encoder, autoencoder."""
+    memory: str | None = None
+    """Memory of the device, as 24g, 16g or 12g: chooses what is kept, quantised and tiled so that it is enough."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes a GPU if JAX sees one."""
     enlarge: int = 0
@@ -257,7 +274,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         settings |= of_world
     _announce(config, pipeline, settings)
     number = "num_videos_per_prompt" if is_video else "num_images_per_prompt"
-    fixed = {number: config.num_images, "seed": config.seed, "progress_bar": True}
+    fixed = {number: config.num_images, "seed": config.seed, "progress_bar": config.progress}
     if _grows(pipeline):
         fixed = {"seed": config.seed, **long_video_arguments(config, settings, _metadata(config, settings))}
     elif _is_world(pipeline):
@@ -271,6 +288,8 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     result = results[0]
     stages = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in result.seconds.items() if seconds >= 0.005)
     print(f"sampled in {sum(sum(one.seconds.values()) for one in results):.2f} s ({stages})")
+    if pipeline.memory_plan is not None:
+        print(pipeline.memory_plan.check(getattr(result, "device_bytes", None)))
     settings = {**settings, "sampled_size": f"{result.sampled_size[0]}x{result.sampled_size[1]}"}
     if config.sweep is not None:
         labels = [text for text in config.prompt for _ in range(config.num_images)]
@@ -372,6 +391,8 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
         "variant": config.variant,
         "residency": "one_at_a_time" if config.low_memory else "text_encoder_freed",
         "emulate_fp16_saturation": config.emulate_fp16_saturation,
+        "quantization": config.quantization or None,
+        "memory": config.memory,
     }
     training_run = {"weights": config.weights, "checkpoint_step": config.checkpoint_step}
     if name == "SanaControlNetPipeline":
@@ -389,53 +410,14 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
             "SanaWMStreamingPipeline": world_stream.SanaWMStreamingPipeline,
         }
         pipeline = classes[name].from_pretrained(directory, **options, **training_run)
-    _choose_sampler(config, pipeline)
+    choose_sampler(config, pipeline)
     if config.lora:
         from sana_jax.lora import parse_lora_option
 
         files, weights = zip(*(parse_lora_option(text) for text in config.lora))
         pipeline.load_lora_weights(list(files), weights=list(weights), merge=config.lora_merge)
-    _load_tokens(config, pipeline)
+    load_tokens(config, pipeline)
     return pipeline
-
-
-def _choose_sampler(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
-    """The sampler that is asked for, with the model's flow shift unless another is asked for."""
-    from sana_jax.diffusion.samplers import SAMPLERS, SCM, LongSanaSampler, WorldStreamSampler, make_sampler
-
-    if config.sampler is None and config.flow_shift is None:
-        return
-    if isinstance(pipeline.sampler, SCM | LongSanaSampler | WorldStreamSampler):
-        raise UserError(
-            f"--sampler and --flow-shift would not be used by {type(pipeline).__name__}, which has a sampler of its "
-            "own; leave them out"
-        )
-    name = config.sampler or next(name for name, kind in SAMPLERS.items() if isinstance(pipeline.sampler, kind))
-    shift = pipeline.sampler.flow_shift if config.flow_shift is None else config.flow_shift
-    pipeline.sampler = make_sampler(name, flow_shift=shift)
-
-
-def _load_tokens(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
-    """Token encoders: those that are named, or those beside a LoRA or in the model's directory."""
-    from sana_jax.lora import parse_lora_option
-
-    if not hasattr(pipeline, "load_condition_tokens"):
-        given = {"--condition-tokens": config.condition_tokens, "--image-encoder": config.image_encoder}
-        if unused := [option for option, value in given.items() if value is not None]:
-            raise UserError(f"{', '.join(unused)} would not be used by {type(pipeline).__name__}; leave it out")
-        return
-    places = [parse_lora_option(text)[0] for text in config.lora]
-    beside = [path if path.is_dir() else path.parent for path in map(pathlib.Path, places)]
-    found = [directory for directory in beside if has_condition_tokens(directory)]
-    if config.condition_tokens is not None:
-        pipeline.load_condition_tokens(config.condition_tokens, image_encoder=config.image_encoder)
-    elif found:
-        print(f"token encoders beside the LoRA: {found[0]}")
-        pipeline.load_condition_tokens(found[0], image_encoder=config.image_encoder)
-    elif config.image_encoder is not None:
-        if pipeline.condition_tokens is None:
-            raise UserError("--image-encoder would not be used, since the model has no token encoders; leave it out")
-        pipeline.image_encoder = config.image_encoder
 
 
 def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[str, Any]:
@@ -447,6 +429,8 @@ def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[s
     unused = [name for name in given if passed[name] not in known]
     if not _is_video(pipeline):
         unused += [name for name in VIDEO_OPTIONS if name not in given and getattr(config, name) is not None]
+    if not config.progress and _grows(pipeline):
+        unused.append("no_progress")
     if unused:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         raise UserError(
@@ -456,6 +440,8 @@ def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[s
     arguments = {passed[name]: value for name, value in given.items()}
     if _is_video(pipeline):
         arguments |= video_arguments(config, pipeline)
+    if (plan := pipeline.memory_plan) is not None and plan.guidance_batching != "auto" and "guidance_batching" in known:
+        arguments.setdefault("guidance_batching", plan.guidance_batching)
     if config.instruction == "none":
         arguments["chi_prompt" if "chi_prompt" in known else "complex_human_instruction"] = ()
     if config.condition or config.sweep is not None:
@@ -497,10 +483,13 @@ def picture_settings(config: GenerateConfig, pipeline: SamplingPipeline) -> dict
         "control_scale": config.control_scale,
         "pag_scale": config.pag_scale,
         "pag_layers": config.pag_layers,
+        "step_cache": config.step_cache,
         "lora": ", ".join(config.lora) or None,
         "condition": ", ".join(config.condition) or None,
         "sweep": config.sweep,
         "lora_merge": config.lora_merge or None,
+        "quantization": ", ".join(config.quantization) or None,
+        "memory": config.memory,
         "num_images": config.num_images if config.num_images > 1 else None,
         "variant": config.variant,
         "dtype": str(jax.numpy.dtype(pipeline.transformer.dtype)),

@@ -14,6 +14,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # told, since XLA ends a process over a flag that it does not know. `make prove` compiles as users do.
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+# Tests replace parts of networks, which a program from the disk would not notice.
+os.environ.setdefault("SANA_JAX_EXECUTABLES", "0")
 # One cache of compiled programs for a whole session, for the programs that tests start.
 _OWN_CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

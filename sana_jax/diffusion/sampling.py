@@ -1,26 +1,32 @@
-"""From noise to latents: two loops over the same sampler step.
+"""From noise to latents: loops over the same sampler step.
 
-``sample_scan`` is one ``jax.lax.scan``, for compiling a whole run. ``sample_loop`` steps on the host, so that progress
-can be shown and a run stopped. Both call ``velocity_fn(latents, timestep)``, which closes over the network, its
-parameters, the prompt and the guidance, and both give the same result.
+``sample_scan`` is one ``jax.lax.scan``, for compiling a whole run. ``sample_loop`` steps on the host. Both call
+``velocity_fn(latents, timestep)``, which closes over the network, its parameters, the prompt and the guidance, and both
+give the same result. ``sample_steps`` is what pipelines compile: it takes any steps of a run, all of them in one call
+or one by one with the same program, so that the number of steps, progress and callbacks compile nothing anew.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels.typing import Array, Float, Int, PRNGKeyArray
+from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers.base import Sampler, Schedule
 from sana_jax.errors import UserError
 
 VelocityFunction = Callable[[Float[Array, "B *X"], Float[Array, ""]], Float[Array, "B *X"]]
 StepCallback = Callable[[int, float, Float[Array, "B *X"]], bool | None]
 AmendFunction = Callable[[int, Float[Array, "B *X"]], Float[Array, "B *X"]]
+# (index, latents, memory) -> (velocity, memory for the next step)
+RememberingVelocity = Callable[[Int[Array, ""], Float[Array, "B *X"], PyTree], tuple[Float[Array, "B *X"], PyTree]]
+
+_FEWEST_ROWS = 8  # of the tables that ``pad_steps`` makes
 
 
 def step_noise(key: PRNGKeyArray, index: int | Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "B *X"]:
@@ -116,6 +122,99 @@ def sample_loop(
         if on_step is not None and on_step(index, timesteps[index], state.latents) is False:
             break
     return state
+
+
+class Progress(NamedTuple):
+    """What ``sample_steps`` hands from step to step.
+
+    Attributes:
+        state: the sampler's; its field ``latents`` holds the latents.
+        memory: what the velocity function keeps from step to step; () where it keeps nothing.
+        first_bad: of every sample the first step after which it was not finite; -1 where there was none.
+        next_step: the one after the last step that was taken; 0 before the first.
+    """
+
+    state: Any
+    memory: PyTree
+    first_bad: Int[Array, " B"]
+    next_step: Int[Array, ""]
+
+    def bad_step(self) -> tuple[int, Bool[np.ndarray, " B"]] | None:
+        """The first step after which a sample was not finite, and which samples still were; None if all always were."""
+        first_bad = np.asarray(self.first_bad)
+        if (first_bad < 0).all():
+            return None
+        step = int(first_bad[first_bad >= 0].min())
+        return step, first_bad != step
+
+
+def begin_steps(sampler: Sampler, latents: Float[Array, "B *X"], memory: PyTree = ()) -> Progress:
+    """The progress before the first step. It shares no memory with ``latents``, so that it can be donated."""
+    state = sampler.init(jnp.array(latents, jnp.float32, copy=True))
+    return Progress(state, memory, jnp.full((latents.shape[0],), -1, jnp.int32), jnp.int32(0))
+
+
+def sample_steps(
+    sampler: Sampler,
+    schedule: Schedule,
+    velocity_fn: RememberingVelocity,
+    progress: Progress,
+    start: int | Int[Array, ""],
+    stop: int | Int[Array, ""],
+    *,
+    noise: Float[Array, "n B *X"] | None = None,
+    amend: AmendFunction | None = None,
+) -> Progress:
+    """Takes the steps ``start`` to ``stop - 1``, both of which may be traced, in one loop on the device.
+
+    Args:
+        sampler: one of ``sana_jax.diffusion.samplers``.
+        schedule: ``sampler.schedule(num_inference_steps)``, or that padded by ``pad_steps``.
+        velocity_fn: (index, latents, memory) -> (velocity, memory).
+        progress: of ``begin_steps``, or what an earlier call has returned.
+        start: first step taken.
+        stop: the step before which the loop ends.
+        noise: unit normal, of every step of the schedule, for a stochastic sampler and no other.
+        amend: called after every step as (index, latents); what it returns takes the latents' place.
+
+    Raises:
+        UserError: if noise is missing or superfluous.
+    """
+    if sampler.stochastic != (noise is not None):
+        needs = "needs noise" if sampler.stochastic else "is deterministic and takes no noise"
+        raise UserError(f"{type(sampler).__name__} {needs}; {'give' if sampler.stochastic else 'leave out'} noise=")
+    schedule = jax.tree.map(jnp.asarray, schedule)
+
+    def body(progress):
+        state, memory, first_bad, index = progress
+        velocity, memory = velocity_fn(index, state.latents, memory)
+        state = sampler.step(schedule, state, index, velocity, None if noise is None else noise[index])
+        if amend is not None:
+            state = state._replace(latents=amend(index, state.latents))
+        finite = jnp.isfinite(state.latents).all(axis=tuple(range(1, state.latents.ndim)))
+        first_bad = jnp.where((first_bad < 0) & ~finite, index, first_bad)
+        return Progress(state, memory, first_bad, index + 1)
+
+    begin = progress._replace(next_step=jnp.asarray(start, jnp.int32))
+    return jax.lax.while_loop(lambda progress: progress.next_step < stop, body, begin)
+
+
+def pad_steps(num_inference_steps: int, tables: PyTree) -> PyTree:
+    """Per-step tables, their first axis lengthened to the next power of two of steps, so that programs are shared.
+
+    What is added repeats the last row, and is not read. Tables of n + 1 rows keep the one more.
+
+    Args:
+        num_inference_steps: n.
+        tables: arrays of n or n + 1 rows, such as a ``Schedule`` has.
+    """
+    more = max(_FEWEST_ROWS, 1 << (num_inference_steps - 1).bit_length()) - num_inference_steps
+
+    def pad(table):
+        xp = jnp if isinstance(table, jax.Array) else np
+        return xp.concatenate([table, xp.repeat(table[-1:], more, axis=0)])
+
+    return jax.tree.map(pad, tables)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.component_config import known_fields
+from sana_jax.diffusion.step_caching import Decision, StepCache, decide
 from sana_jax.errors import UserError
 from sana_jax.models.condition_tokens import ConditionTokens, append_tokens, bias_with_tokens
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
@@ -277,7 +278,8 @@ class SanaTransformer(nn.Module):
         controlnet_residuals: Float[Array, "R B N D"] | None = None,
         identity_attention: Bool[Array, "layers B"] | None = None,
         condition_tokens: ConditionTokens | None = None,
-    ) -> Float[Array, "B H W Cout"]:
+        step_cache: StepCache | None = None,
+    ) -> Float[Array, "B H W Cout"] | tuple[Float[Array, "B H W Cout"], StepCache, Decision]:
         """Runs the network.
 
         Args:
@@ -291,9 +293,10 @@ class SanaTransformer(nn.Module):
                 unmixed (perturbed-attention guidance, arXiv 2403.17377).
             condition_tokens: further tokens behind the caption, padding included; they do not count in
                 ``encoder_attention_mask``.
+            step_cache: lets the blocks be skipped, see ``sana_jax.diffusion.step_caching``; None computes them.
 
         Returns:
-            The velocity, in the compute dtype.
+            The velocity, in the compute dtype; with ``step_cache`` also that of the next step, and what was decided.
         """
         cfg = self.config
         if (guidance is not None) != cfg.guidance_embeds:
@@ -330,7 +333,11 @@ class SanaTransformer(nn.Module):
         if tokens is not None:
             bias = bias_with_tokens(encoder_attention_mask, tokens, caption_length)
 
-        x = self._blocks(x, caption, bias, time, grid, controlnet_residuals, identity_attention)
+        block_inputs = (caption, bias, time, grid, controlnet_residuals, identity_attention)
+        if step_cache is None:
+            x, skipping = self._blocks(x, *block_inputs), ()
+        else:
+            x, *skipping = self._blocks_or_residual(x, step_cache, *block_inputs)
 
         table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
         shift, scale = modulation(table, embedding[:, None, :])
@@ -339,7 +346,25 @@ class SanaTransformer(nn.Module):
         x = projection(modulated_norm(x, shift, scale, cfg.norm_eps))
         # Each token holds a (row, column, channel) patch, channels fastest.
         x = x.reshape(batch, *grid, p, p, out_channels).swapaxes(2, 3)
-        return x.reshape(batch, height, width, out_channels)
+        x = x.reshape(batch, height, width, out_channels)
+        return (x, *skipping) if skipping else x
+
+    def _blocks_or_residual(self, x, cache, caption, bias, time, grid, controlnet_residuals, identity):
+        """``_blocks``, or ``x`` and what the blocks last added; with the cache of the next step, and the decision."""
+        table = self.variables["params"]["transformer_blocks"]["scale_shift_table"][0]
+        shift, scale, *_ = modulation(table, time)
+        signal = modulated_norm(x, shift, scale, self.config.norm_eps)
+        decision = decide(cache, signal)
+
+        def compute(network, x):
+            output = network._blocks(x, caption, bias, time, grid, controlnet_residuals, identity)
+            return output, output.astype(jnp.float32) - x.astype(jnp.float32)
+
+        def reuse(network, x):
+            return (x.astype(jnp.float32) + cache.residual).astype(x.dtype), cache.residual
+
+        x, residual = nn.cond(decision.compute, compute, reuse, self, x)
+        return x, cache._replace(signal=signal, residual=residual, accumulated=decision.accumulated), decision
 
     def _blocks(self, x, caption, bias, time, grid, controlnet_residuals, identity):
         """Runs the blocks over ``x``, adding residual i after block i + 1; sows all blocks' outputs, stacked."""

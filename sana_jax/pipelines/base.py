@@ -20,15 +20,18 @@ from sana_jax.autoencoders import Autoencoder
 from sana_jax.compilation import Program, Programs
 from sana_jax.condition_tokens_files import save_condition_tokens
 from sana_jax.contract import Contract
-from sana_jax.diffusion.samplers import Sampler, Schedule
-from sana_jax.diffusion.sampling import AmendFunction, sample_loop
+from sana_jax.diffusion.samplers import Sampler
+from sana_jax.diffusion.sampling import Progress
+from sana_jax.diffusion.step_caching import StepCacheReport
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_directory
 from sana_jax.images import to_pil
 from sana_jax.pipelines.checks import check_finite, check_multiple, not_finite
+from sana_jax.pipelines.denoising import Denoiser
 from sana_jax.pipelines.families import Transformer, abstract_params
 from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, place, to_network_range
 from sana_jax.pipelines.lora import LoraPipeline
+from sana_jax.pipelines.memory_plan import MemoryPlan, fit_memory
 from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.pipelines.opening import open_model, save_model
 from sana_jax.pipelines.residency import (
@@ -42,6 +45,7 @@ from sana_jax.pipelines.residency import (
 )
 from sana_jax.pipelines.resolution import Binning, kept_window, resize_and_crop, size_to_sample
 from sana_jax.pipelines.sampling_function import initial_latents
+from sana_jax.quantization.choice import QuantizationChoice
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights.components import Resident
 
@@ -62,6 +66,7 @@ class SanaPipelineOutput:
         device_bytes: what the transformer's program holds on the device; None where that is not known.
         seconds: of each stage: text, encode, denoise (without compiling), decode.
         sampled_size: height and width in pixels that were sampled, before cropping to what was asked for.
+        step_cache: what step caching did; None where it was not asked for.
     """
 
     images: Any
@@ -70,6 +75,7 @@ class SanaPipelineOutput:
     device_bytes: int | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sampled_size: tuple[int, int] | None = None
+    step_cache: StepCacheReport | None = None
 
 
 class Size(NamedTuple):
@@ -100,6 +106,7 @@ class SamplingPipeline(LoraPipeline):
 
     class_name: ClassVar[str]
     made: ClassVar[str] = "pictures"  # what it makes, for messages
+    memory_plan: MemoryPlan | None = None  # where ``from_pretrained`` was given ``memory``
 
     def __init__(
         self,
@@ -145,6 +152,8 @@ class SamplingPipeline(LoraPipeline):
         checkpoint_step: int | None = None,
         residency: Residency = "text_encoder_freed",
         emulate_fp16_saturation: bool = False,
+        quantization: QuantizationChoice = None,
+        memory: str | None = None,
     ) -> Any:
         """Reads a model directory: a published one (diffusers' layout), a converted one, or a training run.
 
@@ -159,6 +168,11 @@ class SamplingPipeline(LoraPipeline):
             checkpoint_step: of a training run, which checkpoint; the newest by default.
             residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
             emulate_fp16_saturation: clips linear attention as float16 does, for weights that need it.
+            quantization: ``"int8"``, ``"fp8"``, ``"int4"`` or ``"nvfp4"`` for the transformer, or a mapping of networks
+                (``transformer``, ``text_encoder``, ``autoencoder``) to formats: see ``sana_jax.quantization.choice``.
+            memory: of the device, ``"24g"``, ``"16g"``, ``"12g"`` or another number of GB: chooses ``residency``, the
+                decoder's tiling and, unless it is given, ``quantization`` so that it is enough for the model's own
+                size, and prints the plan: see ``sana_jax.pipelines.memory_plan``.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
@@ -173,12 +187,17 @@ class SamplingPipeline(LoraPipeline):
             weights=weights,
             checkpoint_step=checkpoint_step,
             emulate_fp16_saturation=emulate_fp16_saturation,
+            quantization=quantization,
         )
-        return cls._from_model(model, residency)
+        return cls._from_model(model, residency, memory=memory)
 
     @classmethod
-    def _from_model(cls, model: Any, residency: Residency, **networks: Any) -> Any:
+    def _from_model(cls, model: Any, residency: Residency, memory: str | None = None, **networks: Any) -> Any:
         """The pipeline of an opened model; ``networks`` are those that a subclass has beside the transformer."""
+        plan = None
+        if memory is not None:
+            model, plan = fit_memory(model, memory, residency)
+            residency = plan.residency
         pipeline = cls(
             model.transformer,
             model.transformer_weights,
@@ -193,6 +212,7 @@ class SamplingPipeline(LoraPipeline):
             residency=residency,
             **networks,
         )
+        pipeline.memory_plan = plan
         if model.trained_from is not None and model.trained_from.kind == "lora":
             pipeline.add_trained_lora(model)
         return pipeline
@@ -292,47 +312,46 @@ class SamplingPipeline(LoraPipeline):
 
     def _run(
         self,
-        sampler: Sampler,
-        schedule: Schedule,
-        velocity: Callable[[Array, Array], Array],
+        denoiser: Denoiser,
         start: Float[Array, "B *X"],
         *,
-        key: Array | None = None,
-        noise: Any = None,
         start_index: int = 0,
-        amend: AmendFunction | None = None,
         callback: StepEndCallback | None = None,
         progress_bar: bool = False,
         whole: Callable[[Array], Array] | None = None,
-    ) -> Any:
-        """The sampler's state after the last step; raises ``UserError`` naming the first step that is not finite.
+    ) -> Progress:
+        """The progress after the last step; raises ``UserError`` naming the first step that is not finite.
 
-        ``whole`` makes of the latents that are sampled those that a callback sees; None where they are the same.
+        All steps are one call of the compiled program, unless someone looks at each: then they are as many calls of the
+        same program. ``whole`` makes of the latents that are sampled those that a callback sees; None where they are
+        the same.
         """
-        bar = _progress_bar(schedule.num_inference_steps - start_index) if progress_bar else None
-        finite: list[tuple[int, Array]] = []
-
-        def on_step(index: int, timestep: float, latents: Array) -> bool | None:
-            finite.append((index, jnp.isfinite(latents).all(axis=tuple(range(1, latents.ndim)))))
-            if bar is not None:
-                jax.block_until_ready(latents)
-                bar.update()
-            if callback is None:
-                return None
-            shown = latents if whole is None else whole(latents)
-            return _call_back(self, callback, index, timestep, shown)
-
-        try:
-            state = sample_loop(
-                sampler, schedule, velocity, start, key, on_step, noise=noise, start_index=start_index, amend=amend
-            )
-        finally:
-            if bar is not None:
-                bar.close()
-        for index, good in finite:
-            if not good.all():
-                raise not_finite(f"sampling step {index + 1} of {schedule.num_inference_steps}", good, self.made)
-        return jax.block_until_ready(state)
+        schedule = denoiser.denoising.schedule
+        stop = schedule.num_inference_steps
+        progress = denoiser.begin(start)
+        if callback is None and not progress_bar:
+            progress = denoiser(progress, start_index, stop)
+        else:
+            bar = _progress_bar(stop - start_index) if progress_bar else None
+            try:
+                for index in range(start_index, stop):
+                    progress = denoiser(progress, index, index + 1)
+                    if bar is not None:
+                        jax.block_until_ready(progress.first_bad)
+                        bar.update()
+                    if callback is None:
+                        continue
+                    latents = progress.state.latents
+                    shown = latents if whole is None else whole(latents)
+                    if _call_back(self, callback, index, float(schedule.timesteps[index]), shown) is False:
+                        break
+            finally:
+                if bar is not None:
+                    bar.close()
+        bad = progress.bad_step()
+        if bad is not None:
+            raise not_finite(f"sampling step {bad[0] + 1} of {stop}", bad[1], self.made)
+        return jax.block_until_ready(progress)
 
 
 class ImagePipeline(SamplingPipeline):
@@ -455,11 +474,11 @@ class Stopwatch:
         self.seconds[stage] = now - self._begin
         self._begin = now
 
-    def output(self, images: Any, size: Size) -> SanaPipelineOutput:
+    def output(self, images: Any, size: Size, step_cache: StepCacheReport | None = None) -> SanaPipelineOutput:
         """What the pipeline returns."""
         sampling = sum(seconds for stage, seconds in self.seconds.items() if stage != "text")
         return SanaPipelineOutput(
-            images, self.compile_seconds, sampling, self.device_bytes, dict(self.seconds), size.sampled
+            images, self.compile_seconds, sampling, self.device_bytes, dict(self.seconds), size.sampled, step_cache
         )
 
 

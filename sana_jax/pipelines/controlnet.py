@@ -45,6 +45,7 @@ class SanaControlNetPipeline(SanaPipeline):
         *,
         controlnet: str | os.PathLike[str] | None = None,
         residency: Residency = "text_encoder_freed",
+        memory: str | None = None,
         **options: Any,
     ) -> SanaControlNetPipeline:
         """Reads a model with its ControlNet, or a plain model and a ControlNet's own directory.
@@ -53,7 +54,8 @@ class SanaControlNetPipeline(SanaPipeline):
             path: a model directory, as in ``ImagePipeline.from_pretrained``.
             controlnet: the ControlNet's directory if ``path`` is a plain SANA model.
             residency: as in ``ImagePipeline.from_pretrained``.
-            options: ``dtype``, ``variant``, ``emulate_fp16_saturation``, likewise.
+            memory: likewise.
+            options: ``dtype``, ``variant``, ``emulate_fp16_saturation``, ``quantization``, likewise.
 
         Raises:
             FileNotFoundError: a directory or one of its files is missing.
@@ -62,7 +64,7 @@ class SanaControlNetPipeline(SanaPipeline):
         """
         model = open_model(path, cls.class_name, controlnet=controlnet, **options)
         networks = {"controlnet": model.controlnet, "controlnet_params": model.controlnet_weights}
-        return cls._from_model(model, residency, **networks)
+        return cls._from_model(model, residency, memory, **networks)
 
     def check_components(self) -> None:
         """Raises ``UserError`` for a ControlNet that was made for another width or latent."""

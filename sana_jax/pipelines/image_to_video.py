@@ -13,6 +13,7 @@ from sana_jax.diffusion.guidance import ProjectedGuidance
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base import OutputType, Size, StepEndCallback, Stopwatch
 from sana_jax.pipelines.checks import check_finite
+from sana_jax.pipelines.denoising import GuidanceBatching
 from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, read_pictures, to_network_range
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
 from sana_jax.pipelines.resolution import Binning, nearest_bin, video_bins
@@ -55,6 +56,7 @@ class SanaImageToVideoPipeline(VideoPipeline):
         binning: Binning | None = None,
         max_sequence_length: int | None = None,
         complex_human_instruction: Sequence[str] | None = None,
+        guidance_batching: GuidanceBatching = "auto",
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         progress_bar: bool = False,
@@ -89,10 +91,12 @@ class SanaImageToVideoPipeline(VideoPipeline):
             max_sequence_length: prompt tokens that count, where the text encoder has that setting.
             complex_human_instruction: lines put before the prompt, where the text encoder has that setting; empty for
                 none.
+            guidance_batching: ``"batched"`` runs prompt and negative prompt as one batch, ``"split"`` one after another
+                in less memory; ``"auto"`` splits where the one batch does not fit into the device's free memory.
             output_type: ``"pil"``; ``"np"``, (B, F, H, W, 1 or 3) in [0, 1]; or ``"latent"``, (B, C, T, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, C, T, h, w)}) after every step;
                 if it returns False, sampling ends there.
-            progress_bar: shows the steps.
+            progress_bar: shows the steps. Without it and a callback all steps are one call on the device.
 
         Raises:
             UserError: a value that is not allowed, arguments that exclude one another or would not be used, or values
@@ -126,14 +130,14 @@ class SanaImageToVideoPipeline(VideoPipeline):
         watch.end("encode")
 
         start = self._noise(request.latents, count, frames, size, request.seed)[:, 1:]
-        velocity = self._velocity(watch, schedule, start, conditions, scale, request, given)
+        denoiser = self._denoiser(watch, schedule, start, conditions, scale, request, given)
 
         def whole(latents: Array) -> Array:
             return jnp.concatenate([given, latents], axis=1)
 
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
-        state = self._run(self.sampler, schedule, velocity, start, **options)
-        del velocity  # it holds the weights, which would stay in memory with it
+        state = self._run(denoiser, start, **options).state
+        del denoiser  # it holds the weights, which would stay in memory with it
         self._leave(TRANSFORMER)
         watch.end("denoise")
         videos = self._videos(whole(state.latents), size, request.output_type)

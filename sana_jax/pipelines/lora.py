@@ -16,6 +16,7 @@ from sana_jax.errors import UserError
 from sana_jax.lora import Lora, lora_from_tree, lora_tree, merge_lora, read_lora
 from sana_jax.nn.linear import LORA
 from sana_jax.pipelines.families import abstract_params, rules_of
+from sana_jax.quantization.trees import stored_formats
 from sana_jax.weights.components import Resident
 
 
@@ -173,6 +174,8 @@ class LoraPipeline:
         """Lets these act: beside the weights with their weights, or merged, each as ``merged_at`` says."""
         if not merged:
             adapters = {name: adapter._replace(merged_at=1.0) for name, adapter in adapters.items()}
+        if merged:
+            self._check_mergeable()
         active = [(adapter.lora, adapter.acting) for adapter in adapters.values() if adapter.acting]
         tree = lora_tree(active, abstract_params(self.transformer)) if active else None
         if self._weights_without_lora is not None:
@@ -189,6 +192,15 @@ class LoraPipeline:
             return base.take() if tree is None else merge_lora(base.take(), tree)
 
         self.transformer_weights = Resident(base.name, base.num_bytes, read)
+
+    def _check_mergeable(self) -> None:
+        """Raises ``UserError`` where the weights are quantised: what a LoRA adds is smaller than their steps."""
+        weights = self.transformer_weights if self._weights_without_lora is None else self._weights_without_lora
+        if formats := set(stored_formats({} if weights.abstract is None else weights.abstract).values()):
+            raise UserError(
+                f"a LoRA cannot be merged into weights in {', '.join(sorted(formats))}, whose steps are larger than "
+                "most of what it adds; leave merge out: it is then computed beside them"
+            )
 
     def _refuse_merged(self, method: str) -> None:
         if self._weights_without_lora is not None:

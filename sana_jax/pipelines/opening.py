@@ -8,7 +8,7 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,8 @@ from sana_jax.pipelines.model_directory import (
     read_model_directory,
     write_model_directory,
 )
+from sana_jax.quantization.choice import Quantization, QuantizationChoice, parse_quantization
+from sana_jax.quantization.weights import quantized_weights
 from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights import checkpoint_structure, choose_checkpoint, load_checkpoint_params, save_params
 from sana_jax.weights.components import CONVERTED, DIFFUSERS_STEM, Resident, open_component
@@ -84,11 +86,13 @@ def open_model(
     checkpoint_step: int | None = None,
     emulate_fp16_saturation: bool = False,
     controlnet: str | os.PathLike[str] | None = None,
+    quantization: QuantizationChoice = None,
 ) -> OpenModel:
     """Opens a model for a pipeline; arguments and errors as in ``ImagePipeline.from_pretrained``.
 
     ``controlnet`` names a ControlNet's own directory, for a model that comes without one.
     """
+    chosen = parse_quantization(quantization)
     directory = find_model(path, variant)
     if controlnet is not None and (directory / "controlnet").is_dir():
         raise UserError(
@@ -132,7 +136,7 @@ def open_model(
         if (folder / "controlnet").is_dir():
             folder = folder / "controlnet"
         network, network_weights = _open_controlnet(folder, compute_dtype, variant, emulate_fp16_saturation)
-    return OpenModel(
+    opened = OpenModel(
         model.path,
         transformer,
         resident,
@@ -149,6 +153,33 @@ def open_model(
         model.trained_from,
         trained,
     )
+    return quantized_model(opened, chosen)
+
+
+def quantized_model(model: OpenModel, chosen: Mapping[str, Quantization]) -> OpenModel:
+    """The model with its networks' weights quantised as chosen; a line is printed for each.
+
+    Raises:
+        UserError: a network that the model does not have, or what ``quantized_weights`` refuses.
+    """
+    changes: dict[str, Any] = {}
+    for network, choice in chosen.items():
+        if network == "transformer":
+            changes["transformer_weights"] = quantized_weights(model.transformer_weights, choice, network)
+            continue
+        component = getattr(model, network, None)
+        weights = getattr(component, "weights", None)
+        if not isinstance(weights, Resident) or weights.abstract is None:
+            raise UserError(
+                f"quantization {network}={choice.format}: {model.path} has no such network whose weights could be "
+                "quantised; leave it out"
+            )
+        weights = quantized_weights(weights, choice, network)
+        if dataclasses.is_dataclass(component):
+            changes[network] = dataclasses.replace(component, weights=weights)
+        else:
+            component.weights = weights
+    return dataclasses.replace(model, **changes)
 
 
 def _trained_part(model: ModelDirectory, weights: str, checkpoint_step: int | None) -> tuple[PyTree, int, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from sana_jax.diffusion.guidance import (
 from sana_jax.diffusion.samplers import Sampler, Schedule
 from sana_jax.diffusion.samplers.longsana import causal_block_starts
 from sana_jax.diffusion.sampling import VelocityFunction, sample_scan
+from sana_jax.diffusion.step_caching import Decision, StepCache
 from sana_jax.models.condition_tokens import ConditionTokens
 from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.models.sana import SanaTransformer
@@ -58,10 +59,12 @@ class Network(NamedTuple):
         identity: Bool[Array, "layers B"] | None = None,
         control: Control | None = None,
         lora: PyTree | None = None,
-    ) -> Float[Array, "B H W C"]:
+        step_cache: StepCache | None = None,
+    ) -> Float[Array, "B H W C"] | tuple[Float[Array, "B H W C"], StepCache, Decision]:
         """The velocity in float32; ``timestep`` is the sampler's, which the model's ``timestep_scale`` multiplies.
 
-        ``lora`` is the transformer's, a tree beside its parameters; a ControlNet has none.
+        ``lora`` is the transformer's, a tree beside its parameters; a ControlNet has none. With ``step_cache`` also the
+        next step's, and what was decided.
         diffusers leaves ``timestep_scale`` out of its ControlNet and PAG pipelines; here it always applies.
         """
         timesteps = jnp.broadcast_to(timestep * self.transformer.config.timestep_scale, latents.shape[:1])
@@ -79,7 +82,7 @@ class Network(NamedTuple):
                 conditions.mask,
                 control.scale,
             )
-        return self.transformer.apply(
+        result = self.transformer.apply(
             transformer_variables(transformer_params, lora),
             latents,
             conditions.embeds,
@@ -88,7 +91,12 @@ class Network(NamedTuple):
             controlnet_residuals=residuals,
             identity_attention=identity,
             condition_tokens=conditions.tokens,
-        ).astype(jnp.float32)
+            step_cache=step_cache,
+        )
+        if step_cache is None:
+            return result.astype(jnp.float32)
+        velocity, step_cache, decision = result
+        return velocity.astype(jnp.float32), step_cache, decision
 
 
 class VideoNetwork(NamedTuple):
@@ -169,8 +177,10 @@ def guided_velocity(
     pag_scale: float | Float[Array, ""] = 0.0,
     control: Control | Float[Array, "B G H W C"] | None = None,
     lora: PyTree | None = None,
-) -> Float[Array, "B *X C"]:
-    """One step's velocity with classifier-free and perturbed-attention guidance, from one call of the network.
+    split: bool = False,
+    step_cache: StepCache | None = None,
+) -> Any:
+    """One step's velocity (B, ..., C) with classifier-free and perturbed-attention guidance.
 
     The network sees the batch [negative, positive, perturbed], without the parts that are not asked for. The result is
     ``negative + guidance_scale·(positive − negative) + pag_scale·(positive − perturbed)``.
@@ -189,6 +199,11 @@ def guided_velocity(
         pag_scale: read only with ``perturbed_layers``.
         control: read only by a network with a ControlNet; of a video network the frames that are given.
         lora: beside the transformer's parameters; None for none.
+        split: the network sees the parts one after another, which takes the memory of one of them.
+        step_cache: of the whole batch of parts; only for SANA's images, and not with ``split``.
+
+    Returns:
+        The velocity; with ``step_cache`` also the next step's, and what was decided.
     """
     batch = latents.shape[0]
     parts = [positive]
@@ -200,17 +215,51 @@ def guided_velocity(
         chosen = np.isin(np.arange(network.transformer.config.num_layers), perturbed_layers)
         perturbed = np.arange(batch * len(parts)) >= batch * (len(parts) - 1)
         identity = jnp.asarray(chosen[:, None] & perturbed)
-    conditions = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
-    repeated = jnp.concatenate([latents] * len(parts))
-    output = network.velocity(params, repeated, timestep, conditions, identity, control, lora)
-    predictions = jnp.split(output, len(parts))
+    if step_cache is None:
+        predictions, rest = _predictions(network, params, latents, timestep, parts, identity, control, lora, split), ()
+    else:
+        joined = _joined(latents, parts)
+        output, *rest = network.velocity(params, joined[0], timestep, joined[1], identity, control, lora, step_cache)
+        predictions = jnp.split(output, len(parts))
     conditional = predictions[0 if negative is None else 1]
     result = conditional
     if negative is not None:
         result = classifier_free_guidance(predictions[0], conditional, guidance_scale)
     if perturbed_layers:
         result = result + pag_scale * (conditional - predictions[-1])
-    return result
+    return (result, *rest) if rest else result
+
+
+def _joined(latents: Float[Array, "B *X C"], parts: Sequence[Encoded]) -> tuple[Float[Array, "R *X C"], Encoded]:
+    """The latents once for every part, and the parts' conditions, as one batch."""
+    conditions = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+    return jnp.concatenate([latents] * len(parts)), conditions
+
+
+def _predictions(
+    network: Network | VideoNetwork,
+    params: PyTree,
+    latents: Float[Array, "B *X C"],
+    timestep: Float[Array, ""],
+    parts: Sequence[Encoded],
+    identity: Bool[Array, "layers R"] | None,
+    control: Control | Float[Array, "B G H W C"] | None,
+    lora: PyTree | None,
+    split: bool,
+) -> list[Float[Array, "B *X C"]]:
+    """The network's velocity for each of the parts, from one batch of them or one after another."""
+    if not split or len(parts) == 1:
+        joined, conditions = _joined(latents, parts)
+        output = network.velocity(params, joined, timestep, conditions, identity, control, lora)
+        return jnp.split(output, len(parts))
+    stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
+    if identity is not None:
+        identity = jnp.stack(jnp.split(identity, len(parts), axis=1))
+
+    def one(part):
+        return network.velocity(params, latents, timestep, part[0], part[1], control, lora)
+
+    return list(jax.lax.map(one, (stacked, identity)))
 
 
 def projected_velocity(
@@ -226,6 +275,7 @@ def projected_velocity(
     running: Float[Array, "B *X C"],
     given: Float[Array, "B G H W C"] | None = None,
     lora: PyTree | None = None,
+    split: bool = False,
 ) -> tuple[Float[Array, "B *X C"], Float[Array, "B *X C"]]:
     """One step's velocity with adaptive projected guidance, which acts on the clean samples x − sigma·velocity.
 
@@ -234,9 +284,8 @@ def projected_velocity(
     """
     batch = latents.shape[0]
     negative = jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), negative)
-    conditions = jax.tree.map(lambda *arrays: jnp.concatenate(arrays), negative, positive)
-    output = network.velocity(params, jnp.concatenate([latents] * 2), timestep, conditions, None, given, lora)
-    unconditional, conditional = (latents - sigma * half for half in jnp.split(output, 2))
+    halves = _predictions(network, params, latents, timestep, [negative, positive], None, given, lora, split)
+    unconditional, conditional = (latents - sigma * half for half in halves)
     guided, running = projected_guidance(unconditional, conditional, guidance_scale, settings, running)
     return (latents - guided) / sigma, running
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.typing import Array, Float, Int
-from sana_jax.diffusion.samplers import SCM
+from sana_jax.diffusion.samplers import SCM, Schedule
 from sana_jax.diffusion.trigflow import flow_input, sigma_from_angle, trigflow_velocity
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base import (
@@ -22,6 +22,7 @@ from sana_jax.pipelines.base import (
     first_step,
 )
 from sana_jax.pipelines.checks import check_common_options, check_scale, check_text_options
+from sana_jax.pipelines.denoising import Denoiser, Denoising
 from sana_jax.pipelines.image_inputs import read_pictures
 from sana_jax.pipelines.prompts import encode_positive
 from sana_jax.pipelines.residency import TEXT, TRANSFORMER
@@ -144,12 +145,10 @@ class SanaSprintPipeline(ImagePipeline):
             start = jnp.cos(angle) * given * sampler.sigma_data + jnp.sin(angle) * start
             watch.end("encode")
         noise = self._step_noise(step_noise, steps, first, start.shape, seed)
-        velocity = self._velocity(watch, sampler, start, conditions, scale)
-        state = self._run(
-            sampler, schedule, velocity, start, noise=noise, start_index=first, callback=callback_on_step_end,
-            progress_bar=progress_bar,
-        )  # fmt: skip
-        del velocity  # it holds the weights, which would stay in memory with it
+        denoiser = self._denoiser(watch, schedule, start, noise, conditions, scale)
+        options = {"callback": callback_on_step_end, "progress_bar": progress_bar}
+        state = self._run(denoiser, start, start_index=first, **options).state
+        del denoiser  # it holds the weights, which would stay in memory with it
         self._leave(TRANSFORMER)
         watch.end("denoise")
         images = self._output(state.denoised / sampler.sigma_data, size, output_type)
@@ -187,28 +186,40 @@ class SanaSprintPipeline(ImagePipeline):
         given = jnp.transpose(given, (0, 1, 3, 4, 2))
         return jnp.concatenate([jnp.zeros((first, *given.shape[1:])), given])
 
-    def _velocity(
-        self, watch: Stopwatch, sampler: SCM, start: Float[Array, "B H W C"], conditions: Encoded, scale: float
-    ) -> Any:
-        """(latents, angle) -> TrigFlow velocity, compiled."""
-        transformer, sigma_data = self.transformer, sampler.sigma_data
+    def _denoiser(
+        self,
+        watch: Stopwatch,
+        schedule: Schedule,
+        start: Float[Array, "B H W C"],
+        noise: Float[Array, "n B H W C"],
+        conditions: Encoded,
+        scale: float,
+    ) -> Denoiser:
+        """The steps, compiled."""
+        transformer, sigma_data = self.transformer, self.sampler.sigma_data
 
-        def run(params, lora, latents, angle, conditions, guidance):
+        def velocity(params, inputs, step, latents, memory):
+            """The TrigFlow velocity."""
+            (weights, lora), (conditions, guidance), angle = params, inputs, step.timestep
             batch = latents.shape[0]
             network_input = flow_input(latents, angle, sigma_data)
             # The network is told the noise level in [0, 1]; timestep_scale is not for this family.
             output = transformer.apply(
-                transformer_variables(params, lora),
+                transformer_variables(weights, lora),
                 network_input,
                 conditions.embeds,
                 jnp.broadcast_to(sigma_from_angle(angle), (batch,)),
                 jnp.broadcast_to(guidance * transformer.config.guidance_embeds_scale, (batch,)),
                 encoder_attention_mask=conditions.mask,
             )
-            return trigflow_velocity(network_input, output, angle, sigma_data)
+            return trigflow_velocity(network_input, output, angle, sigma_data), memory
 
-        params, lora, one = self.params, self._runtime_lora, jnp.float32(1.0)
+        # The sampler's step reads nothing but sigma_data of its settings, so that all angles share a program.
+        sampler = SCM(sigma_data=sigma_data)
+        inputs = conditions, jnp.float32(scale)
+        denoising = Denoising("sprint", sampler, schedule, velocity, inputs, noise=noise)
         name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
-        program = self.programs.get(name, ("sprint", sigma_data), run, params, lora, start, one, conditions, one)
-        compiled = watch.compiled(program)
-        return lambda latents, angle: compiled(params, lora, latents, angle, conditions, jnp.float32(scale))
+        params = self.params, self._runtime_lora
+        program, denoiser = denoising.compiled(self.programs, name, params, start, transformer)
+        watch.compiled(program)
+        return denoiser

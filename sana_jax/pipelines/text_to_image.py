@@ -5,16 +5,26 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Array, Float, Int
+from sana_jax.compilation import Program
 from sana_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from sana_jax.diffusion.samplers import SCM, Schedule
-from sana_jax.diffusion.sampling import AmendFunction, VelocityFunction
+from sana_jax.diffusion.sampling import Progress, pad_steps
+from sana_jax.diffusion.step_caching import (
+    StepCache,
+    StepCacheMemory,
+    StepCacheReport,
+    check_step_cache,
+    empty_memory,
+    latents_error,
+    required_steps,
+)
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base import (
     ImagePipeline,
@@ -27,6 +37,15 @@ from sana_jax.pipelines.base import (
 )
 from sana_jax.pipelines.checks import check_options, check_text_options
 from sana_jax.pipelines.conditions import ConditionsPipeline
+from sana_jax.pipelines.denoising import (
+    Denoiser,
+    Denoising,
+    GuidanceBatching,
+    Step,
+    StepVelocity,
+    check_guidance_batching,
+    fitting_program,
+)
 from sana_jax.pipelines.image_inputs import mask_at, place, read_mask, read_pictures, to_network_range
 from sana_jax.pipelines.opening import abstract_params
 from sana_jax.pipelines.prompts import encode_negative, encode_positive
@@ -76,6 +95,9 @@ class TextToImageRequest:
     max_sequence_length: int | None = None
     complex_human_instruction: Sequence[str] | None = None
     conditions: Mapping[str, Any] | None = None
+    guidance_batching: GuidanceBatching = "auto"
+    step_cache: float | None = None
+    step_cache_error: bool = False
     output_type: OutputType = "pil"
     callback_on_step_end: StepEndCallback | None = None
     progress_bar: bool = False
@@ -125,6 +147,9 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
         max_sequence_length: int | None = None,
         complex_human_instruction: Sequence[str] | None = None,
         conditions: Mapping[str, Any] | None = None,
+        guidance_batching: GuidanceBatching = "auto",
+        step_cache: float | None = None,
+        step_cache_error: bool = False,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         progress_bar: bool = False,
@@ -161,10 +186,15 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
                 none.
             conditions: by name, for a model with token encoders: a number, a vector (an array or a ``.npy`` file) or
                 a picture, for all prompts or a list of one for each. One that is missing is left open.
+            guidance_batching: ``"batched"`` runs prompt and negative prompt as one batch, ``"split"`` one after another
+                in less memory; ``"auto"`` splits where the one batch does not fit into the device's free memory.
+            step_cache: threshold from 0 below which steps reuse what the network's blocks last added (see
+                ``sana_jax.diffusion.step_caching``). None computes every step. No threshold is recommended: measure.
+            step_cache_error: measures the error that this makes, by running every step as well.
             output_type: ``"pil"``; ``"np"``, (B, H, W, 1 or 3) in [0, 1]; or ``"latent"``, (B, C, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, C, h, w)}) after every step; if
                 it returns False, sampling ends there.
-            progress_bar: shows the steps.
+            progress_bar: shows the steps. Without it and a callback all steps are one call on the device.
 
         Raises:
             UserError: a value that is not allowed, arguments that exclude one another or would not be used, or values
@@ -186,6 +216,9 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
             request.pag_adaptive_scale,
         )
         first = self._first_step(steps, request)
+        guided = is_guided(scale) or bool(guidance.perturbed_layers)
+        check_guidance_batching(request.guidance_batching, guided)
+        self._check_step_cache(request, steps - first)
         pictures = read_pictures(request.image, "image", self._shortest_side)
         mask = None if request.mask_image is None else read_mask(request.mask_image, pictures[0])
         size = self._size(request.height, request.width, request.binning, request.latents, pictures)
@@ -198,13 +231,13 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
 
         count = positive.embeds.shape[0]
         start = noise = self._noise(request.latents, count, size, request.seed)
-        amend = finish = control = None
+        known = finish = control = None
         if pictures is not None:
             given = self._encode_pictures(pictures, count, size, "image")
             sigma = schedule.sigmas[first]
             start = (1 - sigma) * given + sigma * noise
             if mask is not None:
-                amend, finish = _inpainting(mask, pictures[0], size, schedule, given, noise)
+                known, finish = _inpainting(mask, pictures[0], size, given, noise)
         if control_image is not None:
             control = Control(
                 self._encode_pictures(control_image, count, size, "control_image"), jnp.float32(conditioning_scale)
@@ -212,16 +245,23 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
         if pictures is not None or control is not None:
             watch.end("encode")
 
-        velocity = self._velocity(watch, schedule, start, positive, negative, guidance, control, first)
+        if known is None:
+            # Without a mask nothing is kept. The program is that of inpainting, so that both are the same to the bit.
+            known = Known(jnp.ones((1, *start.shape[1:3], 1), jnp.float32), start, start)
+        inputs = Inputs(positive, negative, control, known)
+        denoiser = self._denoiser(watch, schedule, start, inputs, guidance, first, request)
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar}
-        state = self._run(self.sampler, schedule, velocity, start, start_index=first, amend=amend, **options)
-        del velocity  # it holds the weights, which would stay in memory with it
+        progress = self._run(denoiser, start, start_index=first, **options)
+        report = None
+        if request.step_cache is not None:
+            report = self._step_cache_report(request, denoiser, start, progress, first)
+        del denoiser  # it holds the weights, which would stay in memory with it
         self._leave(TRANSFORMER)
         self._leave(CONTROLNET)
         watch.end("denoise")
-        images = self._output(state.latents, size, request.output_type, finish)
+        images = self._output(progress.state.latents, size, request.output_type, finish)
         watch.end("decode")
-        return watch.output(images, size)
+        return watch.output(images, size, report)
 
     # -- what a call asks for ------------------------------------------------------------------------------------
 
@@ -315,39 +355,150 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
 
     # -- the network's program -----------------------------------------------------------------------------------
 
-    def _velocity(
+    def _denoiser(
         self,
         watch: Stopwatch,
         schedule: Schedule,
         start: Float[Array, "B H W C"],
-        positive: Encoded,
-        negative: Encoded | None,
+        inputs: Inputs,
         guidance: Guidance,
-        control: Control | None,
         first: int,
-    ) -> VelocityFunction:
-        """(latents, timestep) -> velocity, compiled once for all steps, numbers of steps and scales."""
-        network, layers = self._network(), guidance.perturbed_layers
+        request: TextToImageRequest,
+    ) -> Denoiser:
+        """The steps, compiled once for all numbers of steps (up to the next power of two), scales and thresholds."""
+        network, layers, caches = self._network(), guidance.perturbed_layers, request.step_cache is not None
+        parts = 1 + (inputs.negative is not None) + bool(layers)
+        tables: tuple = guidance.tables(schedule)
+        memory: Any = ()
+        if caches:
+            steps, config = schedule.num_inference_steps, self.transformer.config
+            tables = (*tables, np.full(steps, request.step_cache, np.float32), required_steps(first, steps))
+            tokens = start.shape[1] * start.shape[2] // config.patch_size**2
+            shape = (parts * start.shape[0], tokens, config.inner_dim)
+            memory = empty_memory(shape, self.transformer.dtype, steps)
+            memory = memory._replace(**pad_steps(steps, {"computed": memory.computed, "changes": memory.changes}))
+        params = self._network_params(), self._runtime_lora
+        name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
 
-        def run(params, lora, latents, timestep, positive, negative, scale, pag_scale, control):
-            return guided_velocity(
-                network, params, latents, timestep, positive, negative, scale, layers, pag_scale, control, lora
+        def compiled(split: bool) -> tuple[Program, Denoiser]:
+            denoising = Denoising(
+                ("image", layers, split, caches),
+                self.sampler,
+                schedule,
+                _step_velocity(network, layers, split, caches),
+                inputs,
+                tables,
+                memory,
+                amend=_keep_known,
+            )
+            return denoising.compiled(self.programs, name, params, start, network)
+
+        program, denoiser = fitting_program(
+            request.guidance_batching, parts > 1, compiled, params, may_split=not caches
+        )
+        watch.compiled(program)
+        return denoiser
+
+    def _check_step_cache(self, request: TextToImageRequest, steps_taken: int) -> None:
+        if request.step_cache is None:
+            if request.step_cache_error:
+                raise UserError(
+                    "step_cache_error would not be used without step_cache; set a threshold or leave it out"
+                )
+            return
+        check_step_cache(request.step_cache, steps_taken)
+        if request.guidance_batching == "split":
+            raise UserError(
+                "step_cache with guidance_batching split is not allowed: steps are skipped for prompt and negative "
+                "prompt together; leave one of them out"
+            )
+        if self._network().controlnet is not None:
+            raise UserError(
+                "step_cache with a ControlNet is not allowed: what it adds changes at every step; leave step_cache out"
             )
 
-        if guidance.interval is not None:
-            scale_in_interval(guidance.scale, 0.0, guidance.interval)  # refuses a bad one before compiling
-        params, lora, one = self._network_params(), self._runtime_lora, jnp.float32(1.0)
-        name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
-        program = self.programs.get(name, layers, run, params, lora, start, one, positive, negative, one, one, control)
-        compiled = watch.compiled(program)
-        # The loop asks once for every step, in order; timesteps may repeat.
-        sigmas = iter(schedule.sigmas[first:])
+    def _step_cache_report(
+        self,
+        request: TextToImageRequest,
+        denoiser: Denoiser,
+        start: Float[Array, "B H W C"],
+        progress: Progress,
+        first: int,
+    ) -> StepCacheReport:
+        """What was skipped, printed; with the error against the same run at threshold 0, if that is asked for."""
+        stop = int(progress.next_step)
+        report = StepCacheReport.of(float(request.step_cache), progress.memory, first, stop)
+        if request.step_cache_error:
+            full = denoiser.with_tables(_without_threshold)(denoiser.begin(start), first, stop)
+            error = latents_error(progress.state.latents, full.state.latents)
+            report = dataclasses.replace(report, error=error)
+        print(report if request.step_cache_error else f"{report} (step_cache_error measures it)")
+        return report
 
-        def velocity(latents: Array, timestep: Array) -> Array:
-            scale, pag_scale = guidance.at(float(timestep), float(next(sigmas)))
-            return compiled(params, lora, latents, timestep, positive, negative, scale, pag_scale, control)
 
-        return velocity
+class Inputs(NamedTuple):
+    """What the network reads at every step beside the latents, and what inpainting keeps."""
+
+    positive: Encoded
+    negative: Encoded | None
+    control: Control | None
+    known: Known
+
+
+class Known(NamedTuple):
+    """Of inpainting: where latents are drawn (1) and kept (0), those that are kept, clean, and the starting noise."""
+
+    mask: Float[Array, "1 H W 1"]
+    latents: Float[Array, "B H W C"]
+    noise: Float[Array, "B H W C"]
+
+
+def _keep_known(inputs: Inputs, step: Step, latents: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """The latents with the part that is kept at the noise level after the step."""
+    mask, given, noise = inputs.known
+    kept = (1 - step.next_sigma) * given + step.next_sigma * noise
+    return jnp.where(mask == 1, latents, mask * latents + (1 - mask) * kept)
+
+
+def _step_velocity(network: Network, layers: tuple[int, ...], split: bool, caches: bool) -> StepVelocity:
+    """``guided_velocity`` as the compiled steps call it, with step caching or without."""
+
+    def plain(params, inputs, step, latents, memory):
+        weights, lora = params
+        scale, pag_scale = step.numbers
+        conditions = inputs.positive, inputs.negative
+        velocity = guided_velocity(
+            network, weights, latents, step.timestep, *conditions, scale, layers, pag_scale, inputs.control, lora, split
+        )
+        return velocity, memory
+
+    def cached(params, inputs, step, latents, memory):
+        weights, lora = params
+        scale, pag_scale, threshold, required = step.numbers
+        cache = StepCache(memory.signal, memory.residual, memory.accumulated, threshold, required)
+        velocity, cache, decision = guided_velocity(
+            network,
+            weights,
+            latents,
+            step.timestep,
+            inputs.positive,
+            inputs.negative,
+            scale,
+            layers,
+            pag_scale,
+            lora=lora,
+            step_cache=cache,
+        )
+        computed = memory.computed.at[step.index].set(decision.compute)
+        changes = memory.changes.at[step.index].set(decision.change)
+        return velocity, StepCacheMemory(cache.signal, cache.residual, cache.accumulated, computed, changes)
+
+    return cached if caches else plain
+
+
+def _without_threshold(tables: tuple) -> tuple:
+    """The tables of a run in which every step is computed, by the same program."""
+    return (*tables[:2], jnp.zeros_like(tables[2]), tables[3])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -360,39 +511,28 @@ class Guidance:
     pag_scale: float
     pag_adaptive_scale: float
 
-    def at(self, timestep: float, sigma: float) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        """The scales of classifier-free and perturbed-attention guidance at a step."""
-        scale = self.scale if self.interval is None else scale_in_interval(self.scale, sigma, self.interval)
-        pag_scale = max(0.0, self.pag_scale - self.pag_adaptive_scale * (NUM_TRAIN_TIMESTEPS - timestep))
-        return jnp.float32(scale), jnp.float32(pag_scale)
+    def tables(self, schedule: Schedule) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+        """The scales of classifier-free and perturbed-attention guidance at every step."""
+        scales = [self.scale] * schedule.num_inference_steps
+        if self.interval is not None:
+            scales = [scale_in_interval(self.scale, float(sigma), self.interval) for sigma in schedule.sigmas[:-1]]
+        lowered = self.pag_adaptive_scale * (NUM_TRAIN_TIMESTEPS - schedule.timesteps.astype(np.float64))
+        return np.asarray(scales, np.float32), np.maximum(0.0, self.pag_scale - lowered).astype(np.float32)
 
 
 def _inpainting(
-    mask: Any,
-    picture: Any,
-    size: Size,
-    schedule: Schedule,
-    given: Float[Array, "B H W C"],
-    noise: Float[Array, "B H W C"],
-) -> tuple[AmendFunction, Any]:
-    """What keeps the unmasked part: of the latents after every step, at its noise level; of the decoded pictures."""
+    mask: Any, picture: Any, size: Size, given: Float[Array, "B H W C"], noise: Float[Array, "B H W C"]
+) -> tuple[Known, Any]:
+    """What keeps the unmasked part: of the latents after every step, and of the decoded pictures."""
     sampled_mask = place(mask_at(mask, *kept_window(size.sampled, size.requested)), size.sampled)
     latent_mask = jnp.asarray(mask_at(sampled_mask, *given.shape[1:3]))[None, :, :, None]
-
-    @jax.jit
-    def blend(latents, sigma):
-        return latent_mask * latents + (1 - latent_mask) * ((1 - sigma) * given + sigma * noise)
-
-    def amend(index: int, latents: Array) -> Array:
-        return blend(latents, jnp.float32(schedule.sigmas[index + 1]))
-
     pixel_mask = mask_at(mask, *size.requested)[None, :, :, None]
     original = to_network_range(picture, *size.requested)
 
     def finish(decoded: np.ndarray) -> np.ndarray:
         return pixel_mask * decoded + (1 - pixel_mask) * original
 
-    return amend, finish
+    return Known(latent_mask, given, noise), finish
 
 
 def _layer_number(layer: int | str) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 from kernels.typing import Array, Float, Int
 from sana_jax.diffusion.guidance import ProjectedGuidance
 from sana_jax.pipelines.base import OutputType, StepEndCallback, Stopwatch
+from sana_jax.pipelines.denoising import GuidanceBatching
 from sana_jax.pipelines.residency import TEXT, TRANSFORMER
 from sana_jax.pipelines.resolution import Binning
 from sana_jax.pipelines.sampling_function import is_guided
@@ -41,6 +42,7 @@ class SanaVideoPipeline(VideoPipeline):
         binning: Binning | None = None,
         max_sequence_length: int | None = None,
         complex_human_instruction: Sequence[str] | None = None,
+        guidance_batching: GuidanceBatching = "auto",
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         progress_bar: bool = False,
@@ -71,10 +73,12 @@ class SanaVideoPipeline(VideoPipeline):
             max_sequence_length: prompt tokens that count, where the text encoder has that setting.
             complex_human_instruction: lines put before the prompt, where the text encoder has that setting; empty for
                 none.
+            guidance_batching: ``"batched"`` runs prompt and negative prompt as one batch, ``"split"`` one after another
+                in less memory; ``"auto"`` splits where the one batch does not fit into the device's free memory.
             output_type: ``"pil"``; ``"np"``, (B, F, H, W, 1 or 3) in [0, 1]; or ``"latent"``, (B, C, T, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, C, T, h, w)}) after every step;
                 if it returns False, sampling ends there.
-            progress_bar: shows the steps.
+            progress_bar: shows the steps. Without it and a callback all steps are one call on the device.
 
         Raises:
             UserError: a value that is not allowed, arguments that exclude one another or would not be used, or values
@@ -95,10 +99,10 @@ class SanaVideoPipeline(VideoPipeline):
         watch.end("text")
 
         start = self._noise(request.latents, conditions[0].embeds.shape[0], frames, size, request.seed)
-        velocity = self._velocity(watch, schedule, start, conditions, scale, request)
+        denoiser = self._denoiser(watch, schedule, start, conditions, scale, request)
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar}
-        state = self._run(self.sampler, schedule, velocity, start, **options)
-        del velocity  # it holds the weights, which would stay in memory with it
+        state = self._run(denoiser, start, **options).state
+        del denoiser  # it holds the weights, which would stay in memory with it
         self._leave(TRANSFORMER)
         watch.end("denoise")
         videos = self._videos(state.latents, size, request.output_type)

@@ -7,19 +7,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Array, Float
 from sana_jax.autoencoders.base import latent_frames, pixel_frames
+from sana_jax.compilation import Program
 from sana_jax.diffusion.guidance import ProjectedGuidance
 from sana_jax.diffusion.samplers import SCM, LongSanaSampler, Schedule
-from sana_jax.diffusion.sampling import VelocityFunction
 from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoTransformer
 from sana_jax.pipelines.base import OutputType, SamplingPipeline, Size, StepEndCallback, Stopwatch
 from sana_jax.pipelines.checks import check_multiple, check_options, check_text_options
 from sana_jax.pipelines.decoding import as_latents, decoded_videos
+from sana_jax.pipelines.denoising import (
+    Denoiser,
+    Denoising,
+    GuidanceBatching,
+    StepVelocity,
+    check_guidance_batching,
+    fitting_program,
+)
 from sana_jax.pipelines.prompts import encode_negative, encode_positive
 from sana_jax.pipelines.residency import AUTOENCODER
 from sana_jax.pipelines.resolution import Binning, resize_and_crop, video_size_to_sample
@@ -28,6 +37,7 @@ from sana_jax.pipelines.sampling_function import (
     VideoNetwork,
     guided_velocity,
     initial_latents,
+    is_guided,
     projected_velocity,
     scale_in_interval,
 )
@@ -83,6 +93,7 @@ class VideoRequest:
     binning: Binning | None = None
     max_sequence_length: int | None = None
     complex_human_instruction: Sequence[str] | None = None
+    guidance_batching: GuidanceBatching = "auto"
     output_type: OutputType = "pil"
     callback_on_step_end: StepEndCallback | None = None
     progress_bar: bool = False
@@ -131,6 +142,7 @@ class VideoPipeline(SamplingPipeline):
         )
         if request.guidance_interval is not None:
             scale_in_interval(scale, 0.0, request.guidance_interval)  # refuses a bad one before any work
+        check_guidance_batching(request.guidance_batching, is_guided(scale))
         return steps, scale
 
     def _prompts(self, request: VideoRequest) -> str | Sequence[str] | None:
@@ -226,7 +238,7 @@ class VideoPipeline(SamplingPipeline):
 
     # -- the network's program -----------------------------------------------------------------------------------
 
-    def _velocity(
+    def _denoiser(
         self,
         watch: Stopwatch,
         schedule: Schedule,
@@ -235,44 +247,36 @@ class VideoPipeline(SamplingPipeline):
         scale: float,
         request: VideoRequest,
         given: Float[Array, "B G H W C"] | None = None,
-    ) -> VelocityFunction:
-        """(latents, timestep) -> velocity, compiled once for all steps, numbers of steps and scales."""
-        network, settings, interval = (
-            VideoNetwork(self.transformer),
-            request.projected_guidance,
-            request.guidance_interval,
-        )
-        params, lora, one = self.params, self._runtime_lora, jnp.float32(1.0)
-
-        def run(params, lora, latents, timestep, sigma, positive, negative, scale, running, given):
-            if settings is None:
-                velocity = guided_velocity(
-                    network, params, latents, timestep, positive, negative, scale, control=given, lora=lora
-                )
-                return velocity, None
-            return projected_velocity(
-                network, params, latents, timestep, sigma, positive, negative, scale, settings, running, given, lora
-            )
-
+    ) -> Denoiser:
+        """The steps, compiled once for all numbers of steps (up to the next power of two) and scales."""
+        network, settings, interval = self._network(), request.projected_guidance, request.guidance_interval
+        scales = [scale] * schedule.num_inference_steps
+        if interval is not None:
+            scales = [scale_in_interval(scale, float(sigma), interval) for sigma in schedule.sigmas[:-1]]
+        guided = conditions[1] is not None
+        params = self.params, self._runtime_lora
         shape = list(start.shape)
-        shape[1] += 0 if given is None else given.shape[1]
+        shape[1] += start_frames(given)
         name = f"the transformer for latents {'x'.join(map(str, shape))}"
-        running = None if settings is None else jnp.zeros_like(start)
-        arguments = (params, lora, start, one, one, *conditions, one, running, given)
-        compiled = watch.compiled(self.programs.get(name, ("video", settings), run, *arguments))
-        # The loop asks once for every step, in order; timesteps may repeat.
-        sigmas = iter(schedule.sigmas)
 
-        def velocity(latents: Array, timestep: Array) -> Array:
-            nonlocal running
-            sigma = float(next(sigmas))
-            acting = scale if interval is None else scale_in_interval(scale, sigma, interval)
-            velocity, running = compiled(
-                params, lora, latents, timestep, jnp.float32(sigma), *conditions, jnp.float32(acting), running, given
+        def compiled(split: bool) -> tuple[Program, Denoiser]:
+            denoising = Denoising(
+                ("video", settings, split),
+                self.sampler,
+                schedule,
+                _step_velocity(network, settings, split),
+                (*conditions, given),
+                np.asarray(scales, np.float32),
+                () if settings is None else jnp.zeros_like(start),
             )
-            return velocity
+            return denoising.compiled(self.programs, name, params, start, network)
 
-        return velocity
+        program, denoiser = fitting_program(request.guidance_batching, guided, compiled, params)
+        watch.compiled(program)
+        return denoiser
+
+    def _network(self) -> VideoNetwork:
+        return VideoNetwork(self.transformer)
 
     # -- frames out ----------------------------------------------------------------------------------------------
 
@@ -298,6 +302,51 @@ class VideoPipeline(SamplingPipeline):
             dict(watch.seconds),
             size.sampled,
         )
+
+
+def start_frames(given: Any) -> int:
+    """Latent frames that stand before those that are sampled."""
+    return 0 if given is None else jax.tree.leaves(given)[0].shape[1]
+
+
+def _step_velocity(network: Any, settings: ProjectedGuidance | None, split: bool) -> StepVelocity:
+    """The guided velocity as the compiled steps call it; projected guidance remembers a sum from step to step."""
+
+    def plain(params, inputs, step, latents, memory):
+        (weights, lora), (positive, negative, given) = params, inputs
+        velocity = guided_velocity(
+            network,
+            weights,
+            latents,
+            step.timestep,
+            positive,
+            negative,
+            step.numbers,
+            control=given,
+            lora=lora,
+            split=split,
+        )
+        return velocity, memory
+
+    def projected(params, inputs, step, latents, memory):
+        (weights, lora), (positive, negative, given) = params, inputs
+        return projected_velocity(
+            network,
+            weights,
+            latents,
+            step.timestep,
+            step.sigma,
+            positive,
+            negative,
+            step.numbers,
+            settings,
+            memory,
+            given,
+            lora,
+            split,
+        )
+
+    return plain if settings is None else projected
 
 
 def frames_of_seconds(seconds: float, fps: float, temporal_factor: int, say: Callable[[str], None] = print) -> int:

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -16,7 +15,6 @@ from sana_jax.autoencoders.base import latent_frames, pixel_frames
 from sana_jax.camera import ActionScheme
 from sana_jax.diffusion.samplers import FlowEuler, Schedule
 from sana_jax.diffusion.samplers.world_refiner import SINK_FRAMES
-from sana_jax.diffusion.sampling import sample_scan
 from sana_jax.errors import UserError
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.base import OutputType, Size, StepEndCallback, Stopwatch
@@ -24,7 +22,7 @@ from sana_jax.pipelines.checks import check_finite, check_multiple
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
 from sana_jax.pipelines.resumed_folder import digest
-from sana_jax.pipelines.sampling_function import Encoded, guided_velocity, is_guided
+from sana_jax.pipelines.sampling_function import Encoded, is_guided
 from sana_jax.pipelines.video_base import VideoPipeline, VideoRequest
 from sana_jax.pipelines.world_inputs import WorldView, camera_path, instruction_lines, one_text, three_axes, view_at
 from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork
@@ -369,43 +367,17 @@ class SanaWMPipeline(VideoPipeline):
         given: WorldGiven,
         request: VideoRequest,
     ) -> Float[Array, "1 N H W C"]:
-        """The latents behind the given frames, clean: all steps in one program, or one by one to be looked at."""
-        network, sampler, params, lora = WorldNetwork(self.transformer), self.sampler, self.params, self._runtime_lora
-        positive, negative = conditions
-        scale = jnp.float32(scale)
-        name = f"for latents {'x'.join(map(str, (1, start.shape[1] + 1, *start.shape[2:])))}"
-
-        def step(params, lora, latents, timestep, positive, negative, scale, given):
-            return guided_velocity(
-                network, params, latents, timestep, positive, negative, scale, control=given, lora=lora
-            )
-
-        if request.callback_on_step_end is None and not request.progress_bar:
-            count = schedule.num_inference_steps
-
-            def run(params, lora, latents, positive, negative, scale, given, schedule):
-                def velocity(latents, timestep):
-                    return step(params, lora, latents, timestep, positive, negative, scale, given)
-
-                return sample_scan(sampler, schedule, velocity, latents).latents
-
-            arguments = (params, lora, start, positive, negative, scale, given, jax.tree.map(jnp.asarray, schedule))
-            program = self.programs.get(f"{count} steps of the transformer {name}", "whole run", run, *arguments)
-            sampled = jax.block_until_ready(watch.compiled(program)(*arguments))
-            check_finite(f"sampling in {count} steps", sampled, self.made)
-            return sampled
-
-        arguments = (params, lora, start, jnp.float32(1.0), positive, negative, scale, given)
-        compiled = watch.compiled(self.programs.get(f"the transformer {name}", "step", step, *arguments))
-
-        def velocity(latents: Array, timestep: Array) -> Array:
-            return compiled(params, lora, latents, timestep, positive, negative, scale, given)
+        """The latents behind the given frames, clean."""
+        denoiser = self._denoiser(watch, schedule, start, conditions, scale, request, given)
 
         def whole(latents: Array) -> Array:
             return jnp.concatenate([given.frames, latents], axis=1)
 
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
-        return self._run(sampler, schedule, velocity, start, **options).latents
+        return self._run(denoiser, start, **options).state.latents
+
+    def _network(self) -> WorldNetwork:
+        return WorldNetwork(self.transformer)
 
 
 def _shown_poses(

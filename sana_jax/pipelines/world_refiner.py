@@ -24,6 +24,7 @@ from sana_jax.models.ltx2_prefix import LTX2Prefix
 from sana_jax.pipelines.base import OutputType
 from sana_jax.pipelines.checks import OUTPUT_TYPES, check_common_options, check_finite
 from sana_jax.pipelines.decoding import as_latents, decoded_videos
+from sana_jax.pipelines.memory_plan import refiner_choices
 from sana_jax.pipelines.residency import (
     AUTOENCODER,
     CONNECTORS,
@@ -45,6 +46,7 @@ from sana_jax.pipelines.world_refiner_blocks import (
 from sana_jax.pipelines.world_refiner_checkpoint import RefinerCheckpoint
 from sana_jax.pipelines.world_refiner_run import BlockEndCallback, RefinerRun, refine_whole
 from sana_jax.pipelines.world_refiner_streamed import STREAMED_BLOCK, StreamedRefinement
+from sana_jax.quantization.choice import QuantizationChoice, parse_quantization
 from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
 from sana_jax.weights.components import Resident
 from sana_jax.weights.streamed import StreamedResident
@@ -138,6 +140,8 @@ class SanaWMRefiner:
         autoencoder: VideoAutoencoder | None = None,
         residency: Residency = "text_encoder_freed",
         stream_blocks: bool = False,
+        quantization: QuantizationChoice = None,
+        memory: str | None = None,
     ) -> SanaWMRefiner:
         """Reads a refiner's directory, as published (diffusers' ``SanaWMLTX2Refiner``) or converted.
 
@@ -151,6 +155,9 @@ class SanaWMRefiner:
             residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
             stream_blocks: keeps the transformer's blocks in host memory and copies each to the device while the one
                 before it computes, so that two of them are there at a time: 1.4 GB of weights in place of 26 GB.
+            quantization: as in ``SanaPipeline.from_pretrained``, for ``transformer``, ``text_encoder``, ``connectors``.
+            memory: of the device, as ``"24g"``: one network at a time, blocks streamed where the transformer does not
+                fit, the text encoder quantised where it does not; see ``sana_jax.pipelines.memory_plan``.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
@@ -160,7 +167,10 @@ class SanaWMRefiner:
         from sana_jax.pipelines.world_refiner_opening import open_refiner
 
         choices = {"dtype": dtype, "variant": variant, "stream_blocks": stream_blocks}
-        found = open_refiner(path, autoencoder=autoencoder, **choices)
+        found = open_refiner(path, autoencoder=autoencoder, **choices, quantization=quantization)
+        if memory is not None:
+            choices |= refiner_choices(found, memory, parse_quantization(quantization))
+            found, residency = open_refiner(path, autoencoder=autoencoder, **choices), "one_at_a_time"
         return cls(**found, residency=residency)
 
     def with_autoencoder(self, autoencoder: VideoAutoencoder) -> SanaWMRefiner:

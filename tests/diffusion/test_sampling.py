@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sana_jax.diffusion.samplers import SCM, DPMSolver, FlowEuler
-from sana_jax.diffusion.sampling import sample_loop, sample_scan, step_noise
+from sana_jax.diffusion.sampling import begin_steps, pad_steps, sample_loop, sample_scan, sample_steps, step_noise
 from sana_jax.errors import UserError
 
 RNG = np.random.default_rng(11)
@@ -164,3 +164,67 @@ def test_bad_runs_are_named(loop):
             loop(euler, euler.schedule(2), velocity_fn, LATENTS, start_index=start)
     with pytest.raises(UserError, match="velocity has shape"):
         loop(euler, euler.schedule(2), lambda latents, timestep: latents[..., :2], LATENTS)
+
+
+# -- the loop that pipelines compile -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sampler", "steps"), [RUNS[1], RUNS[4], RUNS[7]], ids=str)
+def test_any_cut_of_the_steps_is_the_same_run(sampler, steps):
+    """All steps in one call, one by one and in between, by one program: bit for bit; and it is what the loop gives."""
+    noise = jnp.stack([step_noise(KEY, index, LATENTS.shape) for index in range(steps)]) if sampler.stochastic else None
+    tables = pad_steps(steps, jax.tree.map(jnp.asarray, (sampler.schedule(steps), noise)))
+    assert {len(table) for table in (tables[0].timesteps, tables[0].sigmas[1:])} == {8 if steps < 9 else 32}
+    traces = []
+
+    @jax.jit
+    def run(tables, progress, start, stop):
+        traces.append(start)
+        schedule, noise = tables
+
+        def velocity(index, latents, calls):
+            return velocity_fn(latents, schedule.timesteps[index]), calls + 1
+
+        return sample_steps(sampler, schedule, velocity, progress, start, stop, noise=noise)
+
+    def cut(*stops):
+        progress = begin_steps(sampler, LATENTS, jnp.int32(0))
+        for start, stop in zip((0, *stops), (*stops, steps)):
+            progress = run(tables, progress, start, stop)
+        return progress
+
+    whole = cut()
+    for stops in (range(1, steps), (2,)):
+        jax.tree.map(np.testing.assert_array_equal, cut(*stops), whole)
+    assert len(traces) == 1
+    assert (int(whole.memory), int(whole.next_step), whole.bad_step()) == (steps, steps, None)
+    assert_states_equal(whole.state, sample_loop(sampler, sampler.schedule(steps), velocity_fn, LATENTS, noise=noise))
+
+
+def test_the_first_step_that_is_not_finite_is_remembered():
+    sampler = FlowEuler()
+    schedule = sampler.schedule(6)
+    bad = jnp.full((6, 2), 0.0).at[3, 1].set(jnp.nan).at[4, 0].set(jnp.inf)
+
+    def velocity(index, latents, memory):
+        return latents + bad[index][:, None, None, None], memory
+
+    def amend(index, latents):
+        return jnp.where(jnp.isfinite(latents), latents, 0.0) if mends else latents
+
+    for mends in (False, True):
+        done = sample_steps(sampler, schedule, velocity, begin_steps(sampler, LATENTS), 0, 6, amend=amend)
+        step = done.bad_step()
+        if mends:  # what is looked at are the latents that the next step gets
+            assert step is None
+        else:
+            assert step[0] == 3
+            np.testing.assert_array_equal(step[1], [True, False])
+
+
+def test_beginning_shares_no_memory_with_the_latents():
+    given = jnp.asarray(LATENTS)
+    jax.jit(lambda progress: progress, donate_argnums=0)(begin_steps(FlowEuler(), given))
+    np.testing.assert_array_equal(given, LATENTS)
+    with pytest.raises(UserError, match="SCM needs noise; give noise="):
+        sample_steps(SCM(), SCM().schedule(2), lambda i, x, m: (x, m), begin_steps(SCM(), given), 0, 2)

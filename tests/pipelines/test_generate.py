@@ -35,9 +35,10 @@ def test_picture_and_what_is_said(run, pipe, tmp_path, capsys):
     assert "in memory: transformer" in lines[3]
     assert lines[4] == "compiling the transformer for latents 1x8x8x1 ..."
     assert "memory per device" in lines[5]
-    assert "sampled in" in lines[6]
-    assert str(path) in lines[7]
-    assert "enlarged 16 times from 8x8 to 128x128" in lines[7]
+    assert lines[6].startswith("guidance: prompt and negative prompt in one batch")
+    assert "sampled in" in lines[7]
+    assert str(path) in lines[8]
+    assert "enlarged 16 times from 8x8 to 128x128" in lines[8]
     with Image.open(path) as image:
         assert (image.mode, image.size) == ("L", (128, 128))
         np.testing.assert_array_equal(np.asarray(image)[::16, ::16], np.asarray(pipe(PROMPT, seed=3).images[0]))
@@ -166,3 +167,18 @@ def test_library_imports_without_what_it_uses_late():
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_options_of_speed(run, tmp_path, capsys):
+    """All steps in one call, fewer of them computed: what was skipped is said, and stands in the picture."""
+    path = tmp_path / "seven.png"
+    words = ("--model", run.directory, "--prompt", PROMPT, "--out", path, "--steps", 6, "--no-progress")
+    assert call(*words, "--step-cache", 100, "--step-cache-error", "--guidance-batching", "batched") == 0
+    out = capsys.readouterr()
+    assert "guidance: prompt and negative prompt in one batch, as asked for" in out.out
+    assert "step cache 100: 2 of 6 steps were computed; error against computing all of them: " in out.out
+    assert "sampling:" not in out.err  # no progress bar
+    with Image.open(path) as image:
+        assert image.text["step_cache"] == "100.0"
+    assert call(*words, "--step-cache-error") == 2
+    assert "--step-cache-error would not be used without --step-cache" in capsys.readouterr().err

@@ -107,9 +107,9 @@ def test_the_first_step_starts_from_the_noised_picture(euler, monkeypatch):
     """x = (1 - sigma) x0 + sigma noise, of the step that the strength begins with."""
     given, seen, starts, run = picture(HEIGHT, WIDTH), [], [], euler._run
 
-    def spy(sampler, schedule, velocity, start, **options):
+    def spy(denoiser, start, **options):
         starts.append(np.asarray(start).transpose(0, 3, 1, 2))
-        return run(sampler, schedule, velocity, start, **options)
+        return run(denoiser, start, **options)
 
     monkeypatch.setattr(euler, "_run", spy)
     latent(euler, image=given, strength=0.6, latents=START, callback_on_step_end=lambda *a: seen.append(a[1:3]), **OFF)
