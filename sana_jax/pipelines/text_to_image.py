@@ -186,8 +186,7 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
                 none.
             conditions: by name, for a model with token encoders: a number, a vector (an array or a ``.npy`` file) or
                 a picture, for all prompts or a list of one for each. One that is missing is left open.
-            guidance_batching: ``"batched"`` runs prompt and negative prompt as one batch, ``"split"`` one after another
-                in less memory; ``"auto"`` splits where the one batch does not fit into the device's free memory.
+            guidance_batching: ``"batched"`` or, one after another in less memory, ``"split"``; ``"auto"``: what fits.
             step_cache: threshold from 0 below which steps reuse what the network's blocks last added (see
                 ``sana_jax.diffusion.step_caching``). None computes every step. No threshold is recommended: measure.
             step_cache_error: measures the error that this makes, by running every step as well.

@@ -181,4 +181,4 @@ def test_options_of_speed(run, tmp_path, capsys):
     with Image.open(path) as image:
         assert image.text["step_cache"] == "100.0"
     assert call(*words, "--step-cache-error") == 2
-    assert "--step-cache-error would not be used without --step-cache" in capsys.readouterr().err
+    assert "step_cache_error would not be used without step_cache" in capsys.readouterr().err

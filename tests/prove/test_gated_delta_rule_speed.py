@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from kernels.gated_delta_rule.api import IMPLEMENTATIONS
+from kernels.selection import pick
 from tests.benchmarks import gated_delta_rule_cpu
 from tests.benchmarks.sana_cpu import environment
 
@@ -20,6 +20,5 @@ def test_recurrence_beside_torch():
     seconds = {name: [round(value, 3) for value in timing.seconds] for name, timing in measured["timings"].items()}
     told = f"ratios {measured['ratios']}; seconds {seconds}; {environment()}"
     print(told)
-    chosen = "xla"
-    assert chosen in IMPLEMENTATIONS
+    chosen = pick("gated_delta_rule", "cpu").implementation
     assert measured["ratios"][f"torch / {chosen}"] >= TORCH_BESIDE_OURS, told
