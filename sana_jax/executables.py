@@ -26,6 +26,7 @@ import types
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import flax.linen
 import jax
 import numpy as np
 from jax.experimental import serialize_executable
@@ -195,12 +196,18 @@ class ExecutableStore:
     def _make_room(self, newest: pathlib.Path) -> None:
         files = self._files()
         total = sum(size for _, size, _ in files)
+        if total <= LARGEST_TOTAL:
+            return
         for _, size, path in files:
             if total <= LARGEST_TOTAL or path == newest:
                 break
             with contextlib.suppress(OSError):
                 path.unlink()
                 total -= size
+        for link in self.directory.glob(f"*{_LINK}"):
+            with contextlib.suppress(OSError):
+                if not (self.directory / f"{link.read_text().strip()}{_SUFFIX}").exists():
+                    link.unlink()
 
 
 # -- the store of this process ---------------------------------------------------------------------------------------
@@ -259,7 +266,9 @@ def describe(value: Any) -> Any:
         return repr(value)
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [field.name for field in dataclasses.fields(value) if field.name not in ("parent", "name")]
+        # where a module stands in another one says nothing of what it computes
+        left_out = ("parent", "name") if isinstance(value, flax.linen.Module) else ()
+        fields = [field.name for field in dataclasses.fields(value) if field.name not in left_out]
         return [kind, *([name, describe(getattr(value, name))] for name in fields)]
     if isinstance(value, tuple | list):
         return [kind, *map(describe, value)]

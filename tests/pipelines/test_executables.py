@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pathlib
 import re
@@ -156,9 +157,17 @@ def test_the_oldest_go_when_there_is_no_room(store, monkeypatch):
     compiled(Traced(3.0), identity="g")
     assert not oldest.exists()
     assert store.total()[0] == 1
+    assert len(list(store.directory.glob("*.link"))) == 1  # the other led nowhere
     function = Traced()
-    compiled(function, identity="f")  # its link leads nowhere
+    compiled(function, identity="f")
     assert function.count == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """Settings with a name that means something."""
+
+    name: str
 
 
 def test_descriptions():
@@ -171,6 +180,8 @@ def test_descriptions():
     ]
     assert all(describe(other) != describe(network) for other in others)
     assert describe(np.arange(3)) != describe(np.arange(4))
+    assert describe(SanaTransformer(tiny_config(), name="a")) == describe(SanaTransformer(tiny_config(), name="b"))
+    assert describe(Named("a")) != describe(Named("b"))
     assert " at 0x" not in str(describe((network, DPMSolver(), {"a": 1.5, "b": None}, jnp.dtype("bfloat16"))))
     with pytest.raises(Unknown, match="has no description"):
         describe(lambda: None)
