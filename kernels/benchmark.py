@@ -149,7 +149,7 @@ def _first_line(error: Exception) -> str:
 
 def measure(options: argparse.Namespace, say: Callable[[str], None] = print) -> dict[str, Any]:
     """The report of the operations that the options name."""
-    started, picked = time.monotonic(), selection.describe().splitlines()
+    started, picked = time.monotonic(), selection.describe(options.ops).splitlines()
     operations = _operations(options)
     report = environment(f"{PROGRAM} {' '.join(options.argv)}".strip())
     matmul, copied = PEAK_SIZES[options.size]
@@ -269,7 +269,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options = parse_options(sys.argv[1:] if argv is None else argv)
         if options.picks:
-            print(selection.describe())
+            print(selection.describe(_operations(options)))
             return 0
         if options.compare:
             first, second = (read_report(path) for path in options.compare)

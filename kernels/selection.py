@@ -11,7 +11,7 @@ import importlib
 import json
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,9 +123,17 @@ def picks() -> list[Pick]:
     return [pick(op, platform) for op in operations() for platform in PLATFORMS]
 
 
-def describe() -> str:
-    """``picks`` in words, one line each."""
-    return "\n".join(_in_words(found) for found in picks())
+def describe(ops: Collection[str] | None = None) -> str:
+    """``picks`` in words, a line for each that is measured and one for the rest; ``ops`` are those that are wanted."""
+    lines = []
+    for op in operations():
+        if ops is not None and op not in ops:
+            continue
+        found = [pick(op, platform) for platform in PLATFORMS]
+        lines += [_in_words(one) for one in found if one.measurements]
+        if unmeasured := [one.platform for one in found if not one.measurements]:
+            lines.append(f"{op} on {', '.join(unmeasured)}: {DEFAULT} (nothing is measured there)")
+    return "\n".join(lines)
 
 
 def operations() -> dict[str, Mapping[str, Callable]]:
@@ -166,8 +174,6 @@ def parse(rows: list[dict[str, Any]]) -> tuple[Measurement, ...]:
 
 def _in_words(found: Pick) -> str:
     start = f"{found.op} on {found.platform}: {found.implementation}"
-    if not found.measurements:
-        return f"{start} (nothing is measured there)"
     if found.implementation == DEFAULT:
         others = ", ".join(f"{row.implementation} {row.ratio:.2f} x its time" for row in found.measurements)
         return f"{start} (no other was faster in every row: {others})"

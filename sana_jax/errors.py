@@ -5,6 +5,7 @@ Everything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -21,6 +22,10 @@ def run_command_line(main: Callable[[], int | None]) -> None:
     """Runs a command's ``main`` and turns the user's mistakes into one line on stderr and exit status 2."""
     try:
         status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has enough of it, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 141
     except (UserError, FileNotFoundError) as error:
         sys.stdout.flush()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)

@@ -71,6 +71,7 @@ _PASSED = {
     "refiner": "refine",
     "refiner_checkpoint": "refiner_options",
     "refiner_stream_blocks": "refine",
+    "refiner_quantization": "refine",
     "guidance_batching": "guidance_batching",
     "step_cache": "step_cache",
     "step_cache_error": "step_cache_error",
@@ -147,6 +148,8 @@ class GenerateConfig:
     refiner_stream_blocks: bool = False
     """Keeps the refiner's blocks in host memory and copies each to the device while the one before it computes: 1.4 GB
     of weights there in place of 26 GB; slower where copying is."""
+    refiner_quantization: tuple[str, ...] = ()
+    """The same as --quantization, for the refiner's networks: transformer, text_encoder, connectors."""
     sampler: Literal["dpm_solver", "flow_euler"] | None = None
     """How steps are taken; None: as the model says."""
     flow_shift: float | None = None
@@ -215,7 +218,8 @@ class GenerateConfig:
     low_memory: bool = False
     """Keeps one network in memory at a time."""
     quantization: tuple[str, ...] = ()
-    """int8, fp8, int4 or nvfp4 for the transformer, or NETWORK=FORMAT for transformer, text_encoder, autoencoder."""
+    """int8, fp8, int4 or nvfp4 for the transformer, or NETWORK=FORMAT for transformer, text_encoder, autoencoder, of
+    the model itself; a refiner's networks have --refiner-quantization."""
     memory: str | None = None
     """Memory of the device, as 24g, 16g or 12g: chooses what is kept, quantised and tiled so that it is enough."""
     device: Literal["auto", "cpu", "gpu"] = "auto"

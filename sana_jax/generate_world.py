@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-import zipfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +18,9 @@ _PATH = '--action "w-80,jw-40,w-40", or --c2w poses.npy'
 
 def check_world(config: GenerateConfig, *, streams: bool = False) -> None:
     """Raises ``UserError`` for options that a world model lacks or does not have, before its weights are looked at."""
+    from sana_jax.pipelines.world_inputs import refuse_memory
+    from sana_jax.quantization.choice import parse_quantization
+
     if config.image is None:
         raise UserError(f"--image is missing; {config.model} makes videos that begin with a picture: name one")
     if (config.action is None) == (config.c2w is None):
@@ -40,6 +41,11 @@ def check_world(config: GenerateConfig, *, streams: bool = False) -> None:
         )
     if config.refiner_stream_blocks and config.refiner is None:
         raise UserError("--refiner-stream-blocks would not be used without --refiner; name the refiner's directory")
+    if config.refiner_quantization and config.refiner is None:
+        raise UserError("--refiner-quantization would not be used without --refiner; name the refiner's directory")
+    parse_quantization(config.refiner_quantization)
+    if streams:
+        refuse_memory(config.memory)
 
 
 def world_arguments(
@@ -51,12 +57,12 @@ def world_arguments(
         FileNotFoundError: a file is missing.
         UserError: a file that is damaged, or a path that is not allowed.
     """
-    from sana_jax.camera import find_scheme, summarize_trajectory
+    from sana_jax.camera import find_scheme, read_array, summarize_trajectory
     from sana_jax.pipelines.world_inputs import DEFAULT_SCHEME, camera_path
 
     made = dict(arguments)
     num_frames, scheme = made.pop("num_frames", None), made.pop("action_scheme", None)
-    given = None if config.c2w is None else _array(config.c2w, "--c2w", "poses (frames, 4, 4)")
+    given = None if config.c2w is None else read_array(config.c2w, "--c2w", "poses (frames, 4, 4)")
     action = made.pop("action", None)
     path = camera_path(action, given, num_frames, scheme, pipeline.autoencoder.temporal_factor)
     named = None if action is None else find_scheme(DEFAULT_SCHEME if scheme is None else scheme).name
@@ -66,7 +72,8 @@ def world_arguments(
     if config.intrinsics:
         made["intrinsics"] = read_intrinsics_option(config.intrinsics)
     if config.refiner is not None:
-        made["refine"] = _open_refiner(config, pipeline)
+        size = (config.height or pipeline.defaults.height, config.width or pipeline.defaults.width)
+        made["refine"] = _open_refiner(config, pipeline, size)
         made["refiner_options"] = {"seed": config.seed}
         if config.refiner_checkpoint is not None:
             made["refiner_options"]["checkpoint_dir"] = config.refiner_checkpoint
@@ -80,6 +87,7 @@ def world_arguments(
         "c2w": config.c2w,
         "intrinsics": ", ".join(config.intrinsics) or None,
         "refiner": config.refiner,
+        "refiner_quantization": ", ".join(config.refiner_quantization) or None,
     }
     return made, settings
 
@@ -92,7 +100,9 @@ def read_intrinsics_option(words: Sequence[str]) -> np.ndarray:
         UserError: anything else.
     """
     if len(words) == 1 and words[0].endswith(".npy"):
-        return _array(words[0], "--intrinsics", "fx, fy, cx, cy, or matrices (3, 3), for all frames or each")
+        from sana_jax.camera import read_array
+
+        return read_array(words[0], "--intrinsics", "fx, fy, cx, cy, or matrices (3, 3), for all frames or each")
     numbers = [number for word in words for number in word.replace(",", " ").split()]
     try:
         values = np.array([float(number) for number in numbers])
@@ -106,37 +116,23 @@ def read_intrinsics_option(words: Sequence[str]) -> np.ndarray:
     return values
 
 
-def _array(name: str, option: str, holds: str) -> np.ndarray:
-    path = pathlib.Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; {option} takes an .npy file of {holds}")
-    try:
-        found = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is no .npy file of numbers; {option} takes what numpy.save wrote: write it anew"
-        ) from error
-    if not isinstance(found, np.ndarray):  # of an .npz
-        there = ", ".join(found.files) or "none"
-        raise UserError(
-            f"{path} holds arrays by name ({there}), and {option} takes an .npy file of one: write it with "
-            "numpy.save(NAME.npy, numpy.load(FILE)[ARRAY])"
-        )
-    return found
-
-
-def _open_refiner(config: GenerateConfig, pipeline: SanaWMPipeline) -> Any:
+def _open_refiner(config: GenerateConfig, pipeline: SanaWMPipeline, size: tuple[int, int]) -> Any:
     from sana_jax.pipelines.residency import describe_plan
     from sana_jax.pipelines.world_refiner import SanaWMRefiner
 
+    plan = {"residency": pipeline.residency}
+    if config.memory is not None:
+        # what is not read from a file stays where it is, as a training run's weights do
+        held = sum(weights.num_bytes for weights in pipeline.networks.values() if weights is not None and weights.stays)
+        plan = {"memory": config.memory, "frame_size": size, "held_bytes": held}
     refiner = SanaWMRefiner.from_pretrained(
         config.refiner,
         dtype=config.dtype,
         variant=config.variant,
         autoencoder=pipeline.autoencoder,
-        residency=pipeline.residency,
         stream_blocks=config.refiner_stream_blocks,
-        memory=config.memory,
+        quantization=config.refiner_quantization or None,
+        **plan,
     )
     for line in describe_plan(refiner.residency, refiner.networks):
         print(f"in memory for the refiner: {line}")

@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from configs.schema import DigitsDataConfig
 from sana_jax.command_line import parse
 from sana_jax.compilation import enable_compilation_cache
 from sana_jax.devices import choose_device
@@ -60,7 +61,10 @@ def evaluate(config: EvaluateConfig) -> Figures:
     Raises:
         FileNotFoundError, UserError: it is not a run on the digits, or has no checkpoint.
     """
-    dataset = DigitsData(read_config(Path(config.model)).data)
+    trained_on = read_config(Path(config.model)).data
+    if not isinstance(trained_on, DigitsDataConfig):
+        raise UserError(f"--model {config.model} was not trained on the digits; name a run that was")
+    dataset = DigitsData(trained_on)
     digits = sorted(set(dataset.config.digits))
     pipeline = SanaPipeline.from_pretrained(config.model, weights=config.weights)
     images = pipeline(

@@ -11,6 +11,7 @@ interrupted command goes on where it stopped, and leaves the same files. One dev
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -69,13 +70,14 @@ from train.data.video.moving_digits import MovingDigitsData
 from train.objectives.longsana.ode import TRAJECTORY, teacher_levels, teacher_trajectory
 from train.preemption import StopRequest, exit_status
 from train.run_directory import CONFIG_NAME, read_config
-from train.world_clips import WorldClips, camera_arrays, open_world_clips
+from train.world_clips import WorldClips, camera_arrays, open_world_clips, refuse_zip_options, zip_data
 
 PROG = "python -m train.make_trajectories"
 VARIANT = "center"  # the only one that a trajectory has
 # A shard is lost if the process is killed while it is made: at most so many batches, and, where more than one, bytes.
 SHARD_BATCHES, SHARD_BYTES = 16, 64 << 20
 PROMPTS_IN_SHARD = 1024
+_OF_ZIP_FILES = ("axes", "field_of_view", "max_bad_share", "filters")
 
 Say = Callable[[str], None]
 
@@ -96,6 +98,14 @@ class MakeTrajectoriesConfig:
     paths and captions are taken; None: the clips that the teacher was trained on, where these are made in memory."""
     num_clips: int | None = None
     """Of a world model: how many of the clips, spread evenly over them; None: all."""
+    axes: Literal["opencv", "opengl"] = "opencv"
+    """Of zip files: which way their cameras look: along z with y down (opencv), or along -z with y up (opengl)."""
+    field_of_view: float | None = None
+    """Of zip files: degrees that their cameras span across, where they have no intrinsics."""
+    max_bad_share: float = ImageDataConfig.max_bad_share
+    """Of zip files: largest share of samples that may be unusable."""
+    filters: tuple[str, ...] = ()
+    """Of zip files: which samples take part by their scores, each name=low:high, as in dover=0.5: or unimatch=1:30."""
     per_caption: int = 1
     """Trajectories of each prompt, or of each clip."""
     block_frames: int | None = None
@@ -146,6 +156,13 @@ class MakeTrajectoriesConfig:
         allowed = "timesteps that fall, at most 1000 and above 0"
         _require("timesteps", " ".join(map(str, steps)) or "(none)", falls and within, allowed)
         teacher_levels(steps, self.num_steps, self.flow_shift, self.snap)
+        zip_data(self.data, self.zip_options)
+
+    @property
+    def zip_options(self) -> dict[str, Any]:
+        """What is said of zip files that is not the default."""
+        standard = {field.name: field.default for field in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in _OF_ZIP_FILES if getattr(self, name) != standard[name]}
 
 
 def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
@@ -269,6 +286,7 @@ def open_teacher(config: MakeTrajectoriesConfig, directory: Path, say: Say = pri
         return _open_world(config, directory, say)
     for name in ("data", "num_clips", "block_frames"):
         _require(name, getattr(config, name), getattr(config, name) is None, "it for a world model (SANA-WM) alone")
+    refuse_zip_options(config.zip_options)
     model = read_model_directory(directory, "SanaVideoPipeline")
     pipeline = SanaVideoPipeline.from_pretrained(directory, weights=config.weights)
     if model.trained_from is not None and model.trained_from.kind == "lora":
@@ -294,7 +312,7 @@ def _open_world(config: MakeTrajectoriesConfig, directory: Path, say: Say) -> Te
     trained = model.trained_from
     if trained is not None and trained.kind == "lora":
         pipeline.fuse_lora()
-    clips = open_world_clips(config.data, config.frames, config.num_clips, directory, model, say)
+    clips = open_world_clips(config.data, config.frames, config.num_clips, directory, model, say, config.zip_options)
     _, frames, height, width = clips.latent_shape
     starts = None
     if config.block_frames is not None:

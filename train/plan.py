@@ -370,7 +370,11 @@ def choices(run: PlannedRun, measured: Memory | None, only: Container[str] | Non
             continue  # nothing is known of its activations
         else:
             memory = estimated_memory(other)
-            memory = memory._replace(activations=max(0, memory.activations + correction))
+            if mesh == run.mesh:
+                corrected = memory.activations + correction
+            else:  # with a share of the samples goes as large a share of what the estimate is off by
+                corrected = memory.activations * (1 + correction / max(1, as_it_is.activations))
+            memory = memory._replace(activations=max(0, round(corrected)))
         found.append(Choice(option, memory.total, price))
     return found
 

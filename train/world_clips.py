@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,13 @@ from train.networks import network_conditions
 from train.run_directory import CONFIG_NAME, read_config
 
 Say = Callable[[str], None]
+_OPTIONS = {  # of a run, and of make_trajectories, which has no caption for all clips
+    ", or choose --data.caption": "",
+    "--data.path": "--data",
+    "--data.field-of-view": "--field-of-view",
+    "--data.max-bad-share": "--max-bad-share",
+    "--data.filters": "--filters",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,7 @@ def open_world_clips(
     directory: Path,
     model: ModelDirectory,
     say: Say = print,
+    zip_options: Mapping[str, Any] | None = None,
 ) -> WorldClips:
     """The clips of a cache or of zip files, or those that the teacher was trained on, where these are made in memory.
 
@@ -103,11 +112,16 @@ def open_world_clips(
         directory: the teacher's.
         model: the same, opened.
         say: prints a line.
+        zip_options: see ``zip_data``; for zip files alone.
 
     Raises:
         FileNotFoundError, CheckpointError: there is no cache, or it is damaged.
-        UserError: no clips are named, or they have no camera, another autoencoder, or too few frames.
+        UserError: no clips are named, or they have no camera, another autoencoder, or too few frames; or options
+            that would not be used.
     """
+    are_zips = path is not None and _are_zip_files(Path(path).expanduser())
+    if not are_zips:
+        refuse_zip_options(zip_options or {})
     if path is None:
         config = read_config(directory).data if (directory / CONFIG_NAME).is_file() else None
         if not isinstance(config, MovingCameraDataConfig):
@@ -117,8 +131,8 @@ def open_world_clips(
                 "have"
             )
         data, identity = MovingCameraData(config), {"clips.made": repr(config)}
-    elif _are_zip_files(Path(path).expanduser()):
-        data, identity = _open_zip_files(path, frames, model, say)
+    elif are_zips:
+        data, identity = _open_zip_files(path, frames, model, zip_options or {}, say)
     else:
         cache = CachedData(Path(path).expanduser(), WorldDataConfig())
         _check_cache(cache, model)
@@ -153,7 +167,44 @@ def _are_zip_files(path: Path) -> bool:
     return not (path / IDENTITY_FILE).is_file() and next(path.rglob("*.zip"), None) is not None
 
 
-def _open_zip_files(path: str, frames: int | None, model: ModelDirectory, say: Say) -> tuple[ZipWorlds, dict[str, Any]]:
+def zip_data(path: str | None, options: Mapping[str, Any]) -> WorldDataConfig:
+    """How zip files of latents are read: ``options`` are ``axes``, ``field_of_view``, ``max_bad_share``, ``filters``.
+
+    Raises:
+        UserError: a value that is not allowed.
+    """
+    with _own_options():
+        return WorldDataConfig(path=path, format="zip_latents", **options)
+
+
+@contextlib.contextmanager
+def _own_options() -> Iterator[None]:
+    """Messages about data name the options of a run; here they name those of ``train.make_trajectories``."""
+    try:
+        yield
+    except (UserError, FileNotFoundError) as error:
+        raise (UserError if isinstance(error, UserError) else FileNotFoundError)(_own_words(str(error))) from error
+
+
+def _own_words(line: str) -> str:
+    for theirs, own in _OPTIONS.items():
+        line = line.replace(theirs, own)
+    return line
+
+
+def refuse_zip_options(options: Mapping[str, Any]) -> None:
+    """Raises ``UserError`` if there are any: the trajectories' clips are not of zip files."""
+    for name, value in options.items():
+        shown = " ".join(value) if isinstance(value, tuple) else value
+        raise UserError(
+            f"--{name.replace('_', '-')} {shown} would not be used; it is for zip files of latents, of which a world "
+            "model's clips may be: leave it out"
+        )
+
+
+def _open_zip_files(
+    path: str, frames: int | None, model: ModelDirectory, options: Mapping[str, Any], say: Say
+) -> tuple[ZipWorlds, dict[str, Any]]:
     """Latents of zip files that are long enough, and what identifies them."""
     camera = CameraShape.of(model.transformer_config, model.autoencoder)
     if frames is None:
@@ -162,17 +213,20 @@ def _open_zip_files(path: str, frames: int | None, model: ModelDirectory, say: S
             "are taken (a preset for published models takes --frames 337)"
         )
     wanted = latent_frames(frames, camera.temporal_factor)
-    samples = open_zip_latents(
-        WorldDataConfig(path=path, format="zip_latents"), model.autoencoder.latent_channels, wanted, camera, say
-    )
-    data = ZipWorlds(samples, WorldDataConfig(), camera, wanted, None)
+    config = zip_data(path, options)
+    with _own_options():
+        channels = model.autoencoder.latent_channels
+        samples = open_zip_latents(config, channels, wanted, camera, lambda line: say(_own_words(line)))
+    data = ZipWorlds(samples, config, camera, wanted, None)
     say(f"data: {data.describe()}")
     digest = hashlib.sha256()
     for sample in samples:
         captions = [caption.text for caption in sample.captions]
         path_there = {name: sample.columns[name] for name in CAMERA_COLUMNS if name in sample.columns}
         digest.update(json.dumps([sample.key, sample.checksum, captions, path_there], default=str).encode())
-    return data, {"clips.zips": digest.hexdigest()[:16], "clips.frames": wanted}
+    # the digest says which samples take part; these say what their cameras are read as
+    read_as = {f"clips.{name}": options[name] for name in ("axes", "field_of_view") if name in options}
+    return data, {"clips.zips": digest.hexdigest()[:16], "clips.frames": wanted, **read_as}
 
 
 def _check_cache(data: CachedData, model: ModelDirectory) -> None:

@@ -7,6 +7,7 @@ cx, cy in pixels.
 from __future__ import annotations
 
 from sana_jax.camera.actions import MOTION_AXES, SCHEMES, ActionScheme, Smoothing, find_scheme, parse_action
+from sana_jax.camera.files import read_array
 from sana_jax.camera.intrinsics import (
     ResizeAndCrop,
     field_of_view,
@@ -66,6 +67,7 @@ __all__ = [
     "plan_resize_and_crop",
     "plucker_map",
     "ray_matrices",
+    "read_array",
     "read_intrinsics",
     "relative_poses",
     "scale_intrinsics",

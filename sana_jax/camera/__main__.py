@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from sana_jax.camera.actions import find_scheme
+from sana_jax.camera.files import read_array
 from sana_jax.camera.plot import draw_trajectory
 from sana_jax.camera.trajectories import action_to_c2w, check_poses, snap_frames, summarize_trajectory
 from sana_jax.command_line import parse
@@ -101,15 +102,7 @@ def _file_path(config: CameraConfig) -> tuple[Float[np.ndarray, "F 4 4"], str]:
             name = field.name.replace("_", "-")
             raise UserError(f"--{name} {value} would not be used with --c2w; it is for actions: leave it out")
     path = pathlib.Path(config.c2w)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; --c2w takes an .npy file of poses (frames, 4, 4)")
-    try:
-        poses = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} is no .npy file of numbers; --c2w takes what numpy.save wrote: write it anew"
-        ) from error
-    c2w = check_poses(poses, str(path))
+    c2w = check_poses(read_array(path, "--c2w", "poses (frames, 4, 4)"), str(path))
     if config.num_frames not in (None, len(c2w)):
         raise UserError(
             f"{path} has {len(c2w)} frames, not the {config.num_frames} that --num-frames asks for; leave it out, or "

@@ -32,7 +32,8 @@ _EXAMPLE = "w-80,dw-40,none-8"
 
 
 def _require(name: str, value: float, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    fits = isinstance(value, numbers.Real) and math.isfinite(value) and low <= value <= high
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    fits = number and math.isfinite(value) and low <= value <= high
     if not fits or (open_low and value == low):
         upper = "" if math.isinf(high) else f" to {high:g}"
         raise UserError(

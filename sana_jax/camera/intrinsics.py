@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,10 +24,12 @@ NARROWEST_FIELD, WIDEST_FIELD = 25.0, 120.0  # degrees: what is outside was hard
 _FORMS = "(4,), (3, 3), (frames, 4) or (frames, 3, 3)"
 
 
-def read_intrinsics(intrinsics: Any, num_frames: int, height: int, width: int) -> Float[np.ndarray, "F 4"]:
+def read_intrinsics(
+    intrinsics: Any, num_frames: int, height: int, width: int, say: Callable[[str], None] = print
+) -> Float[np.ndarray, "F 4"]:
     """Intrinsics in any of the four forms -> (F, 4).
 
-    Prints one line where there are more frames than needed, and one where the field of view is outside 25 to 120
+    Says one line where there are more frames than needed, and one where the field of view is outside 25 to 120
     degrees.
 
     Args:
@@ -35,6 +38,7 @@ def read_intrinsics(intrinsics: Any, num_frames: int, height: int, width: int) -
         num_frames: F.
         height: of the picture that they belong to, in pixels.
         width: the same.
+        say: prints a line.
 
     Returns:
         float32 fx, fy, cx, cy of every frame, in pixels of that picture.
@@ -60,10 +64,10 @@ def read_intrinsics(intrinsics: Any, num_frames: int, height: int, width: int) -
             f"{_FORMS} with {num_frames} frames or more: give one for every frame, or one for all"
         )
     elif len(values) > num_frames:
-        print(f"intrinsics: the first {num_frames} of {len(values)} frames are taken")
+        say(f"intrinsics: the first {num_frames} of {len(values)} frames are taken")
         values = values[:num_frames]
     _check_values(values, height, width)
-    _warn_of_field(values, height, width)
+    _warn_of_field(values, height, width, say)
     return values.astype(np.float32)
 
 
@@ -110,13 +114,13 @@ def _check_values(values: np.ndarray, height: int, width: int) -> None:
     )
 
 
-def _warn_of_field(values: np.ndarray, height: int, width: int) -> None:
+def _warn_of_field(values: np.ndarray, height: int, width: int, say: Callable[[str], None]) -> None:
     fields = field_of_view(values, height, width)
     wider = fields.max(1)
     wrong = (wider < NARROWEST_FIELD) | (wider > WIDEST_FIELD)
     if wrong.any():
         frame = int(np.flatnonzero(wrong)[0])
-        print(
+        say(
             f"intrinsics: the field of view is {fields[frame, 0]:.1f} x {fields[frame, 1]:.1f} degrees (frame {frame}),"
             f" outside {NARROWEST_FIELD:g} to {WIDEST_FIELD:g}: are fx and fy in pixels of the {width}x{height} image?"
         )

@@ -13,6 +13,8 @@ import numpy as np
 from sana_jax.camera.trajectories import check_poses, summarize_trajectory
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from PIL import Image, ImageDraw
 
     from kernels.typing import Float
@@ -48,7 +50,9 @@ _VIEWS = (
 )
 
 
-def draw_trajectory(c2w: Float[np.ndarray, "F 4 4"], title: str = "") -> Image.Image:
+def draw_trajectory(
+    c2w: Float[np.ndarray, "F 4 4"], title: str = "", say: Callable[[str], None] = print
+) -> Image.Image:
     """Draws a trajectory from above and from the side, both in one scale, in units of the poses.
 
     Blue cameras are early, orange ones late; each opens towards where it looks. Start and end are marked.
@@ -56,13 +60,14 @@ def draw_trajectory(c2w: Float[np.ndarray, "F 4 4"], title: str = "") -> Image.I
     Args:
         c2w: camera-to-world matrices with OpenCV's axes.
         title: the line on top; the trajectory's numbers come below it.
+        say: prints a line, see ``check_poses``.
 
     Raises:
         UserError: poses that are not (F, 4, 4), finite and rigid.
     """
     from PIL import Image, ImageDraw
 
-    poses = check_poses(c2w).astype(np.float64)
+    poses = check_poses(c2w, say=say).astype(np.float64)
     width = 2 * (_MARGIN_LEFT + _PANEL[0] + _MARGIN_RIGHT)
     height = _HEADER + _MARGIN_TOP + _PANEL[1] + _MARGIN_BOTTOM
     large = (width * _DRAWN_LARGER, height * _DRAWN_LARGER)

@@ -15,7 +15,7 @@ from sana_jax.camera.actions import MOTION_AXES, ActionScheme, find_scheme, pars
 from sana_jax.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kernels.typing import Float
 
@@ -128,10 +128,11 @@ def action_to_c2w(
     rotation_speed: float | None = None,
     pitch_limit: float | None = None,
     smooth: bool | None = None,
+    say: Callable[[str], None] = print,
 ) -> Float[np.ndarray, "F 4 4"]:
     """The poses of an action string: one more than it holds keys for, since frame 0 is the image.
 
-    Prints one line for keys that cancel each other out, and one where the limit of pitch acts.
+    Says one line for keys that cancel each other out, and one where the limit of pitch acts.
 
     Args:
         action: see ``parse_action``.
@@ -141,6 +142,7 @@ def action_to_c2w(
         rotation_speed: degrees per frame instead of the scheme's.
         pitch_limit: degrees instead of the scheme's.
         smooth: whether speeds are smoothed, instead of as the scheme does.
+        say: prints a line.
 
     Returns:
         float32 camera-to-world matrices; the first is the identity.
@@ -159,7 +161,7 @@ def action_to_c2w(
     held = parse_action(action, scheme, num_frames=num_frames)
     motion, limited = _motion(held, scheme)
     for notice in _notices(held, limited, scheme):
-        print(notice)
+        say(notice)
     return integrate_motion(motion, heading_epsilon=scheme.heading_epsilon)
 
 
@@ -209,12 +211,15 @@ def opengl_to_opencv(c2w: Float[np.ndarray, "F 4 4"]) -> Float[np.ndarray, "F 4 
     return np.asarray(c2w) * np.array([1, -1, -1, 1], np.asarray(c2w).dtype)
 
 
-def check_poses(c2w: Float[np.ndarray, "F 4 4"], name: str = "c2w") -> Float[np.ndarray, "F 4 4"]:
-    """Poses that are given, if they are (F, 4, 4), finite and rigid; prints one line where steps are very long.
+def check_poses(
+    c2w: Float[np.ndarray, "F 4 4"], name: str = "c2w", say: Callable[[str], None] = print
+) -> Float[np.ndarray, "F 4 4"]:
+    """Poses that are given, if they are (F, 4, 4), finite and rigid; says one line where steps are very long.
 
     Args:
         c2w: camera-to-world matrices with OpenCV's axes (see ``opengl_to_opencv``); the first may be any.
         name: what messages call it.
+        say: prints a line.
 
     Returns:
         The same, float64 where it was given so, else float32.
@@ -245,7 +250,7 @@ def check_poses(c2w: Float[np.ndarray, "F 4 4"], name: str = "c2w") -> Float[np.
     _check_rotations(poses[:, :3, :3], name)
     steps = np.linalg.norm(np.diff(poses[:, :3, 3], axis=0), axis=1)
     if len(steps) and steps.max() > _LONGEST_STEP:
-        print(
+        say(
             f"{name}: the camera moves {steps.max():.3g} units to frame {int(steps.argmax()) + 1}; action strings move "
             "0.025 to 0.05 per frame: are the units metres?"
         )

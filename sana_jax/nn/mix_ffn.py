@@ -12,9 +12,12 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.depthwise_conv import depthwise_conv2d
 from kernels.mix_ffn import mix_ffn
+from kernels.selection import DEFAULT, PLATFORMS, pick
 from kernels.split_frames import all_frames, earlier_frames, later_frames, own_part
 from kernels.typing import Array, Float
+from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
 from sana_jax.nn.linear import Linear
 
@@ -35,17 +38,27 @@ class GLUMBConv(nn.Module):
 
 
 def _gated_bottleneck(x: Float[Array, "B H W D"], hidden: int, dtype: Any) -> Float[Array, "B H W D"]:
-    """The layers of ``GLUMBConv``, made in the module that calls this."""
+    """The layers of ``GLUMBConv``, made in the module that calls this.
+
+    One after another, so that each can be looked at, unless a measurement says that their middle is faster as one
+    operation somewhere.
+    """
     features, wide = x.shape[-1], 2 * hidden
+    fused = any(pick("mix_ffn", platform).implementation != DEFAULT for platform in PLATFORMS)
     inverted = Linear(
         wide,
         dtype=dtype,
         kernel_init=torch_uniform(features),
         bias_init=torch_uniform(features),
-        bias_apart=True,
+        bias_apart=fused,
         name="conv_inverted",
-    )
-    gated = mix_ffn(*inverted(x), *DepthwiseWeights(dtype=dtype, name="conv_depth")(wide))
+    )(x)
+    depth = DepthwiseConv(wide, dtype=dtype, weights_apart=fused, name="conv_depth")
+    if fused:
+        gated = mix_ffn(*inverted, *depth())
+    else:
+        value, gate = jnp.split(depth(silu(inverted)), 2, axis=-1)
+        gated = value * silu(gate)
     return Linear(features, use_bias=False, dtype=dtype, kernel_init=torch_uniform(hidden), name="conv_point")(gated)
 
 
@@ -107,15 +120,22 @@ def _three_frames(
     return jnp.concatenate([before, u, after], axis=-1)
 
 
-class DepthwiseWeights(nn.Module):
-    """A 3x3 kernel (3, 3, C) and a bias per channel, in the compute dtype."""
+class DepthwiseConv(nn.Module):
+    """A 3x3 kernel (3, 3, C) and a bias per channel.
 
+    With ``weights_apart`` it convolves nothing and gives both, in the compute dtype, to an operation that does.
+    """
+
+    channels: int
     dtype: jnp.dtype = jnp.float32
+    weights_apart: bool = False
 
     @nn.compact
-    def __call__(self, channels: int) -> tuple[Float[Array, "3 3 C"], Float[Array, " C"]]:
-        """The parameters of a depthwise convolution of ``channels``."""
+    def __call__(
+        self, x: Float[Array, "B H W C"] | None = None
+    ) -> Float[Array, "B H W C"] | tuple[Float[Array, "3 3 C"], Float[Array, " C"]]:
+        """Convolves every channel with its own kernel, zero outside the picture."""
         init = torch_uniform(9)
-        kernel = self.param("kernel", init, (3, 3, channels), jnp.float32)
-        bias = self.param("bias", init, (channels,), jnp.float32)
-        return kernel.astype(self.dtype), bias.astype(self.dtype)
+        kernel = self.param("kernel", init, (3, 3, self.channels), jnp.float32).astype(self.dtype)
+        bias = self.param("bias", init, (self.channels,), jnp.float32).astype(self.dtype)
+        return (kernel, bias) if self.weights_apart else depthwise_conv2d(x, kernel) + bias

@@ -23,11 +23,12 @@ from sana_jax.pipelines.growing_output import check_frames_in_memory, check_outp
 from sana_jax.pipelines.long_video_run import BlockEndCallback, LongSanaVideoPipelineOutput, LongVideoRun, Plan
 from sana_jax.pipelines.long_video_state import ResumeFolder
 from sana_jax.pipelines.prompt_schedule import PromptSwitch, parse_prompts, prompts_of_blocks
-from sana_jax.pipelines.residency import Residency
+from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency
 from sana_jax.pipelines.resolution import Binning
 from sana_jax.pipelines.resumed_folder import digest
 from sana_jax.pipelines.sampling_function import transformer_variables
 from sana_jax.pipelines.video_base import VideoPipeline, VideoRequest, frames_of_seconds
+from sana_jax.pipelines.weights_settings import weights_settings
 from sana_jax.videos import check_fps, check_video_path
 
 ATTENTION_EPSILON = 1e-8  # of the training code, which LongSANA's weights are published for
@@ -257,6 +258,8 @@ class LongSanaVideoPipeline(VideoPipeline):
         """All that decides what the frames are, for comparing with those of an earlier call."""
         prompts = None if plan.switches is None else [list(switch) for switch in plan.switches]
         instruction = request.complex_human_instruction
+        networks = {TRANSFORMER: self.transformer, TEXT: self.text_encoder, AUTOENCODER: self.autoencoder}
+        names = {TRANSFORMER: [self.checkpoint_id, self.weights, self.checkpoint_step]}
         return {
             "frames": plan.frames,
             "prompts": prompts,
@@ -272,9 +275,8 @@ class LongSanaVideoPipeline(VideoPipeline):
             "latents": digest(latents),
             "enlarge": enlarge,
             "sampler": str(self.sampler),
-            "dtype": str(jnp.dtype(self.transformer.dtype)),
             "transformer": str(self.transformer.config),
-            "weights": [self.checkpoint_id, self.weights, self.checkpoint_step],
+            **weights_settings(networks, self.networks, names),
             "lora": self.describe_lora(),
         }
 

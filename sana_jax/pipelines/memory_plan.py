@@ -14,8 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 
+from kernels.typing import PyTree
 from sana_jax.compilation import readable_bytes
+from sana_jax.diffusion.samplers.world_refiner import BLOCK_FRAMES, WINDOW_FRAMES
 from sana_jax.errors import UserError
+from sana_jax.models.ltx2 import LTX2VideoTransformer
 from sana_jax.pipelines.residency import Residency, check_residency
 from sana_jax.quantization.choice import Quantization
 from sana_jax.quantization.trees import quantizable_layers, quantized_abstract, stored_formats
@@ -34,7 +37,8 @@ _DECODING = {
     "AutoencoderKLWan": (22500.0, 0.0, 1.5e9),
     "AutoencoderKLLTX2Video": (0.0, 200.0, 5e9),
 }
-# Of the budget, for the weights of one of the refiner's networks; and where its transformer's blocks are stacked.
+# Of the budget, for what is known of the refiner: the weights of one network, keys and values, what others hold; and
+# where its transformer's blocks are stacked.
 _REFINER_WEIGHTS, _REFINER_BLOCKS = 0.75, "transformer_blocks"
 # Arrays of the width of the feed-forward network's middle and of the token stream that are alive together.
 _WIDE_ARRAYS, _STREAM_ARRAYS = 2.0, 8.0
@@ -162,26 +166,42 @@ def fit_memory(model: Any, memory: str, residency: Residency) -> tuple[Any, Memo
     return quantized_model(model, plan.quantization), plan
 
 
+def refiner_frame_bytes(transformer: LTX2VideoTransformer, frame_size: tuple[int, int]) -> int:
+    """What the keys and values of a latent frame take, of all layers; height and width in pixels."""
+    config = transformer.config
+    tokens = math.prod(length // factor for length, factor in zip(frame_size, config.vae_scale_factors[1:]))
+    width = config.num_attention_heads * config.attention_head_dim
+    return 2 * config.num_layers * tokens * width * jax.numpy.dtype(transformer.dtype).itemsize
+
+
 def refiner_choices(
-    found: Mapping[str, Any], memory: str, chosen: Mapping[str, Quantization]
+    found: Mapping[str, Any],
+    memory: str,
+    chosen: Mapping[str, Quantization],
+    *,
+    frame_bytes: int = 0,
+    held_bytes: int = 0,
 ) -> dict[str, bool | dict[str, Quantization]]:
     """``stream_blocks`` and ``quantization`` with which a refiner's networks keep within a budget, one at a time.
 
-    The weights of each may take three quarters of it: what a block of latents takes beside them is not known before
-    there are latents. The choice is printed.
+    Three quarters of it may be weights, keys and values, and what others hold; the rest is for the computation. Keys
+    and values are those of the published window, and of the block that joins it where the blocks are not streamed. The
+    choice is printed.
 
     Args:
-        found: what ``open_refiner`` gives, with what was asked for by name.
+        found: what ``open_refiner`` makes, before anything is quantised.
         memory: the budget.
         chosen: what is quantised in any case.
+        frame_bytes: keys and values of a latent frame.
+        held_bytes: what other networks keep on the device.
 
     Raises:
         UserError: a network that is too large even so; the least budget that is enough is named.
     """
     budget, quantization, streams = parse_memory(memory), dict(chosen), isinstance(found["params"], StreamedResident)
-    room = _REFINER_WEIGHTS * budget
+    room = _REFINER_WEIGHTS * budget - held_bytes
     parts = {"text_encoder": found["text_encoder"].weights, "connectors": found["connectors_params"]}
-    sizes = {name: weights.num_bytes for name, weights in parts.items()}
+    sizes = {name: tree_bytes(_abstract(weights, chosen.get(name))) for name, weights in parts.items()}
     for name, weights in parts.items():
         if sizes[name] > room and name not in chosen:
             smaller = _quantized_sizes(weights)
@@ -189,25 +209,38 @@ def refiner_choices(
                 quantization[name], sizes[name] = Quantization(level), smaller[level]
                 if sizes[name] <= room:
                     break
-    transformer = found["params"]
-    sizes["transformer"] = transformer.num_bytes
-    if sizes["transformer"] > room and not streams:
-        streams = True
-        streamed = StreamedResident("transformer", transformer.abstract, _REFINER_BLOCKS, lambda: {})
-        sizes["transformer"] = streamed.num_bytes
+    abstract = _abstract(found["params"], chosen.get("transformer"))
+    kept = frame_bytes * (WINDOW_FRAMES + BLOCK_FRAMES)
+    streams = streams or tree_bytes(abstract) + kept > room
+    sizes["transformer"] = tree_bytes(abstract)
+    if streams:
+        sizes["transformer"] = StreamedResident("transformer", abstract, _REFINER_BLOCKS, dict).num_bytes
+        kept = frame_bytes * WINDOW_FRAMES
     formats = ", ".join(f"{name}={one.format}" for name, one in quantization.items()) or "none"
     print(
         f"memory plan for the refiner, {readable_bytes(budget)}: one network at a time, quantization {formats}, blocks "
         f"{'streamed from host memory' if streams else 'on the device'}; weights "
         + ", ".join(f"{name} {readable_bytes(size)}" for name, size in sizes.items())
+        + f"; keys and values {readable_bytes(kept)}; held by other networks {readable_bytes(held_bytes)}"
     )
+    sizes["transformer"] += kept
     if (largest := max(sizes, key=sizes.get)) and sizes[largest] > room:
-        least = math.ceil(sizes[largest] / _REFINER_WEIGHTS / 1e8) / 10
+        least = math.ceil((sizes[largest] + held_bytes) / _REFINER_WEIGHTS / 1e8) / 10
+        beside = " with keys and values" if largest == "transformer" else ""
         raise UserError(
-            f"memory {budget / 1e9:g}g is not enough for the refiner: its {largest} takes "
-            f"{readable_bytes(sizes[largest])} and may take three quarters; the least that is enough is {least:g}g"
+            f"memory {budget / 1e9:g}g is not enough for the refiner: its {largest}{beside} takes "
+            f"{readable_bytes(sizes[largest])} beside {readable_bytes(held_bytes)} of other networks, and three "
+            f"quarters of it are for these; the least that is enough is {least:g}g"
         )
     return {"stream_blocks": streams, "quantization": quantization}
+
+
+def _abstract(weights: Resident, choice: Quantization | None) -> PyTree:
+    """A network's parameters as shapes, as they are or once they are quantised."""
+    abstract = weights.abstract
+    if choice is None or stored_formats(abstract):
+        return abstract
+    return quantized_abstract(abstract, dict.fromkeys(quantizable_layers(abstract, choice.exclude), choice.format))
 
 
 class Work(NamedTuple):

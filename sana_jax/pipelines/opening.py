@@ -105,7 +105,7 @@ def open_model(
     transformer = make_transformer(model.transformer_config, compute_dtype, emulate_fp16_saturation)
     kind = "whole" if model.trained_from is None else model.trained_from.kind
     if kind == "world_chunk_causal":
-        print(f"{model.path} has been trained in causal blocks")
+        print(f"{model.path} has been trained in causal blocks, and is sampled in them")
         kind = "whole"
     trained = None
     if kind == "chunk_causal":

@@ -15,7 +15,7 @@ from kernels.typing import Array, Float
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_file, read_json, write_json
 
-_FORMAT = 1
+_FORMAT = 2  # 1 said less of the networks: not how they are quantised, nor which autoencoder draws
 
 
 def told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:

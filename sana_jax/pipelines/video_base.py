@@ -249,7 +249,7 @@ class VideoPipeline(SamplingPipeline):
         given: Float[Array, "B G H W C"] | None = None,
     ) -> Denoiser:
         """The steps, compiled once for all numbers of steps (up to the next power of two) and scales."""
-        network, settings, interval = self._network(), request.projected_guidance, request.guidance_interval
+        settings, interval = request.projected_guidance, request.guidance_interval
         scales = [scale] * schedule.num_inference_steps
         if interval is not None:
             scales = [scale_in_interval(scale, float(sigma), interval) for sigma in schedule.sigmas[:-1]]
@@ -257,6 +257,7 @@ class VideoPipeline(SamplingPipeline):
         params = self.params, self._runtime_lora
         shape = list(start.shape)
         shape[1] += start_frames(given)
+        network = self._network(shape[1])
         name = f"the transformer for latents {'x'.join(map(str, shape))}"
 
         def compiled(split: bool) -> tuple[Program, Denoiser]:
@@ -275,7 +276,8 @@ class VideoPipeline(SamplingPipeline):
         watch.compiled(program)
         return denoiser
 
-    def _network(self) -> VideoNetwork:
+    def _network(self, frames: int) -> VideoNetwork:
+        """The network for videos of so many latent frames."""
         return VideoNetwork(self.transformer)
 
     # -- frames out ----------------------------------------------------------------------------------------------

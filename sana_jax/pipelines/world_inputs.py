@@ -189,3 +189,13 @@ def three_axes(embeds: Any) -> Any:
     if embeds is not None and np.ndim(embeds) == 4 and np.shape(embeds)[1] == 1:
         return jnp.asarray(embeds)[:, 0]
     return embeds
+
+
+def refuse_memory(memory: str | None) -> None:
+    """Raises ``UserError`` for a memory budget of a streamed world."""
+    if memory is not None:
+        raise UserError(
+            f"memory {memory} is not for streamed worlds: it plans one network at a time, and all stages work on each "
+            "chunk before the next; leave --memory out, and use --quantization, --refiner-quantization or "
+            "--refiner-stream-blocks"
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,18 +15,20 @@ from kernels.typing import Array, Float, Int
 from sana_jax.autoencoders.base import latent_frames, pixel_frames
 from sana_jax.camera import ActionScheme
 from sana_jax.diffusion.samplers import FlowEuler, Schedule
+from sana_jax.diffusion.samplers.world_model import chunk_starts
 from sana_jax.diffusion.samplers.world_refiner import SINK_FRAMES
 from sana_jax.errors import UserError
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.base import OutputType, Size, StepEndCallback, Stopwatch
 from sana_jax.pipelines.checks import check_finite, check_multiple
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
-from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
+from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency, leave
 from sana_jax.pipelines.resumed_folder import digest
 from sana_jax.pipelines.sampling_function import Encoded, is_guided
 from sana_jax.pipelines.video_base import VideoPipeline, VideoRequest
+from sana_jax.pipelines.weights_settings import weights_settings
 from sana_jax.pipelines.world_inputs import WorldView, camera_path, instruction_lines, one_text, three_axes, view_at
-from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork
+from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork, trained_blocks
 from sana_jax.pipelines.world_refiner import SanaWMRefiner, SanaWMRefinerOutput
 from sana_jax.pipelines.world_refiner_checkpoint import FirstStage
 from sana_jax.videos import check_fps
@@ -101,6 +104,28 @@ class SanaWMPipeline(VideoPipeline):
     class_name = "SanaWMPipeline"
     transformer: SanaWMTransformer
     sampler: FlowEuler
+    causal_blocks: tuple[int, str] | None = None
+    """Of a network that was trained in causal blocks: latent frames of a block, and how videos are cut, as
+    ``chunk_starts`` takes them. It is sampled in these blocks. None: bidirectional."""
+
+    @classmethod
+    def _from_model(cls, model: Any, residency: Residency, **networks: Any) -> Any:
+        pipeline = super()._from_model(model, residency, **networks)
+        pipeline.causal_blocks = trained_blocks(model.trained_from)
+        return pipeline
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """As in ``SamplingPipeline``; says what a model directory does not keep.
+
+        Raises:
+            UserError: as there.
+        """
+        super().save_pretrained(path)
+        if self.causal_blocks is not None and self.class_name == SanaWMPipeline.class_name:  # streams keep their blocks
+            print(
+                f"{path} does not say that the model was trained in causal blocks: read from there, it is sampled "
+                "bidirectionally; sample the training run's directory instead"
+            )
 
     def check_components(self) -> None:
         """Raises ``UserError`` for another sampler than Euler's, or latents of another number of frames."""
@@ -229,6 +254,9 @@ class SanaWMPipeline(VideoPipeline):
         if asked.refiner is None:
             frames = self._videos(whole, asked.size, request.output_type)
         else:
+            if asked.refiner.residency == "one_at_a_time":
+                for name in self.networks:  # of the first stage too nothing stays beside the network that is at work
+                    leave(name, asked.refiner.residency, self.networks)
             refined = asked.refiner(latents, output_type=request.output_type, **asked.options)
             frames = refined.frames
         watch.end("decode" if refined is None else "refine")
@@ -254,7 +282,9 @@ class SanaWMPipeline(VideoPipeline):
             "num_inference_steps": asked.steps,
             "guidance_scale": asked.scale,
         }
-        kept = FirstStage(folder, settings)
+        if self.causal_blocks is not None:
+            settings["causal_blocks"] = list(self.causal_blocks)
+        kept = FirstStage(folder, settings, asked.options.get("say", print))
         latents = kept.load(shape)
         if latents is None:
             latents = self._first_stage(watch, asked)
@@ -282,6 +312,8 @@ class SanaWMPipeline(VideoPipeline):
     ) -> dict[str, Any]:
         """What decides the first stage's latents, of all ways to sample, for telling runs apart."""
         instruction = request.complex_human_instruction
+        networks = {TRANSFORMER: self.transformer, TEXT: self.text_encoder, AUTOENCODER: self.autoencoder}
+        names = {TRANSFORMER: [self.checkpoint_id, self.weights, self.checkpoint_step]}
         return {
             "prompt": request.prompt,
             "prompt_embeds": digest(request.prompt_embeds, request.prompt_attention_mask),
@@ -294,9 +326,8 @@ class SanaWMPipeline(VideoPipeline):
             "seed": request.seed,
             "latents": digest(latents),
             "sampler": str(self.sampler),
-            "dtype": str(jnp.dtype(self.transformer.dtype)),
             "transformer": str(self.transformer.config),
-            "weights": [self.checkpoint_id, self.weights, self.checkpoint_step],
+            **weights_settings(networks, self.networks, names),
             "lora": self.describe_lora(),
         }
 
@@ -376,8 +407,9 @@ class SanaWMPipeline(VideoPipeline):
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
         return self._run(denoiser, start, **options).state.latents
 
-    def _network(self) -> WorldNetwork:
-        return WorldNetwork(self.transformer)
+    def _network(self, frames: int) -> WorldNetwork:
+        starts = None if self.causal_blocks is None else chunk_starts(frames, *self.causal_blocks)
+        return WorldNetwork(self.transformer, starts)
 
 
 def _shown_poses(

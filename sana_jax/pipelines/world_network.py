@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from kernels.typing import Array, Float, Int, PyTree
 from sana_jax.diffusion.samplers.world_model import BlockVelocity
 from sana_jax.models.sana_wm import SanaWMTransformer
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.sampling_function import Encoded, transformer_variables
 
 
@@ -71,6 +72,14 @@ class WorldNetwork(NamedTuple):
             block_starts=self.block_starts,
         )
         return output[:, start:].astype(jnp.float32)
+
+
+def trained_blocks(trained_from: BaseModelFile | None) -> tuple[int, str] | None:
+    """Latent frames of a causal block and how videos are cut, of a run that was trained in such blocks; else None."""
+    if trained_from is None or trained_from.kind != "world_chunk_causal":
+        return None
+    chunks = trained_from.settings["chunk_causal"]
+    return chunks["block_frames"], chunks["blocks"]
 
 
 def block_velocity(

@@ -24,7 +24,6 @@ from sana_jax.models.ltx2_prefix import LTX2Prefix
 from sana_jax.pipelines.base import OutputType
 from sana_jax.pipelines.checks import OUTPUT_TYPES, check_common_options, check_finite
 from sana_jax.pipelines.decoding import as_latents, decoded_videos
-from sana_jax.pipelines.memory_plan import refiner_choices
 from sana_jax.pipelines.residency import (
     AUTOENCODER,
     CONNECTORS,
@@ -35,6 +34,7 @@ from sana_jax.pipelines.residency import (
     leave,
 )
 from sana_jax.pipelines.resumed_folder import digest
+from sana_jax.pipelines.weights_settings import weights_settings
 from sana_jax.pipelines.world_refiner_blocks import (
     block_noise,
     block_place,
@@ -46,7 +46,7 @@ from sana_jax.pipelines.world_refiner_blocks import (
 from sana_jax.pipelines.world_refiner_checkpoint import RefinerCheckpoint
 from sana_jax.pipelines.world_refiner_run import BlockEndCallback, RefinerRun, refine_whole
 from sana_jax.pipelines.world_refiner_streamed import STREAMED_BLOCK, StreamedRefinement
-from sana_jax.quantization.choice import QuantizationChoice, parse_quantization
+from sana_jax.quantization.choice import QuantizationChoice
 from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
 from sana_jax.weights.components import Resident
 from sana_jax.weights.streamed import StreamedResident
@@ -138,10 +138,12 @@ class SanaWMRefiner:
         dtype: Any = None,
         variant: str | None = None,
         autoencoder: VideoAutoencoder | None = None,
-        residency: Residency = "text_encoder_freed",
+        residency: Residency | None = None,
         stream_blocks: bool = False,
         quantization: QuantizationChoice = None,
         memory: str | None = None,
+        frame_size: tuple[int, int] | None = None,
+        held_bytes: int = 0,
     ) -> SanaWMRefiner:
         """Reads a refiner's directory, as published (diffusers' ``SanaWMLTX2Refiner``) or converted.
 
@@ -152,26 +154,27 @@ class SanaWMRefiner:
             variant: of the published weight files: ``"bf16"``, ``"fp16"``.
             autoencoder: of the first stage's pipeline, whose weights are then shared; None takes the directory's, if
                 there is one.
-            residency: which networks stay in memory: see ``sana_jax.pipelines.residency``.
+            residency: which networks stay in memory: see ``sana_jax.pipelines.residency``; None takes
+                ``"text_encoder_freed"``, or what ``memory`` chooses.
             stream_blocks: keeps the transformer's blocks in host memory and copies each to the device while the one
                 before it computes, so that two of them are there at a time: 1.4 GB of weights in place of 26 GB.
             quantization: as in ``SanaPipeline.from_pretrained``, for ``transformer``, ``text_encoder``, ``connectors``.
-            memory: of the device, as ``"24g"``: one network at a time, blocks streamed where the transformer does not
-                fit, the text encoder quantised where it does not; see ``sana_jax.pipelines.memory_plan``.
+            memory: of the device, as ``"24g"``: one network at a time, the first stage's counted, blocks streamed where
+                the transformer does not fit, the text encoder quantised where it does not; see
+                ``sana_jax.pipelines.memory_plan``.
+            frame_size: height and width in pixels that ``memory`` is to be enough for; None takes the published ones.
+            held_bytes: what other networks keep on the device throughout, of ``memory``.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
             UserError: a file is damaged, a value is not allowed, or the networks do not belong together.
             CheckpointError: weights are missing, damaged, or do not fit.
         """
-        from sana_jax.pipelines.world_refiner_opening import open_refiner
+        from sana_jax.pipelines.world_refiner_opening import open_refiner, refiner_plan
 
-        choices = {"dtype": dtype, "variant": variant, "stream_blocks": stream_blocks}
-        found = open_refiner(path, autoencoder=autoencoder, **choices, quantization=quantization)
-        if memory is not None:
-            choices |= refiner_choices(found, memory, parse_quantization(quantization))
-            found, residency = open_refiner(path, autoencoder=autoencoder, **choices), "one_at_a_time"
-        return cls(**found, residency=residency)
+        fit, residency = refiner_plan(memory, residency, frame_size, held_bytes)
+        choices = {"dtype": dtype, "variant": variant, "stream_blocks": stream_blocks, "quantization": quantization}
+        return cls(**open_refiner(path, autoencoder=autoencoder, **choices, fit=fit), residency=residency)
 
     def with_autoencoder(self, autoencoder: VideoAutoencoder) -> SanaWMRefiner:
         """The same refiner, weights and programs shared, that draws with this autoencoder.
@@ -534,8 +537,11 @@ class SanaWMRefiner:
         self, sampler: RefinerSampler, fps: float, seed: int, prompt: str | None, prompt_embeds: Any, noise: Any
     ) -> dict[str, Any]:
         """All that decides what the latents of a first stage become, for telling runs apart; as for a call."""
-        text = self.text_encoder if prompt is not None else None
-        encoder = {} if text is None else {"dtype": str(jnp.dtype(text.dtype)), "max_length": text.max_length}
+        networks: dict[str, Any] = {TRANSFORMER: self.transformer}
+        if prompt is not None:
+            networks |= {TEXT: self.text_encoder, CONNECTORS: self.connectors}
+        folders = {TRANSFORMER: "transformer", TEXT: "text_encoder", CONNECTORS: "connectors"}
+        names = {name: self.weights[folder] for name, folder in folders.items() if folder in self.weights}
         return {
             "prompt": prompt,
             "prompt_embeds": digest(prompt_embeds),
@@ -546,11 +552,9 @@ class SanaWMRefiner:
             "block_size": int(sampler.block_frames),
             "kv_max_frames": int(sampler.window_frames),
             "sigmas": list(sampler.sigmas),
-            "dtype": str(jnp.dtype(self.transformer.dtype)),
             "transformer": self.transformer.config.to_dict(),
             "connectors": self.connectors.config.to_dict(),
-            "text_encoder": encoder,
-            "weights": self.weights,
+            **weights_settings(networks, self.networks, names),
         }
 
     # -- programs, memory, frames out ----------------------------------------------------------------------------

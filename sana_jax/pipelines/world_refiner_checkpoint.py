@@ -116,11 +116,16 @@ class FirstStage:
 
         Raises:
             UserError: latents of another call, which is told with all differences; a damaged file, or a folder that is
-                something else.
+                something else, a refinement of latents that were given among them.
         """
         if not self._file.is_file():
-            if not (self._folder / _MANIFEST).exists():
-                check_new(self._folder)
+            # The latents are kept before a refinement of them begins: one without them is not of this call.
+            if (self._folder / _MANIFEST).exists():
+                raise UserError(
+                    f"checkpoint_dir {self._folder} is of a refinement without its first stage: it has {_MANIFEST} and "
+                    f"no {_FIRST_STAGE}, as SanaWMRefiner alone leaves it; name a new or empty directory"
+                )
+            check_new(self._folder)
             return None
         try:
             with np.load(self._file, allow_pickle=False) as arrays:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from sana_jax.models import ltx2, ltx2_connectors
 from sana_jax.models.ltx2 import LTX2VideoTransformer
 from sana_jax.models.ltx2_config import LTX2_CLASS, REFINER_CLASS, LTX2Config
 from sana_jax.models.ltx2_connectors import LTX2Connectors, LTX2ConnectorsConfig
+from sana_jax.pipelines.memory_plan import parse_memory, refiner_choices, refiner_frame_bytes
 from sana_jax.pipelines.opening import find_model
+from sana_jax.pipelines.residency import Residency
 from sana_jax.pipelines.world_refiner_streamed import BLOCKS
-from sana_jax.quantization.choice import QuantizationChoice, parse_quantization
+from sana_jax.quantization.choice import Quantization, QuantizationChoice, parse_quantization
 from sana_jax.quantization.trees import plain_dtypes
 from sana_jax.quantization.weights import quantized_weights
 from sana_jax.text_encoders.gemma3 import Gemma3TextEncoder
@@ -32,11 +34,40 @@ from sana_jax.weights.components import CONVERTED, DIFFUSERS_STEM, Resident, ope
 from sana_jax.weights.converted import lazy_saved_tree
 from sana_jax.weights.identity import weights_id
 from sana_jax.weights.rules import Rule
+from sana_jax.weights.streamed import StreamedResident
 from sana_jax.weights.tables.ltx2 import AUDIO, connectors_rules, transformer_rules
 from sana_jax.weights.trees import abstract_tree
 
 PUBLISHED_CLASSES = ("SanaWMLTX2Refiner", "SanaWMRefiner")
+# (what was opened, network -> how it is quantised) -> as ``sana_jax.pipelines.memory_plan.refiner_choices``
+Fit = Callable[[Mapping[str, Any], Mapping[str, Quantization]], Mapping[str, Any]]
+_FRAME_SIZE = (704, 1280)  # of the published first stage, in pixels
 _FLOAT16 = {"float16": "the refiner's activations overflow in it; bfloat16 is recommended"}
+
+
+def refiner_plan(
+    memory: str | None, residency: Residency | None, frame_size: tuple[int, int] | None, held_bytes: int
+) -> tuple[Fit | None, Residency]:
+    """What ``open_refiner`` is to fit, and the residency; arguments as in ``SanaWMRefiner.from_pretrained``.
+
+    Raises:
+        UserError: arguments that exclude one another, or would not be used.
+    """
+    if memory is None:
+        if frame_size is not None or held_bytes:
+            raise UserError("frame_size and held_bytes would not be used without memory; name it, or leave them out")
+        return None, residency or "text_encoder_freed"
+    if residency is not None:
+        raise UserError(
+            f"residency {residency!r} and memory {memory!r}: memory chooses one_at_a_time itself; leave one of them out"
+        )
+    parse_memory(memory)
+
+    def fit(found: Mapping[str, Any], chosen: Mapping[str, Quantization]) -> Mapping[str, Any]:
+        frame_bytes = refiner_frame_bytes(found["transformer"], frame_size or _FRAME_SIZE)
+        return refiner_choices(found, memory, chosen, frame_bytes=frame_bytes, held_bytes=held_bytes)
+
+    return fit, "one_at_a_time"
 
 
 def open_refiner(
@@ -47,10 +78,12 @@ def open_refiner(
     autoencoder: VideoAutoencoder | None,
     stream_blocks: bool = False,
     quantization: QuantizationChoice = None,
+    fit: Fit | None = None,
 ) -> dict[str, Any]:
     """What ``SanaWMRefiner`` is made of; arguments and errors as in ``SanaWMRefiner.from_pretrained``.
 
-    All configurations are read and all weights compared with them; the weights themselves are read later.
+    All configurations are read and all weights compared with them; the weights themselves are read later. ``fit``, of
+    ``refiner_plan``, says what else is quantised and whether blocks are streamed.
     """
     chosen = parse_quantization(quantization)
     if "autoencoder" in chosen:
@@ -103,6 +136,12 @@ def open_refiner(
         "contract": contract,
         "weights": {part: weights_id(directory / part) for part in ("transformer", "connectors", "text_encoder")},
     }
+    if fit is not None:
+        fitted = fit(found, chosen)
+        chosen, whole = fitted["quantization"], found["params"]
+        if fitted["stream_blocks"] and not isinstance(whole, StreamedResident):
+            found["params"] = StreamedResident(whole.name, whole.abstract, BLOCKS, whole.open_tree)
+            found["params"].directory = whole.directory
     for network, choice in chosen.items():
         if network == "text_encoder":
             weights = quantized_weights(found[network].weights, choice, network)

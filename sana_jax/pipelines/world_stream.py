@@ -24,9 +24,16 @@ from sana_jax.pipelines.growing_output import check_frames_in_memory, check_outp
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
 from sana_jax.pipelines.residency import Residency
 from sana_jax.pipelines.video_base import VideoRequest
-from sana_jax.pipelines.world_inputs import camera_path, instruction_lines, one_text, three_axes, view_at
+from sana_jax.pipelines.world_inputs import (
+    camera_path,
+    instruction_lines,
+    one_text,
+    refuse_memory,
+    three_axes,
+    view_at,
+)
 from sana_jax.pipelines.world_model import SanaWMPipeline
-from sana_jax.pipelines.world_network import block_velocity
+from sana_jax.pipelines.world_network import block_velocity, trained_blocks
 from sana_jax.pipelines.world_refiner import DEFAULT_SEED, SanaWMRefiner
 from sana_jax.pipelines.world_stream_folder import StreamFolder
 from sana_jax.pipelines.world_stream_run import (
@@ -57,9 +64,21 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
     sampler: WorldStreamSampler
 
     @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *, memory: str | None = None, **options: Any) -> Any:
+        """Reads a model directory; arguments and errors as in ``SamplingPipeline.from_pretrained``.
+
+        Raises:
+            UserError: also where ``memory`` is given: plans are of stages that follow one another.
+        """
+        refuse_memory(memory)
+        return super().from_pretrained(path, **options)
+
+    @classmethod
     def _from_model(cls, model: Any, residency: Residency, **networks: Any) -> Any:
         if not isinstance(model.sampler, WorldStreamSampler):
-            sampler = WorldStreamSampler(timesteps=STREAMING_STEPS)
+            trained = trained_blocks(model.trained_from)
+            blocks = {} if trained is None else dict(zip(("block_frames", "blocks"), trained))
+            sampler = WorldStreamSampler(timesteps=STREAMING_STEPS, **blocks)
             print(
                 f"{model.path} does not say how it is streamed; the published student's settings are taken, {sampler}. "
                 "A network that was not distilled for them makes poor videos"
@@ -301,12 +320,13 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
             "num_cached_blocks": state.num_cached_blocks,
             "fps": plan.fps,
             "enlarge": enlarge,
-            "refiner": None,
+            "refiner": False,
         }
         if part is not None:
             seed, noise = options.get("seed", DEFAULT_SEED), options.get("noise")
             given = (part.prompt, part.prompt_embeds, noise)
-            settings["refiner"] = part.refiner.settings(part.sampler, plan.fps, seed, *given)
+            own = part.refiner.settings(part.sampler, plan.fps, seed, *given)
+            settings |= {"refiner": True, **{f"refiner {name}": value for name, value in own.items()}}
         return settings
 
     # -- programs ------------------------------------------------------------------------------------------------
@@ -350,6 +370,7 @@ def _decodes_blocks(autoencoder: Any) -> bool:
 def _check_residency(residency: Residency, what: str) -> None:
     if residency == "one_at_a_time":
         raise UserError(
-            f"residency 'one_at_a_time' (--low-memory) would read the weights of {what} anew in every chunk, since all "
-            "stages work on each before the next; allowed are text_encoder_freed and all: leave it out"
+            "residency 'one_at_a_time' (--low-memory; a refiner's memory chooses it too) would read the weights of "
+            f"{what} anew in every chunk, since all stages work on each before the next; allowed are "
+            "text_encoder_freed and all: leave it out"
         )

@@ -1,4 +1,4 @@
-"""``python -m sana_jax.quantization --table``: what each format costs in error and saves in memory."""
+"""``python -m sana_jax.quantization``: what each format costs in error and saves in memory."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from collections.abc import Sequence
 import jax
 
 from sana_jax.command_line import parse
-from sana_jax.errors import UserError, run_command_line
+from sana_jax.errors import run_command_line
 from sana_jax.quantization.formats import FORMATS
 from sana_jax.quantization.tables import block_errors, markdown, network_bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class TableConfig:
-    """Tables of quantization formats: relative errors of blocks at random parameters, and bytes of networks."""
+    """Prints what quantization formats cost and save, as Markdown.
 
-    table: bool = False
-    """Prints the tables, as Markdown."""
+    Relative errors of blocks at random parameters, and bytes of networks.
+    """
+
     full_width: bool = True
     """Whether blocks of the published widths are measured beside tiny ones: a minute on a CPU."""
-
-    def __post_init__(self) -> None:
-        if not self.table:
-            raise UserError("nothing is asked for; allowed is --table: write python -m sana_jax.quantization --table")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -55,19 +55,21 @@ def quantized_weights(weights: Resident, choice: Quantization, network: str) -> 
         f"the {network} in {choice.format}: {len(layers)} kernels, {readable_bytes(tree_bytes(abstract))} become "
         f"{readable_bytes(tree_bytes(wanted))}"
     )
-    if isinstance(weights, StreamedResident):
-        return StreamedResident(
-            weights.name, wanted, weights.stacked, lambda: quantize_params(weights.open_tree(), formats)
-        )
     if weights.stays:
         return Resident.of(weights.name, _on_device(quantize_params(weights.params, formats), wanted))
 
-    def read() -> PyTree:
-        return _on_device(quantize_params(weights.open_tree(), formats), wanted)
+    def open_tree() -> PyTree:
+        return quantize_params(weights.open_tree(), formats)
 
-    return Resident(
-        weights.name, tree_bytes(wanted), read, wanted, lambda: quantize_params(weights.open_tree(), formats)
-    )
+    def read() -> PyTree:
+        return _on_device(open_tree(), wanted)
+
+    if isinstance(weights, StreamedResident):
+        quantized = StreamedResident(weights.name, wanted, weights.stacked, open_tree)
+    else:
+        quantized = Resident(weights.name, tree_bytes(wanted), read, wanted, open_tree)
+    quantized.directory = weights.directory
+    return quantized
 
 
 def _on_device(params: PyTree, abstract: PyTree) -> PyTree:

@@ -67,14 +67,17 @@ def open_component(
         def open_tree() -> PyTree:
             return lazy_params_of_saved(converted, abstract)
 
-        if streamed is not None:
-            return StreamedResident(name, abstract, streamed, open_tree)
-        return Resident(name, tree_bytes(abstract), lambda: load_params(converted, abstract), abstract, open_tree)
-    source = SafetensorsSource(find_weights_file(directory, stem, variant))
-    opened = open_tensors(name, source, rules, abstract, ignored)
-    if streamed is None:
-        return opened
-    return StreamedResident(name, abstract, streamed, lambda: lazy_params(source, rules, abstract, ignored=ignored))
+        def read() -> PyTree:
+            return load_params(converted, abstract)
+
+        opened = Resident(name, tree_bytes(abstract), read, abstract, open_tree)
+    else:
+        source = SafetensorsSource(find_weights_file(directory, stem, variant))
+        opened = open_tensors(name, source, rules, abstract, ignored)
+    if streamed is not None:
+        opened = StreamedResident(name, abstract, streamed, opened.open_tree)
+    opened.directory = directory
+    return opened
 
 
 def open_tensors(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -23,9 +24,11 @@ class Resident:
         host_bytes: what they take in host memory beside that.
         abstract: their shapes, dtypes and shardings.
         open_tree: gives them as LazyArrays, which are read one by one; None where only ``params`` has them.
+        directory: which they are read from; None where that is not one component's own.
     """
 
     host_bytes: int = 0
+    directory: Path | None = None
 
     def __init__(
         self,

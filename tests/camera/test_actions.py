@@ -137,6 +137,7 @@ def test_own_schemes():
         ({"translation_speed": -1.0}, "translation_speed -1.0 is not allowed; choose a number from 0"),
         ({"translation_speed": float("nan")}, "translation_speed nan is not allowed; choose a number from 0"),
         ({"rotation_speed": 180}, "rotation_speed 180 is not allowed; choose a number from 0 to 90"),
+        ({"translation_speed": True}, "translation_speed True is not allowed; choose a number from 0"),
         ({"pitch_limit": 90.0}, "pitch_limit 90.0 is not allowed; choose a number from 0 to 89"),
         (
             {"scheme": "v3"},

@@ -93,6 +93,10 @@ def test_as_a_program():
         (["--c2w", "{tmp}/bad.npy"], r"shape \(2, 3, 4\); allowed is \(frames, 4, 4\)"),
         (["--c2w", "{tmp}/text.npy"], "is no .npy file of numbers"),
         (["--c2w", "{tmp}/absent.npy"], "is missing"),
+        (["--c2w", "{tmp}/empty.npy"], "is no .npy file of numbers"),
+        (["--c2w", "{tmp}/cut.npy"], "is no .npy file of numbers"),
+        (["--c2w", "{tmp}/cut.npz"], "is no .npy file of numbers"),
+        (["--c2w", "{tmp}/several.npz"], r"holds arrays by name \(c2w, K\), and --c2w takes an .npy file of one"),
     ],
 )
 def test_mistakes(arguments, message, tmp_path):
@@ -100,6 +104,10 @@ def test_mistakes(arguments, message, tmp_path):
     np.save(tmp_path / "bad.npy", np.zeros((2, 3, 4)))
     (tmp_path / "text.npy").write_text("1 0 0 0")
     (tmp_path / "folder.npy").mkdir()
+    (tmp_path / "empty.npy").touch()
+    np.savez(tmp_path / "several.npz", c2w=np.eye(4)[None], K=np.ones(4))
+    for cut, whole in (("cut.npy", "good.npy"), ("cut.npz", "several.npz")):
+        (tmp_path / cut).write_bytes((tmp_path / whole).read_bytes()[:-9])
     with pytest.raises((UserError, FileNotFoundError), match=message):
         main([argument.format(tmp=tmp_path) for argument in arguments])
 

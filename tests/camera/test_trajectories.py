@@ -15,8 +15,10 @@ from sana_jax.camera import (
     action_to_c2w,
     check_poses,
     integrate_motion,
+    intrinsics_of_field,
     invert_poses,
     opengl_to_opencv,
+    read_intrinsics,
     relative_poses,
     snap_frames,
     summarize_trajectory,
@@ -113,6 +115,18 @@ def test_good_poses_pass(path, capsys):
     printed = capsys.readouterr().out
     assert printed.startswith("c2w: the camera moves 40 units to frame 5; action strings move 0.025 to 0.05 per frame:")
     assert printed.endswith("are the units metres?\n")
+
+
+def test_notices_go_where_they_are_sent(path, capsys):
+    said = []
+    path[5:, 2, 3] += 40
+    check_poses(path, "poses", said.append)
+    read_intrinsics(np.tile(intrinsics_of_field(150.0, 90, 140), (3, 1)), 2, 90, 140, said.append)
+    action_to_c2w("ad-3,i-200", "v1", say=said.append)
+    starts = ["poses: the camera moves 40", "intrinsics: the first 2 of 3", "intrinsics: the field of view is 150.0"]
+    starts += ["action: opposite keys", "action: the limit of pitch"]
+    assert [line.startswith(start) for line, start in zip(said, starts, strict=True)] == [True] * 5
+    assert capsys.readouterr().out == ""
 
 
 def broken(path: np.ndarray, how: str) -> np.ndarray:

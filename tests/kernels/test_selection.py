@@ -41,7 +41,7 @@ def test_the_table_is_of_operations_that_exist():
     assert pick("depthwise_conv", "cpu").implementation == "xla_shifted"
     # nothing is measured on a GPU so far
     assert all(found.implementation == "xla" for found in picks() if found.platform != "cpu")
-    assert "depthwise_conv on cuda: xla (nothing is measured there)" in describe()
+    assert "depthwise_conv on cuda, rocm, tpu: xla (nothing is measured there)" in describe()
 
 
 def test_what_is_faster_in_every_row_is_picked(monkeypatch):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import types
 
 import numpy as np
 import pytest
 
 from convert.engine import import_model
-from sana_jax import SanaWMRefiner, generate
+from sana_jax import SanaWMPipeline, SanaWMRefiner, generate, generate_world
 from sana_jax.errors import run_command_line
+from sana_jax.quantization.trees import stored_formats
 from sana_jax.videos import read_video
 from tests.parity import refiner_oracle
 from tests.parity.pipeline_oracle import picture
@@ -110,6 +112,8 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
         (("--action", "w-8", "--intrinsics", 1, 2, 3), ("--intrinsics 1 2 3 is not allowed", "fx fy cx cy")),
         (("--action", "w-8", "--refiner-checkpoint", "blocks"), ("without --refiner",)),
         (("--action", "w-8", "--refiner-stream-blocks"), ("--refiner-stream-blocks would not be used without",)),
+        (("--action", "w-8", "--refiner-quantization", "int8"), ("--refiner-quantization would not be used without",)),
+        (("--action", "w-8", "--refiner", "r", "--refiner-quantization", "int2"), ("quantization transformer=int2",)),
         (("--action", "w-8", "--refiner", "nowhere/at/all"), ("nowhere/at/all",)),
         (("--action", "w-8", "--num-videos", 2), ("--num-videos 2", "one video at a time")),
         (("--action", "w-8", "--motion-score", 30), ("--motion-score would not be used by SanaWMPipeline",)),
@@ -139,6 +143,57 @@ def test_other_mistakes(world_model, video_model, tmp_path, capsys):
     assert "--stream would not be used by SanaVideoPipeline" in error_of(
         capsys, "--model", video_model, "--stream", *rest
     )
+
+
+def test_the_refiner_s_networks_are_quantised_and_budgeted_by_name(refiner, monkeypatch):
+    given = {}
+
+    def from_pretrained(path, **options):
+        given.update(options)
+        return SanaWMRefiner.from_pretrained(path, quantization=options["quantization"])
+
+    weights = [types.SimpleNamespace(num_bytes=size, stays=size > 10) for size in (7, 11, 13)]
+    pipeline = types.SimpleNamespace(networks=dict(enumerate(weights)), residency="all", autoencoder=None)
+    monkeypatch.setattr(
+        "sana_jax.pipelines.world_refiner.SanaWMRefiner", types.SimpleNamespace(from_pretrained=from_pretrained)
+    )
+    options = {
+        "model": "m",
+        "prompt": ("a",),
+        "output": "out.mp4",
+        "refiner": str(refiner),
+        "quantization": ("nvfp4",),
+        "refiner_quantization": ("int8", "text_encoder=int8"),
+    }
+    made = generate_world._open_refiner(generate.GenerateConfig(**options), pipeline, (16, 24))
+    assert given["residency"] == "all"
+    for resident in (made.transformer_weights, made.text_encoder.weights):
+        assert set(stored_formats(resident.abstract).values()) == {"int8"}
+    given.clear()
+    generate_world._open_refiner(generate.GenerateConfig(**options, memory="24g"), pipeline, (16, 24))
+    assert "residency" not in given
+    assert (given["memory"], given["frame_size"], given["held_bytes"]) == ("24g", (16, 24), 24)
+
+
+def test_the_first_stage_leaves_before_a_refiner_with_a_budget(world_model, refiner, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def first_stage(pipeline, watch, asked):
+        assert all(weights.params is not None for weights in pipeline.networks.values() if weights is not None)
+        return np.zeros((1, asked.start.shape[1] + 1, *asked.start.shape[2:]), np.float32)
+
+    def encode_prompt(self, prompt):
+        raise Reached
+
+    monkeypatch.setattr(SanaWMPipeline, "_first_stage", first_stage)
+    monkeypatch.setattr(SanaWMRefiner, "encode_prompt", encode_prompt)
+    pipeline = SanaWMPipeline.from_pretrained(world_model, residency="all")
+    second = SanaWMRefiner.from_pretrained(refiner, memory="24g", autoencoder=pipeline.autoencoder)
+    view = {"action": "w-8", "intrinsics": [40.0, 41.0, 26.0, 14.0], "height": 16, "width": 24}
+    with pytest.raises(Reached):
+        pipeline(picture(30, 50), "a red panda", **view, refine=second)
+    assert not any(weights.loaded for weights in pipeline.networks.values() if weights is not None)
 
 
 def test_a_refiner_s_directory_says_what_it_needs(refiner, tmp_path, capsys):

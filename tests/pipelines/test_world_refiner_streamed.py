@@ -10,8 +10,10 @@ import pytest
 from convert.engine import import_model
 from sana_jax import SanaWMRefiner
 from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
+from sana_jax.errors import UserError
 from sana_jax.models.ltx2 import LTX2VideoTransformer, init_params
 from sana_jax.models.ltx2_config import LTX2Config
+from sana_jax.pipelines import world_refiner_opening
 from sana_jax.pipelines.residency import describe_plan
 from sana_jax.pipelines.world_refiner_streamed import BLOCKS
 from sana_jax.weights import streamed
@@ -147,3 +149,35 @@ def test_from_a_directory(published, tmp_path, converted):
     half = SanaWMRefiner.from_pretrained(directory, stream_blocks=True, dtype="bfloat16").transformer_weights
     assert {leaf.dtype for leaf in jax.tree.leaves(half.params)} == {jnp.dtype(jnp.bfloat16)}
     assert half.num_bytes == weights.num_bytes // 2
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_a_budget_that_streams_the_blocks_opens_the_directory_once(published, tmp_path, monkeypatch, converted):
+    directory = tmp_path / "converted" if converted else published
+    if converted:
+        import_model(published, directory)
+    opened, open_component = [], world_refiner_opening.open_component
+    monkeypatch.setattr(
+        world_refiner_opening, "open_component", lambda *a, **k: opened.append(a[0].name) or open_component(*a, **k)
+    )
+    fitted = {"stream_blocks": True, "quantization": {}}
+    monkeypatch.setattr(world_refiner_opening, "refiner_choices", lambda *a, **k: fitted)
+    found = SanaWMRefiner.from_pretrained(directory, memory="24g")
+    assert opened == ["transformer", "connectors"]
+    assert found.residency == "one_at_a_time"
+    expected = SanaWMRefiner.from_pretrained(directory, stream_blocks=True)
+    jax.tree.map(np.testing.assert_array_equal, found.transformer_weights.params, expected.transformer_weights.params)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"residency": "all", "memory": "24g"}, "residency 'all' and memory '24g': memory chooses one_at_a_time"),
+        ({"held_bytes": 1}, "would not be used without memory"),
+        ({"frame_size": (64, 64)}, "would not be used without memory"),
+        ({"memory": "lots"}, "allowed are 24g, 16g, 12g"),
+    ],
+)
+def test_arguments_of_a_budget_are_looked_at_before_a_directory(options, message):
+    with pytest.raises(UserError, match=message):
+        SanaWMRefiner.from_pretrained("nowhere/at/all", **options)

@@ -383,6 +383,7 @@ def test_the_command_line(pipe, directory, tmp_path, capsys, monkeypatch):
     for more, part in (
         (("--stream", "--resume"), "nothing to resume"),
         (("--low-memory",), "allowed are text_encoder_freed and all"),
+        (("--memory", "80g"), "memory 80g is not for streamed worlds"),
         (("--refiner", "r", "--refiner-checkpoint", "x"), "--refiner-checkpoint would not be used by a streamed world"),
         (("--steps", 3), "--steps would not be used by SanaWMStreamingPipeline"),
         (("--flow-shift", 3), "has a sampler of its own"),
@@ -392,3 +393,5 @@ def test_the_command_line(pipe, directory, tmp_path, capsys, monkeypatch):
         error = capsys.readouterr().err
         assert part in error
         assert error.count("\n") == 1
+    with pytest.raises(UserError, match="memory 80g is not for streamed worlds"):
+        SanaWMStreamingPipeline.from_pretrained("nowhere/at/all", memory="80g")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from sana_jax import SanaWMRefiner
+from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
 from sana_jax.errors import UserError
-from sana_jax.pipelines.memory_plan import refiner_choices
+from sana_jax.pipelines.memory_plan import refiner_choices, refiner_frame_bytes
 from sana_jax.pipelines.world_refiner_streamed import BLOCKS
 from sana_jax.quantization.choice import Quantization
 from sana_jax.quantization.tables import relative_error
@@ -56,3 +57,31 @@ def test_a_budget_streams_the_blocks_and_quantises_the_text_encoder():
         assert got == {"stream_blocks": True, "quantization": {"text_encoder": Quantization(format_name)}}
     with pytest.raises(UserError, match=r"memory 6g is not enough.*text_encoder.*least that is enough is 9\.1g"):
         refiner_choices(found, "6g", {})
+
+
+def test_a_budget_counts_keys_and_values_and_what_others_hold():
+    found = {
+        "params": _network("transformer", 13 * GB),
+        "connectors_params": _network("connectors", GB),
+        "text_encoder": types.SimpleNamespace(weights=_network("text_encoder", GB)),
+    }
+    whole = {"stream_blocks": False, "quantization": {}}
+    # three quarters for 26 GB of weights, and for 11 frames of keys and values and 3 of the block that joins them
+    assert refiner_choices(found, "36g", {}) == whole
+    assert refiner_choices(found, "53.3g", {}, frame_bytes=GB)["stream_blocks"]
+    assert refiner_choices(found, "53.4g", {}, frame_bytes=GB - 10**8) == whole
+    assert refiner_choices(found, "36g", {}, held_bytes=2 * GB)["stream_blocks"]
+    # two of ten blocks, and 11 frames
+    with pytest.raises(UserError, match=r"transformer with keys and values takes 16\.20 GB beside 1\.00 GB.*is 23g"):
+        refiner_choices(found, "22g", {}, frame_bytes=GB, held_bytes=GB)
+    # what is quantised by name is counted so
+    assert refiner_choices(found, "20g", {"transformer": Quantization("int8")})["stream_blocks"] is False
+
+
+def test_a_frame_s_keys_and_values():
+    refiner = tiny_refiner()
+    video = jnp.asarray(np.moveaxis(draw_latents(2), 1, -1))
+    state = refiner.start(video[:, :1], jnp.asarray(draw_prompt()), RefinerSampler((0.9, 0.0), 2, 1, 5), 16.0)
+    rows, columns = (32 * length for length in video.shape[2:4])
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves((state.sink, state.history)))
+    assert refiner_frame_bytes(refiner.transformer, (rows, columns)) * 5 == kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import zipfile
@@ -10,13 +11,17 @@ import numpy as np
 import pytest
 
 from configs.world import WorldChunksConfig
-from sana_jax import SanaWMPipeline
+from sana_jax import SanaWMPipeline, SanaWMStreamingPipeline
 from sana_jax.autoencoders import PixelVideoAutoencoder
 from sana_jax.diffusion.samplers import FlowEuler
 from sana_jax.errors import UserError
 from sana_jax.models.sana_wm import SanaWMConfig, SanaWMTransformer
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.families import abstract_params
+from sana_jax.pipelines.image_inputs import read_picture
 from sana_jax.pipelines.model_directory import SamplingDefaults
+from sana_jax.pipelines.opening import open_model
+from sana_jax.pipelines.world_inputs import view_at
 from sana_jax.text_encoders import WordEncoder
 from sana_jax.weights.rules import flatten
 from tests.pipelines.tiny_world import random_like
@@ -31,8 +36,11 @@ from tests.train.run_training import (
     rows,
     saved_state,
 )
+from train.batch import CAMERA, FIRST_FRAME, PLUCKER
 from train.main import main as train
 from train.preview_clips import clip_table
+from train.recipes.base import Prompts
+from train.recipes.world import WorldChunkCausalTraining
 from train.run_directory import read_config
 
 STEPS, SAVE_EVERY, FRAMES, SIZE = 4, 2, 5, (4, 8)
@@ -67,7 +75,8 @@ OPTIONS = {
 def words(preset: str, place, name: str, values: dict | None = None) -> list[str]:
     model = {"run-dir": place / name, "model": place / "base", "data.path": place / "videos"}
     found = [preset]
-    for option, value in {**model, **OPTIONS, **(values or {})}.items():
+    options = {**model, **OPTIONS, **(values or {})}
+    for option, value in ((option, value) for option, value in options.items() if value is not None):
         found += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
     return found
 
@@ -160,8 +169,34 @@ def test_causal_blocks_from_a_world(place, capfd):
     assert "causal blocks of 2 latent frames (first_plus_one)" in out
     assert rows(place / "causal")[-1]["validation_loss"] > 0
     assert read_config(place / "causal").chunk_causal == WorldChunksConfig(block_frames=2)
-    SanaWMPipeline.from_pretrained(place / "causal")
+    assert SanaWMPipeline.from_pretrained(place / "causal").causal_blocks == (2, "first_plus_one")
     assert "has been trained in causal blocks" in capfd.readouterr().out
+
+
+def test_a_run_in_causal_blocks_is_sampled_as_its_previews_are(place, tmp_path, capsys):
+    model = open_model(place / "base", "SanaWMPipeline")
+    recipe = WorldChunkCausalTraining(model.transformer, WorldChunksConfig(block_frames=2))
+    run = BaseModelFile(recipe.kind, "base", str(place / "base"), "0", recipe.settings())
+    causal = SanaWMPipeline._from_model(dataclasses.replace(model, trained_from=run), "all")
+    image = np.random.default_rng(0).integers(0, 256, (*SIZE, 3)).astype(np.uint8)
+    poses, lens = path_of(FRAMES).astype(np.float32), [8.0, 8.0, 4.0, 2.0]
+    noise = np.random.default_rng(1).standard_normal((1, 3, FRAMES, *SIZE)).astype(np.float32)
+    asked = {"c2w": poses, "intrinsics": lens, "latents": noise, "output_type": "latent"}
+    found = causal(image, "a street", **asked).frames
+    whole = SanaWMPipeline._from_model(model, "all")(image, "a street", **asked).frames
+    given = causal._given(view_at(read_picture(image, shortest=min(SIZE)), poses, lens, SIZE, 1, 1))
+    embeds, mask = causal.text_encoder.encode(["a street"])
+    conditions = {CAMERA: given.camera_conditions, PLUCKER: given.chunk_plucker, FIRST_FRAME: given.frames}
+    sample = recipe.sampling_function(causal.sampler, 2, 1.0)
+    preview = sample(causal.params, None, np.moveaxis(noise, 1, -1), Prompts(embeds, mask, None, None), conditions)
+    np.testing.assert_allclose(found, np.moveaxis(preview, -1, 1), rtol=0, atol=1e-5)
+    assert np.abs(found - whole).max() > 1e-2
+    causal.save_pretrained(tmp_path / "saved")
+    assert "does not say that the model was trained in causal blocks" in capsys.readouterr().out
+    assert (
+        SanaWMStreamingPipeline._from_model(dataclasses.replace(model, trained_from=run), "all").sampler.block_frames
+        == 2
+    )
 
 
 @pytest.mark.prove
@@ -192,6 +227,7 @@ def test_latents_of_zip_files(place, capfd):
             metadata[name] = {"prompt": "a street", **poses}
     (folder / "0.json").write_text(json.dumps(metadata))
     options = {"data.path": folder, "data.format": "zip_latents", "data.short-clips": "pad", "preview.every": 0}
+    options["data.clip-size"] = None  # latents have a size of their own
     status, out, err = call(capfd, *words("finetune_world", place, "zipped", options))
     assert status == 0, err
     assert "1 samples are filled up to 5 latent frames" in out

@@ -34,6 +34,7 @@ from tests.train.test_main_video import words
 from train.data.trajectories import TrajectoriesData
 from train.data.video.moving_camera import MovingCameraData
 from train.main import main as train
+from train.make_trajectories import MakeTrajectoriesConfig
 from train.make_trajectories import main as make_trajectories
 from train.world_clips import open_world_clips
 from train.world_data import open_world_data
@@ -160,6 +161,10 @@ MISTAKES = {
     "a size": (["--height=16"], "--height 16 is not allowed"),
     "too many frames": (["--frames=9"], "--frames 9 is not allowed; the clips have 4"),
     "no cache": (["--data=nowhere"], "nowhere"),
+    "an option of zip files": (["--axes=opengl"], "--axes opengl would not be used; it is for zip files of latents"),
+    "an angle": (["--field-of-view=180"], "--field-of-view 180.0 is not allowed; allowed is above 0"),
+    "a share": (["--max-bad-share=2"], "--max-bad-share 2.0 is not allowed; choose 0 to 1"),
+    "a filter": (["--filters", "dover"], "--filters dover is not allowed; allowed is name=low:high"),
 }
 
 
@@ -247,6 +252,47 @@ def test_first_frames_and_cameras_of_zip_files(teacher, tmp_path):
     assert open_world_clips(str(tmp_path), 3, None, teacher, parts, lines.append).identity != clips.identity
     with pytest.raises(UserError, match=r"--frames is missing: the samples of the zip files .* are of any length"):
         open_world_clips(str(tmp_path), None, None, teacher, parts)
+
+
+def test_options_of_zip_files(teacher, tmp_path):
+    """Cameras of other axes without intrinsics, one of two samples damaged, another left out by its score."""
+    poses, latents = path_of(5), np.zeros((3, 5, 8, 8), np.float32)
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        for name in "abc":
+            with archive.open(f"{name}.npz", "w") as member:
+                np.savez(member, z=latents, c2w=poses * (1.1 if name == "b" else 1) * [1, -1, -1, 1])
+    metadata = {name: {"prompt": name, "dover": 0.1 if name == "c" else 0.9} for name in "abc"}
+    (tmp_path / "all.json").write_text(json.dumps(metadata))
+    autoencoder = SanaWMPipeline.from_pretrained(teacher).autoencoder
+    parts, lines = type("Parts", (), {"transformer_config": NETWORK, "autoencoder": autoencoder}), []
+
+    def opened(**options):
+        config = MakeTrajectoriesConfig(str(teacher), "out", data=str(tmp_path), **options)
+        return open_world_clips(str(tmp_path), 3, None, teacher, parts, lines.append, config.zip_options)
+
+    with pytest.raises(
+        UserError, match=r"3 of 3 files are unusable, --max-bad-share allows .* or give --field-of-view"
+    ):
+        opened()
+    options = {"field_of_view": 90.0, "max_bad_share": 0.5, "filters": ("dover=0.5:",)}
+    clips = opened(**options, axes="opengl")
+    assert clips.captions == ["a"]
+    expected = camera_inputs(
+        poses, np.tile([4.0, 4.0, 4.0, 4.0], (5, 1)), height=8, width=8, temporal_factor=1, spatial_factor=1
+    )
+    camera = clips.given(np.array([0])).camera_conditions[0]
+    np.testing.assert_allclose(camera, expected.conditions[:3], atol=1e-6)
+    other = opened(**options)
+    assert np.abs(other.given(np.array([0])).camera_conditions[0] - camera).max() > 1e-3
+    wider = opened(**options | {"field_of_view": 91.0}, axes="opengl")
+    assert clips.identity != other.identity
+    assert clips.identity != wider.identity
+    metadata["a"].pop("prompt")
+    (tmp_path / "all.json").write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="a has no caption; write one into the metadata; all"):
+        opened(**options | {"max_bad_share": 0.0})
+    assert any("do not pass --filters" in line for line in lines)
+    assert not any("--data." in line for line in lines)
 
 
 # What compiles steps and previews takes minutes: `make prove` runs it.

@@ -211,6 +211,7 @@ def test_another_identity(made):
         ({"batch_size": 0}, "--batch-size 0 is not allowed; choose 1 or more"),
         ({"guidance_scale": -1.0}, "--guidance-scale -1.0 is not allowed"),
         ({"seed": -1}, "--seed -1 is not allowed"),
+        ({"field_of_view": 0.0}, "--field-of-view 0.0 is not allowed; allowed is above 0"),
     ],
 )
 def test_values(tmp_path, changes, message):
@@ -226,6 +227,8 @@ def test_teachers_and_places(teacher, tmp_path):
         make_trajectories(trajectories_config(tmp_path / "nothing", tmp_path / "out"), say=quiet)
     with pytest.raises(UserError, match="--height 13 is not allowed; it must be a multiple of 2"):
         make_trajectories(trajectories_config(teacher, tmp_path / "out", height=13), say=quiet)
+    with pytest.raises(UserError, match="--axes opengl would not be used; it is for zip files of latents"):
+        make_trajectories(trajectories_config(teacher, tmp_path / "out", axes="opengl"), say=quiet)
     (tmp_path / "taken" / "checkpoints").mkdir(parents=True)
     with pytest.raises(UserError, match=r"--out .* holds checkpoints but no cache\.json"):
         make_trajectories(trajectories_config(teacher, tmp_path / "taken"), say=quiet)

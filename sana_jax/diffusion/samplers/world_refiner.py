@@ -147,7 +147,8 @@ def _check_whole_number(name: str, value: Any, least: int, unit: str) -> None:
 
 def _checked_sigmas(sigmas: Any) -> tuple[float, ...]:
     try:
-        levels = tuple(float(sigma) for sigma in sigmas)
+        given = tuple(sigmas)
+        levels = () if any(isinstance(sigma, bool | np.bool_) for sigma in given) else tuple(map(float, given))
     except (TypeError, ValueError):
         levels = ()
     # In float32, in which they are used: two levels that are one there would divide nothing by nothing.

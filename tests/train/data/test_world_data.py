@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import zipfile
 
 import numpy as np
@@ -16,6 +17,7 @@ from tests.train.data.video.clip_files import write_video
 from train.batch import CAMERA, FRAME_VALID, PLUCKER
 from train.data.conditions import View
 from train.data.decoding import BadPicture
+from train.data.world import paths
 from train.data.world.cameras import CameraShape
 from train.data.world.paths import CameraPath, clip_path, frames_shown, path_between, read_path
 from train.data.world.source import open_worlds
@@ -297,6 +299,65 @@ def test_bad_samples_of_zip_files_are_named_before_training(tmp_path, capsys, me
         assert any(f"unusable: all/{name}" in line and reason in line for line in out.splitlines()), out
     for line in ("usable: 2 of 8", "latents 3 x 4x2x5: 2", "training would stop: 6 of 8 files are unusable"):
         assert line in out, out
+
+
+@pytest.mark.parametrize("metadata", [("poses", "K"), ("camera_to_world", "intrinsics"), ("poses",), ("K",)])
+def test_the_camera_that_is_checked_is_trained_on(tmp_path, metadata):
+    """Metadata's, also where the file has another one under a name that comes first; what it lacks is the file's."""
+    camera = {"poses": path_of(7), "camera_to_world": path_of(7), "K": INTRINSICS / 2, "intrinsics": INTRINSICS / 2}
+    own = {name: camera[name].tolist() for name in metadata}
+    beside = {"c2w": path_of(7), "K": INTRINSICS / 2}
+    if any(name in own for name in ("poses", "camera_to_world")):
+        beside["c2w"] = path_of(7) * 1.1  # not rigid
+    if any(name in own for name in ("K", "intrinsics")):
+        beside |= {"intrinsics": INTRINSICS * 9}  # outside the picture
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive, archive.open("a.npz", "w") as member:
+        np.savez(member, z=np.zeros((CHANNELS, *LATENTS), np.float32), **beside)
+    (tmp_path / "all.json").write_text(json.dumps({"a": {"prompt": "a street", **own}}))
+    options = {"height": 16, "width": 40, "temporal_factor": 2, "spatial_factor": 8}
+    expected = camera_inputs(path_of(7), np.tile(INTRINSICS / 2, (7, 1)), **options)
+    batch = zipped(tmp_path)[0].batch(np.array([0]))
+    np.testing.assert_allclose(batch.conditions[CAMERA][0], expected.conditions, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.json", b'{"prompt": "a str', "all/a has a a.json that can't be read (Unterminated string"),
+        ("a.json", b"[1]", "all/a has a a.json that holds a list; metadata is an object"),
+        ("all.json", b"3", "all.json holds a int; samples are an object or a list of objects"),
+        ("all.json", b"[1]", "all.json holds a list whose entry 0 names no sample by key, name, id, file_name"),
+        ("all.json", b'{"a": {"prompt"', "all.json can't be read"),
+        ("all_dover.json", b"no", "all_dover.json can't be read"),
+    ],
+)
+def test_damaged_metadata_is_named_and_counted(tmp_path, name, content, said):
+    """It is no sample without a caption, which may be trained on."""
+    for shard in ("all", "other"):
+        with zipfile.ZipFile(tmp_path / f"{shard}.zip", "w") as archive:
+            with archive.open("a.npz", "w") as member:
+                arrays = {"c2w": path_of(7), "intrinsics": INTRINSICS / 2}
+                np.savez(member, z=np.zeros((CHANNELS, *LATENTS), np.float32), **arrays)
+            if (shard, name) == ("all", "a.json"):
+                archive.writestr(name, content)
+    if name != "a.json":
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"1 of 2 files are unusable.*{re.escape(said)}"):
+        zipped(tmp_path, missing_captions="empty")
+    worlds, lines = zipped(tmp_path, missing_captions="empty", max_bad_share=0.5)
+    assert [sample.key for sample in worlds.samples] == ["other/a"]
+    assert said in lines
+    assert "left out: " in lines
+
+
+def test_looking_at_cameras_leaves_the_programs_output_alone(tmp_path, monkeypatch):
+    outputs, check = [], paths.check_poses
+    monkeypatch.setattr(paths, "check_poses", lambda *given: outputs.append(sys.stdout) or check(*given))
+    save_zips(tmp_path)
+    zipped(tmp_path)
+    paths.check_path(CameraPath(path_of(6), INTRINSICS), "a", SIZE)
+    assert len(outputs) == 3
+    assert all(output is sys.stdout for output in outputs)
 
 
 @pytest.mark.parametrize("wrong", ["channels", "damaged"])

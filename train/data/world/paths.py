@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -25,9 +24,12 @@ from train.data.decoding import BadPicture, covering_size, crop_offset
 from train.data.video.windows import tolerance
 
 POSES, INTRINSICS = "c2w", "intrinsics"  # arrays of a record
-# Names of the arrays in a file, the first of which that is there is read; npy is the only array of an .npy file.
-_POSE_NAMES = (POSES, "poses", "camera_to_world", "npy")
-_INTRINSICS_NAMES = (INTRINSICS, "K")
+# What they are called in files and in metadata; the first name that is there is read.
+CAMERA_NAMES: Mapping[str, tuple[str, ...]] = {
+    POSES: (POSES, "poses", "camera_to_world"),
+    INTRINSICS: (INTRINSICS, "K"),
+}
+_ONLY = "npy"  # the only array of an .npy file
 
 
 class CameraPath(NamedTuple):
@@ -55,6 +57,13 @@ def load_arrays(content: bytes, name: str) -> dict[str, np.ndarray]:
         raise BadPicture(name, f"holds no arrays ({' '.join(str(error).split())[:100]})") from error
 
 
+def camera_of(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Poses and intrinsics of one source as ``c2w`` and ``intrinsics``, whatever it calls them, where it has them."""
+    there = {name for name, value in values.items() if value is not None}
+    found = {kind: next((name for name in names if name in there), None) for kind, names in CAMERA_NAMES.items()}
+    return {kind: values[name] for kind, name in found.items() if name is not None}
+
+
 def read_path(arrays: Mapping[str, np.ndarray], name: str, size: tuple[int, int], data: WorldDataConfig) -> CameraPath:
     """A path as a file holds it; nothing of it is checked but that it is there.
 
@@ -67,11 +76,12 @@ def read_path(arrays: Mapping[str, np.ndarray], name: str, size: tuple[int, int]
     Raises:
         BadPicture: there is no path, or there are no intrinsics.
     """
-    poses = next((arrays[each] for each in _POSE_NAMES if each in arrays), None)
+    camera = camera_of(arrays)
+    poses = camera.get(POSES, arrays.get(_ONLY))
     if poses is None:
         there = ", ".join(arrays) or "no arrays"
         raise BadPicture(name, f"has no camera: beside it are {there}, and poses are called {POSES} or poses")
-    intrinsics = next((arrays[each] for each in _INTRINSICS_NAMES if each in arrays), None)
+    intrinsics = camera.get(INTRINSICS)
     if intrinsics is None:
         if data.field_of_view is None:
             raise BadPicture(name, "has poses and no intrinsics; save them beside c2w, or give --data.field-of-view")
@@ -88,19 +98,13 @@ def check_path(path: CameraPath, name: str, size: tuple[int, int]) -> tuple[str,
     Raises:
         BadPicture: poses that are not rigid or not finite, or intrinsics that are none of this video.
     """
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):
-        refuse_bad_path(path, name, size)
-    return tuple(said.getvalue().splitlines())
-
-
-def refuse_bad_path(path: CameraPath, name: str, size: tuple[int, int]) -> None:
-    """``check_path``, which prints its lines; for threads."""
+    said: list[str] = []
     try:
-        check_poses(path.c2w, f"c2w of {name}")
-        read_intrinsics(path.intrinsics, len(path.c2w), *size)
+        check_poses(path.c2w, f"c2w of {name}", said.append)
+        read_intrinsics(path.intrinsics, len(path.c2w), *size, said.append)
     except UserError as error:
         raise BadPicture(name, f"has a camera that can't be used: {error}") from error
+    return tuple(said)
 
 
 def check_count(path: CameraPath, name: str, frames: int) -> bool:

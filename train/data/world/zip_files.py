@@ -20,7 +20,6 @@ import io
 import json
 import os
 import struct
-import threading
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,17 +39,17 @@ from train.data.records import Caption, Problem, Say
 from train.data.source import refuse_too_many_bad
 from train.data.sources.rows import as_number, sort_out
 from train.data.world.cameras import CameraShape
-from train.data.world.paths import INTRINSICS, POSES, CameraPath, read_path, refuse_bad_path
+from train.data.world.paths import CAMERA_NAMES, CameraPath, camera_of, check_path, read_path
 
 Shape = tuple[int, int, int, int]
 _NAMES = (*LATENT_NAMES, "latent", "latents")
-_POSE_NAMES, _INTRINSICS_NAMES = (POSES, "poses", "camera_to_world"), (INTRINSICS, "K")
+_CAMERA_NAMES = tuple(name for names in CAMERA_NAMES.values() for name in names)
 # What of the metadata a path is a function of.
-CAMERA_COLUMNS = (*_POSE_NAMES, *_INTRINSICS_NAMES, "height", "width")
+CAMERA_COLUMNS = (*_CAMERA_NAMES, "height", "width")
 _SUFFIXES = (".npz", ".npy")
+_KEYS = ("key", "name", "id", "file_name")  # of a sample in a list
 _BEGINNING = 4096  # bytes of an .npz that hold the header of its first array
 _THREADS = 8  # that open zip files: they wait for the disk, or for a network's
-_PRINTING = threading.Lock()  # lines of several threads would mingle
 
 
 class ZipSample(NamedTuple):
@@ -156,30 +155,33 @@ def find_zip_samples(
     """
     from tqdm import tqdm
 
-    files, found, printed = _zip_files(data.path), ZipFindings(), io.StringIO()
+    files, found = _zip_files(data.path), ZipFindings()
     look = functools.partial(_look_into, data=data, channels=channels, frames=frames, camera=camera)
-    # what is said of unusual cameras, in every thread
-    with ThreadPoolExecutor(_THREADS) as pool, contextlib.redirect_stdout(printed):
+    with ThreadPoolExecutor(_THREADS) as pool:
         for of_file in tqdm(pool.map(look, files), "zip files", total=len(files), disable=None, leave=False):
             found.add(of_file)
-    found.unusual = printed.getvalue().splitlines()
     return found
 
 
 def _look_into(
     file: Path, data: WorldDataConfig, channels: int | None, frames: int | None, camera: CameraShape
 ) -> ZipFindings:
-    """What one zip file holds; lines about unusual cameras are printed."""
+    """What one zip file holds."""
     found = ZipFindings(files=1)
-    kinds, limits, metadata = tuple(data.weights()), data.score_limits(), _metadata(file)
+    kinds, limits = tuple(data.weights()), data.score_limits()
     try:
+        metadata = _metadata(file)
         with zipfile.ZipFile(file) as archive:
-            for info, own in _members(archive):
+            there = set(archive.namelist())
+            for info in archive.infolist():
+                stem, suffix = os.path.splitext(info.filename)
+                if suffix not in _SUFFIXES:
+                    continue
                 found.looked_at += 1
-                stem = os.path.splitext(info.filename)[0]
                 key = f"{file.stem}/{stem}"
-                fields = {**metadata.get(os.path.basename(stem), {}), **own}
                 try:
+                    own = _own_metadata(archive, f"{stem}.json", key) if f"{stem}.json" in there else {}
+                    fields = {**metadata.get(os.path.basename(stem), {}), **own}
                     if not _passes(key, fields, limits):
                         found.filtered += 1
                         continue
@@ -189,10 +191,13 @@ def _look_into(
                         continue
                     sample = ZipSample(key, file, info.filename, info.CRC, shape, (), fields)
                     sample = _described(sample, data, kinds)
-                    _check_path(archive, sample, data, camera)
+                    found.unusual += _check_path(archive, sample, data, camera)
                     found.samples.append(sample)
                 except BadPicture as error:
                     found.problems.append(Problem(error.name, error.reason))
+    except BadPicture as error:  # of a file beside it
+        found.looked_at += 1
+        found.problems.append(Problem(error.name, error.reason))
     except (zipfile.BadZipFile, OSError) as error:
         found.looked_at += 1
         found.problems.append(Problem(str(file), f"can't be read ({' '.join(str(error).split())[:100]})"))
@@ -212,7 +217,11 @@ def _zip_files(path: str | None) -> list[Path]:
 
 
 def _metadata(file: Path) -> dict[str, dict[str, Any]]:
-    """What the files beside a zip file say, by sample."""
+    """What the files beside a zip file say, by sample.
+
+    Raises:
+        BadPicture: one of them is damaged.
+    """
     found: dict[str, dict[str, Any]] = {}
     for path in (file.with_suffix(".json"), *sorted(file.parent.glob(f"{file.stem}_*.json"))):
         if not path.is_file():
@@ -228,34 +237,41 @@ def _metadata(file: Path) -> dict[str, dict[str, Any]]:
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Samples' names and values, of an object or of a list of objects."""
-    content = read_json(path) if path.read_bytes().lstrip()[:1] == b"{" else {}
-    if content:
+    """Samples' names and values, of an object or of a list of objects.
+
+    Raises:
+        BadPicture: it holds neither.
+    """
+    try:
+        content = read_json(path) if path.read_bytes().lstrip()[:1] == b"{" else json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadPicture(str(path), f"can't be read ({' '.join(str(error).split())[:100]})") from error
+    if isinstance(content, dict):
         yield from content.items()
         return
+    if not isinstance(content, list):
+        raise BadPicture(str(path), f"holds a {type(content).__name__}; samples are an object or a list of objects")
+    for place, row in enumerate(content):
+        values = [row.get(each) for each in _KEYS] if isinstance(row, dict) else []
+        name = next((value for value in values if isinstance(value, str)), None)
+        if name is None:
+            raise BadPicture(str(path), f"holds a list whose entry {place} names no sample by {', '.join(_KEYS)}")
+        yield name, row
+
+
+def _own_metadata(archive: zipfile.ZipFile, member: str, key: str) -> dict[str, Any]:
+    """What the .json beside a sample's latents says.
+
+    Raises:
+        BadPicture: it is damaged, or no object.
+    """
     try:
-        rows = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({str(error)[:80]}); mend it") from error
-    for row in rows if isinstance(rows, list) else ():
-        name = next((row[each] for each in ("key", "name", "id", "file_name") if each in row), None)
-        if isinstance(name, str):
-            yield name, row
-
-
-def _members(archive: zipfile.ZipFile) -> Iterator[tuple[zipfile.ZipInfo, dict[str, Any]]]:
-    """The members that hold latents, with what a .json of the same name says."""
-    there = set(archive.namelist())
-    for info in archive.infolist():
-        stem, suffix = os.path.splitext(info.filename)
-        if suffix not in _SUFFIXES:
-            continue
-        own: dict[str, Any] = {}
-        if f"{stem}.json" in there:
-            with contextlib.suppress(ValueError):
-                content = json.loads(archive.read(f"{stem}.json"))
-                own = content if isinstance(content, dict) else {}
-        yield info, own
+        content = json.loads(archive.read(member))
+    except Exception as error:  # damaged files make zipfile raise anything
+        raise BadPicture(key, f"has a {member} that can't be read ({' '.join(str(error).split())[:100]})") from error
+    if not isinstance(content, dict):
+        raise BadPicture(key, f"has a {member} that holds a {type(content).__name__}; metadata is an object")
+    return content
 
 
 def _passes(key: str, fields: Mapping[str, Any], limits: Mapping[str, tuple[float, float]]) -> bool:
@@ -352,49 +368,42 @@ def _described(sample: ZipSample, data: WorldDataConfig, kinds: Sequence[str]) -
     return sample._replace(captions=tuple(row.captions), columns={**row.columns, **sides})
 
 
-def _check_path(archive: zipfile.ZipFile, sample: ZipSample, data: WorldDataConfig, camera: CameraShape) -> None:
-    """Looks at a sample's path; prints a line about what is unusual.
+def _check_path(
+    archive: zipfile.ZipFile, sample: ZipSample, data: WorldDataConfig, camera: CameraShape
+) -> tuple[str, ...]:
+    """Looks at a sample's path, the same that training reads; returns lines about what is unusual.
 
     Raises:
         BadPicture: it can't be used.
     """
     beside = {}
-    if not _has_path(sample) and sample.member.endswith(".npz"):
+    if len(camera_of(sample.columns)) < len(CAMERA_NAMES) and sample.member.endswith(".npz"):
         try:
             with _inner(archive, sample.member) as inner:
-                for name in _array_names(inner) & {*_POSE_NAMES, *_INTRINSICS_NAMES}:
+                for name in _array_names(inner).intersection(_CAMERA_NAMES):
                     with inner.open(f"{name}.npy") as array:
                         beside[name] = np.lib.format.read_array(array, allow_pickle=False)
         except Exception as error:  # as above
             raise BadPicture(sample.key, f"can't be read ({' '.join(str(error).split())[:100]})") from error
     path = path_of(sample, beside, data, camera.spatial_factor)
-    with _PRINTING:
-        refuse_bad_path(path, sample.key, video_size(sample, camera.spatial_factor))
+    lines = check_path(path, sample.key, video_size(sample, camera.spatial_factor))
     refuse_other_count(path, sample, camera.temporal_factor)
+    return lines
 
 
 def path_of(
     sample: ZipSample, beside: Mapping[str, np.ndarray], data: WorldDataConfig, spatial_factor: int
 ) -> CameraPath:
-    """A sample's path, as the metadata has it, else as it is in arrays beside the latents.
+    """A sample's path: poses, and intrinsics, as the metadata has them, else as they are in arrays beside the latents.
 
     Raises:
         BadPicture: there is none, or there are no intrinsics.
     """
     try:
-        columns = {
-            name: np.asarray(sample.columns[name], np.float64)
-            for name in (*_POSE_NAMES, *_INTRINSICS_NAMES)
-            if name in sample.columns
-        }
+        columns = {kind: np.asarray(value, np.float64) for kind, value in camera_of(sample.columns).items()}
     except (TypeError, ValueError) as error:
         raise BadPicture(sample.key, "has a camera in its metadata that is no array of numbers") from error
-    return read_path({**beside, **columns}, sample.key, video_size(sample, spatial_factor), data)
-
-
-def _has_path(sample: ZipSample) -> bool:
-    """Whether the metadata says all that there is to know of the camera."""
-    return all(any(name in sample.columns for name in names) for names in (_POSE_NAMES, _INTRINSICS_NAMES))
+    return read_path({**camera_of(beside), **columns}, sample.key, video_size(sample, spatial_factor), data)
 
 
 def refuse_other_count(path: CameraPath, sample: ZipSample, temporal_factor: int) -> None:
