@@ -84,7 +84,9 @@ FULL = ComputeConfig(remat="full")
 LORA = {"lora": LoraConfig(), "compute": FULL}
 CASES = [
     pytest.param("--compute.remat full", configuration, {}, {"compute": FULL}, id="remat"),
-    pytest.param("--accumulation 2", configuration, LORA, {"accumulation": 2}, id="lora, accumulation"),
+    pytest.param(
+        "--accumulation 2", configuration, LORA, {"accumulation": 2}, id="lora, accumulation", marks=pytest.mark.prove
+    ),
     pytest.param(
         "--accumulation 2", configuration, {}, {"accumulation": 2}, id="accumulation", marks=pytest.mark.prove
     ),
