@@ -39,8 +39,7 @@ OF_TRAJECTORIES = ("moving_digits_ode", "moving_camera_ode")
 
 
 # Their steps are those of sana_wm_2b_chunk_causal but for its levels, or of sana_wm_self_forcing or longsana but for
-# sizes, and
-# take as long to trace.
+# sizes, and take as long to trace.
 AT_LENGTH = (
     *("finetune_world", "sana_wm_2b_bidirectional", "longsana_self_forcing"),
     *("sana_wm_self_forcing_t121", "moving_camera_self_forcing"),
