@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import re
+import threading
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from sana_jax.pipelines import resumed_folder
 from sana_jax.pipelines.growing_output import GrowingOutput
 from sana_jax.pipelines.image_inputs import read_picture
 from sana_jax.pipelines.world_inputs import view_at
+from sana_jax.pipelines.world_stream_run import WorldStreamRun
 from sana_jax.videos import read_video
 from tests.pipelines.tiny_refiner import CHANNELS, SIZE, tiny_refiner
 from tests.pipelines.tiny_world import HEIGHT, PROMPT, REFINER, WIDTH, arguments, picture, tiny_autoencoder, tiny_world
@@ -288,6 +290,27 @@ def test_an_error_of_the_writing_thread_comes_out(pipe, tmp_path, monkeypatch):
     assert len(read_video(tmp_path / "out.mp4").frames) == 3
     out = stream(pipe, output_path=tmp_path / "out.mp4", resume=True)
     assert (out.finished, out.frame_count) == (True, 15)
+
+
+def test_a_chunk_is_written_while_the_next_one_is_made(pipe, refiner, tmp_path, monkeypatch):
+    """All stages of a chunk have been asked of the device before the one before it is fetched and written."""
+    asked = [threading.Event() for _ in range(4)]
+    dispatch, deliver, waited = WorldStreamRun._dispatch, WorldStreamRun._deliver, []
+
+    def asking(self, chunk, *rest):
+        made = dispatch(self, chunk, *rest)
+        asked[chunk].set()
+        return made
+
+    def delivering(self, made, *rest):
+        if made.chunk < 3:  # without overlap this would never come
+            waited.append(asked[made.chunk + 1].wait(30))
+        return deliver(self, made, *rest)
+
+    monkeypatch.setattr(WorldStreamRun, "_dispatch", asking)
+    monkeypatch.setattr(WorldStreamRun, "_deliver", delivering)
+    out = stream(pipe, refine=refiner, **SECOND, output_path=tmp_path / "out.mp4")
+    assert (out.finished, waited) == (True, [True] * 3)
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
