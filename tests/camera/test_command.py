@@ -62,7 +62,7 @@ def test_schemes_and_speeds(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "d-10   scheme v2 (NVlabs/Sana since the streaming release), 0.025 units and 3° per frame",
         "11 frames, path 0.000 units, yaw +30.0°, pitch +0.0°",
-        "videos have 1 + 8k frames: of these 11 the first 9 can be used",
+        "SANA-WM's videos have 1 + 8k frames: of these 11 the first 9 are used",
     ]
 
 
