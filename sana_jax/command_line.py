@@ -40,6 +40,7 @@ def parse(
     *,
     prog: str,
     aliases: Mapping[str, str] | None = None,
+    allow_empty: bool = True,
 ) -> Config:
     """Reads a command line into ``config_class``, a dataclass that may nest other dataclasses.
 
@@ -53,6 +54,7 @@ def parse(
             required.
         prog: what the user types, for the messages: ``"python -m train.main"``.
         aliases: further names of options, such as ``{"out": "output"}``; say so in the option's help.
+        allow_empty: whether an option that takes several values may come without any, for none.
 
     Raises:
         UserError: one line with the offending value, what is allowed, and the next step. Errors that the dataclasses
@@ -70,6 +72,8 @@ def parse(
                 f"--{name} is given twice ({' '.join(given[name])}, then {' '.join(values)}); it is allowed once: "
                 "leave one of them out"
             )
+        if not values and not allow_empty:
+            raise _no_value(name, options[name], prog)
         given.setdefault(name, []).extend(values)
     for name, values in given.items():
         changes[options[name].path] = _convert(name, options[name], values, prog)
@@ -187,11 +191,8 @@ def _convert(name: str, option: _Option, values: list[str], prog: str) -> Any:
     import tyro
 
     shown = " ".join(values)
-    allowed = f"allowed is {_describe(option.type)}"
-    if option.default is not dataclasses.MISSING:
-        allowed += f" (default {_show(option.default)})"
     if not values and not _takes_many(option.type):
-        raise UserError(f"--{name} has no value; {allowed}: write --{name} VALUE, or see {prog} --help")
+        raise _no_value(name, option, prog)
     if option.type is str and len(values) == 1:
         return values[0]
     if option.type is bool:
@@ -205,7 +206,16 @@ def _convert(name: str, option: _Option, values: list[str], prog: str) -> Any:
     extra = ""
     if len(values) > 1 and _accepts_text(option.type):
         extra = f": put quotes around a text of several words, --{name} {shown!r}"
-    raise UserError(f"--{name} cannot be {shown!r}; {allowed}{extra}; see {prog} --help")
+    raise UserError(f"--{name} cannot be {shown!r}; {_allowed(option)}{extra}; see {prog} --help")
+
+
+def _allowed(option: _Option) -> str:
+    default = "" if option.default is dataclasses.MISSING else f" (default {_show(option.default)})"
+    return f"allowed is {_describe(option.type)}{default}"
+
+
+def _no_value(name: str, option: _Option, prog: str) -> UserError:
+    return UserError(f"--{name} has no value; {_allowed(option)}: write --{name} VALUE, or see {prog} --help")
 
 
 def _print_help(config_class: type, default: Any, prog: str) -> None:

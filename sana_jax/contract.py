@@ -66,6 +66,8 @@ _PUBLISHED: dict[str, bool | None] = {
     "SANA-Video_2B_720p": False,
     "SANA-WM_bidirectional": False,
 }
+_WITHOUT_ENDING = ("SANA-WM_bidirectional",)
+_ORGANISATION = "Efficient-Large-Model"
 # By the channels of a video model's latents, which tell its autoencoder: pixels and frames per latent. Wan 2.1, LTX-2,
 # DC-AE-V.
 _VIDEO_LATENTS = {16: (8, 4), 128: (32, 8), 32: (32, 4)}
@@ -375,6 +377,16 @@ def license_of(directory: Path) -> str | None:
     if "license_name" in fields and "license" in fields:
         stated.remove(fields["license"].strip("'\""))  # "other"
     return " ".join(stated)[:300] or None
+
+
+def hub_name_of(name: str) -> str | None:
+    """Where the Hub has the published model of that name, with or without ``_diffusers``; None for other names."""
+    plain = re.sub(r"_diffusers$", "", name, flags=re.IGNORECASE).lower()
+    for published in _PUBLISHED:
+        if published.lower() == plain:
+            ending = "" if published in _WITHOUT_ENDING else "_diffusers"
+            return f"{_ORGANISATION}/{published}{ending}"
+    return None
 
 
 def _published_name(names: Iterable[str]) -> str | None:

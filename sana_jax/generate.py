@@ -22,6 +22,8 @@ from sana_jax.command_line import parse
 from sana_jax.compilation import enable_compilation_cache
 from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
+from sana_jax.generate_checks import check_files, check_values
+from sana_jax.generate_memory import memory_budget
 from sana_jax.generate_parts import choose_sampler, load_tokens
 from sana_jax.generate_video import (
     VIDEO_OPTIONS,
@@ -221,7 +223,8 @@ class GenerateConfig:
     """int8, fp8, int4 or nvfp4 for the transformer, or NETWORK=FORMAT for transformer, text_encoder, autoencoder, of
     the model itself; a refiner's networks have --refiner-quantization."""
     memory: str | None = None
-    """Memory of the device, as 24g, 16g or 12g: chooses what is kept, quantised and tiled so that it is enough."""
+    """Memory of the device, as 24g, 16g or 12g: chooses what is kept, quantised and tiled so that it is enough for
+    what is asked for, and refuses what it is not enough for."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes a GPU if JAX sees one."""
     enlarge: int = 0
@@ -244,6 +247,7 @@ class GenerateConfig:
             raise UserError(
                 "--controlnet and --control-scale would not be used without --control-image; name a picture"
             )
+        check_values(self)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -252,7 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: a mistake in the options, the model or the values; ``run_command_line`` prints it as one line.
     """
-    config = parse(GenerateConfig, sys.argv[1:] if argv is None else argv, prog=_PROG, aliases=_ALIASES)
+    config = parse(
+        GenerateConfig, sys.argv[1:] if argv is None else argv, prog=_PROG, aliases=_ALIASES, allow_empty=False
+    )
     device = choose_device(config.device)
     enable_compilation_cache()
     with jax.default_device(device):
@@ -264,6 +270,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
     """Draws what ``config`` asks for, says what it does, and returns where the picture is."""
     from sana_jax.pipelines.opening import find_model
 
+    check_files(config)
     directory = find_model(config.model, config.variant)
     _check_output(config, directory)
     pipeline = open_pipeline(config, directory)
@@ -359,8 +366,8 @@ def _with_option_names() -> Iterator[None]:
     except (UserError, FileNotFoundError) as error:
         message = str(error)
         for option, argument in sorted([*_PASSED.items(), _FRAMES], key=lambda pair: -len(pair[1])):
-            if option != argument:
-                message = re.sub(rf"(?<![\w-]){argument}(?![\w-])", f"--{option.replace('_', '-')}", message)
+            if option != argument or "_" in argument:  # others are words of the language, too
+                message = re.sub(rf"(?<![\w/.-]){argument}(?![\w/-]|\.\w)", f"--{option.replace('_', '-')}", message)
         raise type(error)(message) from error
 
 
@@ -396,7 +403,7 @@ def open_pipeline(config: GenerateConfig, directory: pathlib.Path | None = None)
         "residency": "one_at_a_time" if config.low_memory else "text_encoder_freed",
         "emulate_fp16_saturation": config.emulate_fp16_saturation,
         "quantization": config.quantization or None,
-        "memory": config.memory,
+        "memory": memory_budget(config, name),
     }
     training_run = {"weights": config.weights, "checkpoint_step": config.checkpoint_step}
     if name == "SanaControlNetPipeline":
@@ -437,9 +444,12 @@ def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[s
         unused.append("no_progress")
     if unused:
         options = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        them = "it" if len(unused) == 1 else "them"
+        why, other = f"which is what {config.model} is for", "choose another model"
+        if config.stream:
+            why, other = "which --stream asks for", "leave --stream out"
         raise UserError(
-            f"{options} would not be used by {type(pipeline).__name__}, which is what {config.model} is for; leave it "
-            "out, or choose another model"
+            f"{options} would not be used by {type(pipeline).__name__}, {why}; leave {them} out, or {other}"
         )
     arguments = {passed[name]: value for name, value in given.items()}
     if _is_video(pipeline):

@@ -36,7 +36,8 @@ def load_tokens(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
     if not hasattr(pipeline, "load_condition_tokens"):
         given = {"--condition-tokens": config.condition_tokens, "--image-encoder": config.image_encoder}
         if unused := [option for option, value in given.items() if value is not None]:
-            raise UserError(f"{', '.join(unused)} would not be used by {type(pipeline).__name__}; leave it out")
+            them = "it" if len(unused) == 1 else "them"
+            raise UserError(f"{', '.join(unused)} would not be used by {type(pipeline).__name__}; leave {them} out")
         return
     places = [parse_lora_option(text)[0] for text in config.lora]
     beside = [path if path.is_dir() else path.parent for path in map(pathlib.Path, places)]

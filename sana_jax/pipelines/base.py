@@ -31,7 +31,7 @@ from sana_jax.pipelines.denoising import Denoiser
 from sana_jax.pipelines.families import Transformer, abstract_params
 from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, place, to_network_range
 from sana_jax.pipelines.lora import LoraPipeline
-from sana_jax.pipelines.memory_plan import MemoryPlan, fit_memory
+from sana_jax.pipelines.memory_plan import MemoryBudget, MemoryPlan, fit_memory
 from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.pipelines.opening import open_model, save_model
 from sana_jax.pipelines.residency import (
@@ -153,7 +153,7 @@ class SamplingPipeline(LoraPipeline):
         residency: Residency = "text_encoder_freed",
         emulate_fp16_saturation: bool = False,
         quantization: QuantizationChoice = None,
-        memory: str | None = None,
+        memory: str | MemoryBudget | None = None,
     ) -> Any:
         """Reads a model directory: a published one (diffusers' layout), a converted one, or a training run.
 
@@ -171,8 +171,9 @@ class SamplingPipeline(LoraPipeline):
             quantization: ``"int8"``, ``"fp8"``, ``"int4"`` or ``"nvfp4"`` for the transformer, or a mapping of networks
                 (``transformer``, ``text_encoder``, ``autoencoder``) to formats: see ``sana_jax.quantization.choice``.
             memory: of the device, ``"24g"``, ``"16g"``, ``"12g"`` or another number of GB: chooses ``residency``, the
-                decoder's tiling and, unless it is given, ``quantization`` so that it is enough for the model's own
-                size, and prints the plan: see ``sana_jax.pipelines.memory_plan``.
+                decoder's tiling and, unless it is given, ``quantization`` so that it is enough for one of the model's
+                own size, or for what a ``MemoryBudget`` says, and prints the plan: see
+                ``sana_jax.pipelines.memory_plan``. A call that takes more is refused before it samples.
 
         Raises:
             FileNotFoundError: the directory or one of its files is missing.
@@ -192,7 +193,9 @@ class SamplingPipeline(LoraPipeline):
         return cls._from_model(model, residency, memory=memory)
 
     @classmethod
-    def _from_model(cls, model: Any, residency: Residency, memory: str | None = None, **networks: Any) -> Any:
+    def _from_model(
+        cls, model: Any, residency: Residency, memory: str | MemoryBudget | None = None, **networks: Any
+    ) -> Any:
         """The pipeline of an opened model; ``networks`` are those that a subclass has beside the transformer."""
         plan = None
         if memory is not None:
@@ -270,6 +273,16 @@ class SamplingPipeline(LoraPipeline):
     def describe_plan(self, *, encodes_a_picture: bool = False) -> list[str]:
         """Which weights the next call has in memory at each stage, with sizes; one line each."""
         return describe_plan(self.residency, self.networks, encodes_a_picture=encodes_a_picture)
+
+    @property
+    def _sampling_budget(self) -> int | None:
+        """Bytes that the sampling program is to keep within; None where no ``memory`` was given."""
+        return None if self.memory_plan is None else self.memory_plan.for_sampling
+
+    def _check_budget(self, program: Program, samples: int) -> None:
+        """Raises ``UserError`` for a compiled program that ``memory`` is not enough for."""
+        if self.memory_plan is not None:
+            self.memory_plan.check_program(program.device_bytes, program.working_bytes, samples)
 
     def _leave(self, name: str) -> None:
         leave(name, self.residency, self.networks)

@@ -12,6 +12,7 @@ from sana_jax.errors import UserError
 from sana_jax.models.controlnet import SanaControlNet
 from sana_jax.pipelines.base import SanaPipelineOutput
 from sana_jax.pipelines.image_inputs import read_pictures
+from sana_jax.pipelines.memory_plan import MemoryBudget
 from sana_jax.pipelines.opening import open_model
 from sana_jax.pipelines.residency import CONTROLNET, Residency
 from sana_jax.pipelines.sampling_function import Network
@@ -45,7 +46,7 @@ class SanaControlNetPipeline(SanaPipeline):
         *,
         controlnet: str | os.PathLike[str] | None = None,
         residency: Residency = "text_encoder_freed",
-        memory: str | None = None,
+        memory: str | MemoryBudget | None = None,
         **options: Any,
     ) -> SanaControlNetPipeline:
         """Reads a model with its ControlNet, or a plain model and a ControlNet's own directory.

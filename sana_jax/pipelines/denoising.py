@@ -162,6 +162,7 @@ def fitting_program(
     params: PyTree,
     *,
     may_split: bool = True,
+    budget: int | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Program, Denoiser]:
     """The program that is asked for; for ``auto``, the one batch where it fits into the device's free memory.
@@ -174,6 +175,7 @@ def fitting_program(
         compiled: compiles it for the parts one after another (True) or in one batch.
         params: the network's, for the device that they are on.
         may_split: whether ``auto`` may choose so.
+        budget: bytes that the program is to keep within, arguments included; None sets no bound.
         say: prints what was chosen.
     """
     if not guided:
@@ -191,13 +193,19 @@ def fitting_program(
         if "RESOURCE_EXHAUSTED" not in str(error) or not may_split:
             raise
     free = free_device_bytes(params)
+    over = (
+        together is not None and None not in (budget, together[0].device_bytes) and (together[0].device_bytes > budget)
+    )
     unknown = together is not None and (needed is None or free is None)
-    if unknown or (together is not None and needed <= free):
+    if not over and (unknown or (together is not None and needed <= free)):
         if together[0].seconds:
             why = "the device does not say how much is free" if unknown else f"{_fits(needed, free)}"
             say(f"guidance: {_PARTS[False]} ({why})")
         return together
-    why = "the compiler found no room for one batch" if needed is None else _fits(needed, free, "but only")
+    if over:
+        why = f"it holds {readable_bytes(together[0].device_bytes)}, and memory leaves it {readable_bytes(budget)}"
+    else:
+        why = "the compiler found no room for one batch" if needed is None else _fits(needed, free, "but only")
     if not may_split:
         say(f"guidance: {_PARTS[False]}, which may run out of memory ({why}); step_cache needs it")
         return together

@@ -42,7 +42,7 @@ def read_picture(picture: Any, name: str = "image", shortest: int = SHORTEST_SID
     from PIL import Image
 
     if isinstance(picture, str | os.PathLike):
-        picture = _open(pathlib.Path(picture), name)
+        picture = open_picture(picture, name)
     elif not isinstance(picture, Image.Image):
         picture = _from_array(picture, name)
     if min(picture.size) < shortest:
@@ -68,9 +68,11 @@ def read_pictures(pictures: Any, name: str, shortest: int = SHORTEST_SIDE) -> li
     return [read_picture(picture, name, shortest) for picture in pictures]
 
 
-def _open(path: pathlib.Path, name: str) -> Image.Image:
+def open_picture(path: str | os.PathLike[str], name: str) -> Image.Image:
+    """A file's picture as it is; ``name`` and errors as in ``read_picture``."""
     from PIL import Image
 
+    path = pathlib.Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{name} {path} is not a file; name a picture (png, jpg, webp)")
     try:
@@ -197,7 +199,7 @@ def read_mask(mask: Any, picture: Image.Image) -> Image.Image:
 
     name = "mask_image"
     if isinstance(mask, str | os.PathLike):
-        mask = _open(pathlib.Path(mask), name)
+        mask = open_picture(mask, name)
     elif not isinstance(mask, Image.Image):
         mask = _mask_from_array(mask, name)
     mask = _upright(_still(mask, name), name)

@@ -302,7 +302,9 @@ class LongSanaVideoPipeline(VideoPipeline):
             return block, read_block(velocity, state, block)
 
         name = f"the transformer for blocks of latents {'x'.join(map(str, arguments[3].shape))}"
-        return watch.compiled(self.programs.get(name, ("long video", sampler), run, *arguments, donate=(2,)))
+        program = self.programs.get(name, ("long video", sampler), run, *arguments, donate=(2,))
+        self._check_budget(program, 1)
+        return watch.compiled(program)
 
 
 def _texts(prompt: Any, embeds: Any) -> tuple[PromptSwitch, ...] | None:

@@ -15,11 +15,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 
 from kernels.typing import PyTree
+from sana_jax.autoencoders.dc_autoencoder import LARGEST_UNTILED
 from sana_jax.compilation import readable_bytes
 from sana_jax.diffusion.samplers.world_refiner import BLOCK_FRAMES, WINDOW_FRAMES
 from sana_jax.errors import UserError
 from sana_jax.models.ltx2 import LTX2VideoTransformer
+from sana_jax.pipelines.families import abstract_params
 from sana_jax.pipelines.residency import Residency, check_residency
+from sana_jax.pipelines.resolution import Binning, size_to_sample, video_size_to_sample
 from sana_jax.quantization.choice import Quantization
 from sana_jax.quantization.trees import quantizable_layers, quantized_abstract, stored_formats
 from sana_jax.weights.components import Resident
@@ -44,12 +47,44 @@ _REFINER_WEIGHTS, _REFINER_BLOCKS = 0.75, "transformer_blocks"
 _WIDE_ARRAYS, _STREAM_ARRAYS = 2.0, 8.0
 
 
+@dataclasses.dataclass(frozen=True)
+class MemoryBudget:
+    """A budget, and what it is to be enough for. None is the model's own.
+
+    Attributes:
+        memory: as ``parse_memory`` takes it.
+        prompts: how many are read at once.
+        samples: pictures or videos that are sampled at once.
+        height: pixels.
+        width: pixels.
+        binning: what becomes of sizes that the model was not trained at.
+        frames: of each video.
+        seconds: of each video, in place of ``frames``.
+        fps: frames of a second, with ``seconds``.
+        guidance_scale: above 1, the network sees every sample twice.
+        perturbed: whether perturbed-attention guidance has it see each once more.
+    """
+
+    memory: str
+    prompts: int = 1
+    samples: int = 1
+    height: int | None = None
+    width: int | None = None
+    binning: Binning | None = None
+    frames: int | None = None
+    seconds: float | None = None
+    fps: float | None = None
+    guidance_scale: float | None = None
+    perturbed: bool = False
+
+
 class Stage(NamedTuple):
-    """Bytes of one stage: of all weights that are on the device, and of the computation."""
+    """Bytes of one stage: of all weights that are on the device, of the computation, and of the weights not used."""
 
     name: str
     weights: int
     work: int
+    unused: int = 0
 
     @property
     def total(self) -> int:
@@ -68,6 +103,8 @@ class MemoryPlan:
         tiling: True where the decoder is to go tile by tile; None leaves it to its own limit.
         guidance_batching: ``split`` where prompt and negative prompt are to go one after another; else ``auto``.
         stages: what each takes.
+        already: network -> format of those that were quantised before.
+        asked: what it is to be enough for, in words.
     """
 
     budget: int
@@ -76,6 +113,8 @@ class MemoryPlan:
     tiling: Literal[True] | None
     guidance_batching: Literal["auto", "split"]
     stages: tuple[Stage, ...]
+    already: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    asked: str = ""
 
     @property
     def peak(self) -> int:
@@ -87,18 +126,51 @@ class MemoryPlan:
         """Whether the largest stage keeps within the part of the budget that can be used."""
         return self.peak <= USABLE * self.budget
 
+    @property
+    def for_sampling(self) -> int:
+        """Bytes of the budget that the sampling program may hold beside the weights that it does not use."""
+        return self.budget - sum(stage.unused for stage in self.stages if stage.name == "denoise")
+
     def lines(self) -> list[str]:
         """The plan, one line each for the choices and for every stage."""
-        formats = ", ".join(f"{network}={one.format}" for network, one in self.quantization.items()) or "none"
+        already = [f"{network}={one} (as asked for or stored)" for network, one in self.already.items()]
+        chosen = [f"{network}={one.format}" for network, one in self.quantization.items()]
+        formats = ", ".join(already + chosen) or "none"
         tiled = "in tiles" if self.tiling else "as the autoencoder decides"
         return [
-            f"memory plan for {readable_bytes(self.budget)}, {readable_bytes(USABLE * self.budget)} of it usable: "
-            f"residency {self.residency}, quantization {formats}, decoding {tiled}, guidance {self.guidance_batching}",
+            f"memory plan for {readable_bytes(self.budget)}, {readable_bytes(USABLE * self.budget)} of it usable"
+            f"{self.asked and '; '}{self.asked}: residency {self.residency}, quantization {formats}, "
+            f"decoding {tiled}, guidance {self.guidance_batching}",
             *(
                 f"memory plan: {name}: weights {readable_bytes(weights)}, computation about {readable_bytes(work)}"
-                for name, weights, work in self.stages
+                for name, weights, work, _ in self.stages
             ),
         ]
+
+    def check_program(self, program_bytes: int | None, working_bytes: int | None, samples: int) -> None:
+        """Refuses a sampling program that the budget is not enough for, before it runs.
+
+        Args:
+            program_bytes: what the compiler says that it holds, its weights included; None where it does not say.
+            working_bytes: the same without its arguments.
+            samples: how many it takes at once.
+
+        Raises:
+            UserError: it holds more; what is enough is named.
+        """
+        if program_bytes is None or program_bytes <= self.for_sampling:
+            return
+        unused = self.budget - self.for_sampling
+        least = math.ceil((program_bytes + unused) / 1e8) / 10
+        fewer = 0
+        if working_bytes:
+            fewer = int((self.for_sampling - program_bytes + working_bytes) / (working_bytes / samples))
+        less = f"sample about {fewer} at once" if fewer >= 1 else "ask for a smaller size"
+        beside = f", beside {readable_bytes(unused)} of other weights" if unused else ""
+        raise UserError(
+            f"memory {self.budget / 1e9:g}g is not enough: by the compiler's account, sampling {samples} at once holds "
+            f"{readable_bytes(program_bytes)}{beside}; nothing was sampled: raise it to {least:g}g, or {less}"
+        )
 
     def check(self, program_bytes: int | None = None, device: jax.Device | None = None) -> str:
         """A line that compares the plan with what happened.
@@ -137,12 +209,12 @@ def parse_memory(text: str) -> int:
     return int(float(found[1]) * 1e9)
 
 
-def fit_memory(model: Any, memory: str, residency: Residency) -> tuple[Any, MemoryPlan]:
+def fit_memory(model: Any, memory: str | MemoryBudget, residency: Residency) -> tuple[Any, MemoryPlan]:
     """An opened model as it keeps within a budget, and the plan, which is printed.
 
     Args:
         model: a ``sana_jax.pipelines.opening.OpenModel``; networks that are quantised already stay as they are.
-        memory: the budget, as ``parse_memory`` takes it.
+        memory: the budget; a text is for one picture or video of the model's own size.
         residency: what is kept where there is room for it.
 
     Raises:
@@ -158,7 +230,9 @@ def fit_memory(model: Any, memory: str, residency: Residency) -> tuple[Any, Memo
         "autoencoder": getattr(model.autoencoder, "weights", None),
     }
     networks = {name: weights for name, weights in networks.items() if weights is not None}
-    plan = choose_plan(parse_memory(memory), networks, residency, work_of(model))
+    asked = memory if isinstance(memory, MemoryBudget) else MemoryBudget(memory)
+    work, words = work_of(model, asked)
+    plan = choose_plan(parse_memory(asked.memory), networks, residency, work, words)
     for line in plan.lines():
         print(line)
     if plan.tiling and hasattr(model.autoencoder, "tiling"):
@@ -247,11 +321,11 @@ class Work(NamedTuple):
     """Bytes that computing takes beside the weights.
 
     Attributes:
-        text: reading a prompt.
+        text: reading the prompts.
         layer: one layer's weights in the compute dtype, which the compiler copies out of the stack.
-        sample: one sample in the transformer.
-        sums: what 8-bit products of it add: the int32 sums of the widest layer.
-        samples: how many go through it at once with guidance.
+        sample: all samples in the transformer, without guidance.
+        sums: what 8-bit products of them add: the int32 sums of the widest layer.
+        samples: how many times as many go through it at once with guidance.
         decode: decoding at once.
         tile: decoding a tile.
     """
@@ -265,39 +339,75 @@ class Work(NamedTuple):
     tile: int
 
 
-def work_of(model: Any) -> Work:
-    """The estimate for one picture or video of an opened model's own size."""
+def _sampled_size(model: Any, asked: MemoryBudget) -> tuple[int, int]:
+    """Height and width in pixels that an opened model samples for a request."""
+    config, defaults, factor = model.transformer.config, model.defaults, model.autoencoder.spatial_factor
+    size = asked.height or defaults.height, asked.width or defaults.width
+    if isinstance(config.patch_size, int):
+        return size_to_sample(*size, asked.binning, config.sample_size, factor)
+    return video_size_to_sample(*size, asked.binning, config.sample_size, config.patch_size[1] * factor)
+
+
+def _asked_frames(model: Any, asked: MemoryBudget) -> int:
+    from sana_jax.pipelines.video_base import DEFAULT_FPS, DEFAULT_FRAMES
+
+    if isinstance(model.transformer.config.patch_size, int):
+        return 1
+    defaults, factor = model.defaults, model.autoencoder.temporal_factor
+    if asked.seconds is not None:
+        return 1 + factor * round(asked.seconds * (asked.fps or defaults.fps or DEFAULT_FPS) / factor)
+    return asked.frames or defaults.frames or DEFAULT_FRAMES
+
+
+def work_of(model: Any, asked: MemoryBudget) -> tuple[Work, str]:
+    """The estimate for what is asked of an opened model, and that in words.
+
+    Raises:
+        UserError: a size that the model does not sample.
+    """
     config, defaults, autoencoder = model.transformer.config, model.defaults, model.autoencoder
     itemsize = jax.numpy.dtype(model.transformer.dtype).itemsize
     factor = autoencoder.spatial_factor
-    pixels = defaults.height * defaults.width
-    frames = defaults.frames or 1
+    height, width = _sampled_size(model, asked)
+    pixels, frames = height * width, _asked_frames(model, asked)
     latent_frames = 1 + (frames - 1) // getattr(autoencoder, "temporal_factor", 1)
-    patch = getattr(config, "patch_size", 1)
-    patch = patch if isinstance(patch, int) else patch[-1]
+    is_video = not isinstance(config.patch_size, int)
+    patch = config.patch_size[-1] if is_video else config.patch_size
     tokens = latent_frames * pixels // (factor * patch) ** 2
     hidden = getattr(config, "mlp_hidden", 0)
     sample = tokens * itemsize * int(_WIDE_ARRAYS * 2 * hidden + _STREAM_ARRAYS * _width(config))
     name = autoencoder.to_config().get("_class_name", "")
     per_pixel, per_frame, tile = _DECODING.get(name, (0.0, 0.0, 0.0))
     scale = jax.numpy.dtype(getattr(autoencoder, "dtype", "float32")).itemsize / 4
+    # Videos are decoded one after another, and pictures too from so many pixels on; tiles are of all pictures.
+    tiles = 1 if is_video else asked.samples
+    together = tiles if tiles * pixels <= LARGEST_UNTILED else 1
     decode = (per_pixel + per_frame * frames) * pixels * scale
+    tile = min(tile * scale, decode) * tiles
     text_config = getattr(model.text_encoder, "config", None)
-    text = 3 * 4 * 1024 * getattr(text_config, "intermediate_size", 0)
-    guided = 2 if defaults.guidance_scale > 1 and not getattr(config, "guidance_embeds", False) else 1
-    layer = itemsize * sum(
-        math.prod(shape[-2:]) for shape in quantizable_layers(model.transformer_weights.abstract).values()
-    )
+    text = 3 * 4 * 1024 * getattr(text_config, "intermediate_size", 0) * asked.prompts
+    guidance = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+    parts = 1 + (guidance > 1 and not getattr(config, "guidance_embeds", False)) + asked.perturbed
+    # of the network itself: weights that are quantised already have other leaves
+    layers = quantizable_layers(abstract_params(model.transformer))
+    layer = itemsize * sum(math.prod(shape[-2:]) for shape in layers.values())
     sums = 4 * tokens * 2 * hidden
-    return Work(text, layer, sample, sums, guided, int(decode), int(min(tile * scale, decode)))
+    sample, sums = sample * asked.samples, sums * asked.samples
+    of_frames = f"{frames} frames of " if is_video else ""
+    words = f"{asked.samples} x {of_frames}{height}x{width} pixels at once"
+    return Work(text, layer, sample, sums, parts, int(decode * together), int(tile)), words
 
 
 def _width(config: Any) -> int:
     return getattr(config, "inner_dim", 0) or config.hidden_size
 
 
-def choose_plan(budget: int, networks: Mapping[str, Resident], residency: Residency, work: Work) -> MemoryPlan:
+def choose_plan(
+    budget: int, networks: Mapping[str, Resident], residency: Residency, work: Work, asked: str = ""
+) -> MemoryPlan:
     """The first plan that keeps within the budget, from the one that changes least to the one that saves most.
+
+    ``asked`` is what the work is for, in words.
 
     Raises:
         UserError: there is none; the least budget that is enough is named.
@@ -305,12 +415,13 @@ def choose_plan(budget: int, networks: Mapping[str, Resident], residency: Reside
     plan = None
     for plan in _plans(budget, networks, residency, work):
         if plan.fits:
-            return plan
+            return dataclasses.replace(plan, asked=asked)
     least = -(-plan.peak // int(USABLE * 1e8)) / 10
     stage = max(plan.stages, key=lambda one: one.total)
     raise UserError(
-        f"memory {budget / 1e9:g}g is not enough: with one network at a time, quantised and in tiles, {stage.name} "
-        f"still takes {readable_bytes(stage.total)}; the least that is enough is {least:g}g"
+        f"memory {budget / 1e9:g}g is not enough{asked and ' for '}{asked}: with one network at a time, quantised and "
+        f"in tiles, {stage.name} still takes {readable_bytes(stage.total)}; ask for less, or raise it: the least that "
+        f"is enough is {least:g}g"
     )
 
 
@@ -320,18 +431,24 @@ def _plans(budget: int, networks: Mapping[str, Resident], residency: Residency, 
         if name != "autoencoder":
             sizes[name] |= _quantized_sizes(weights)
 
+    already = {
+        name: "+".join(sorted(set(stored_formats(one.abstract or {}).values()))) for name, one in networks.items()
+    }
+    already = {name: formats for name, formats in already.items() if formats}
+
     def plan(residency, tiling, split, chosen):
         held = {name: sizes[name][chosen.get(name)] for name in networks}
         quantization = {name: Quantization(one) for name, one in chosen.items()}
         batching = "split" if split else "auto"
-        own = work._replace(sample=work.sample + (work.sums if chosen.get("transformer") == "int8" else 0))
-        stages = _stages(held, residency, own, tiling, split)
-        return MemoryPlan(budget, residency, quantization, tiling, batching, stages)
+        sums = work.sums if "int8" in (chosen | already).get("transformer", "") else 0
+        stages = _stages(held, residency, work._replace(sample=work.sample + sums), tiling, split)
+        return MemoryPlan(budget, residency, quantization, tiling, batching, stages, already)
 
     yield plan(residency, None, False, {})
-    steps = [("one_at_a_time", None, False), ("one_at_a_time", True, False)]
+    tiling = True if work.tile < work.decode else None
+    steps = [("one_at_a_time", None, False), ("one_at_a_time", tiling, False)]
     if work.samples > 1:
-        steps.append(("one_at_a_time", True, True))
+        steps.append(("one_at_a_time", tiling, True))
     for step in steps:
         last = plan(*step, {})
         yield last
@@ -373,5 +490,6 @@ def _stages(
             there = set(own)
         elif residency == "text_encoder_freed" and name != "text":
             there -= {"text_encoder"}
-        stages.append(Stage(name, sum(sizes.get(network, 0) for network in there), computing[name]))
+        unused = sum(sizes[network] for network in there & set(sizes) if network not in own)
+        stages.append(Stage(name, sum(sizes.get(network, 0) for network in there), computing[name], unused))
     return tuple(stages)

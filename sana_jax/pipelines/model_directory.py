@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sana_jax.autoencoders import Autoencoder, load_autoencoder
-from sana_jax.contract import Contract, infer_contract
+from sana_jax.contract import Contract, hub_name_of, infer_contract
 from sana_jax.diffusion.samplers import Sampler, from_scheduler_config, to_scheduler_config
 from sana_jax.errors import UserError
 from sana_jax.files import read_json, write_json
@@ -352,6 +352,11 @@ def _is_published(index: Mapping[str, Any], directory: pathlib.Path) -> bool:
 
 def _check_is_directory(directory: pathlib.Path) -> None:
     if not directory.is_dir():
+        if hub_name := hub_name_of(directory.name):
+            raise FileNotFoundError(
+                f"model {directory} is not a directory here; write --model {hub_name} to download it, or the path of a "
+                "directory that has it"
+            )
         raise FileNotFoundError(
             f"model {directory} is not a directory here; allowed is a directory with {_INDEX}: python -m train.main "
             "makes one, runs/digits"

@@ -99,6 +99,8 @@ def open_model(
             f"{directory} has a ControlNet of its own, so controlnet {os.fspath(controlnet)} would not be used; leave "
             "it out, or name a model without one"
         )
+    if controlnet is not None:
+        check_controlnet_directory(find_model(controlnet, variant))
     base = "SanaPipeline" if controlnet is not None else pipeline
     model = read_model_directory(directory, base, variant=variant)
     compute_dtype = _compute_dtype(dtype, model.contract, emulate_fp16_saturation)
@@ -256,6 +258,24 @@ def _open_generator(
         checkpoints, {**structure, "transformer": abstract}, which=weights, step=checkpoint_step
     )
     return Resident.of("transformer", params["transformer"]), step, which
+
+
+def check_controlnet_directory(directory: pathlib.Path) -> None:
+    """Raises ``UserError`` for a training run or a model without a ControlNet in place of a ControlNet's directory."""
+    if (directory / "controlnet").is_dir():
+        return
+    trained = BaseModelFile.read(directory)
+    if trained is not None and trained.kind == "controlnet":
+        raise UserError(
+            f"{directory} is a training run of a ControlNet, which comes with its base model; name it as the model, "
+            "and leave controlnet out"
+        )
+    is_run = trained is not None or (directory / "checkpoints").is_dir()
+    if is_run or (directory / "model_index.json").is_file():
+        raise UserError(
+            f"{directory} is {'a training run' if is_run else 'a model directory'} and no ControlNet; name the "
+            "directory of a published ControlNet, or give a ControlNet's training run as the model"
+        )
 
 
 def _open_controlnet(

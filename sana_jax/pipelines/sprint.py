@@ -221,5 +221,6 @@ class SanaSprintPipeline(ImagePipeline):
         name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
         params = self.params, self._runtime_lora
         program, denoiser = denoising.compiled(self.programs, name, params, start, transformer)
+        self._check_budget(program, start.shape[0])
         watch.compiled(program)
         return denoiser

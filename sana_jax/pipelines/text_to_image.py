@@ -393,8 +393,14 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
             return denoising.compiled(self.programs, name, params, start, network)
 
         program, denoiser = fitting_program(
-            request.guidance_batching, parts > 1, compiled, params, may_split=not caches
+            request.guidance_batching,
+            parts > 1,
+            compiled,
+            params,
+            may_split=not caches,
+            budget=self._sampling_budget,
         )
+        self._check_budget(program, start.shape[0])
         watch.compiled(program)
         return denoiser
 

@@ -272,7 +272,10 @@ class VideoPipeline(SamplingPipeline):
             )
             return denoising.compiled(self.programs, name, params, start, network)
 
-        program, denoiser = fitting_program(request.guidance_batching, guided, compiled, params)
+        program, denoiser = fitting_program(
+            request.guidance_batching, guided, compiled, params, budget=self._sampling_budget
+        )
+        self._check_budget(program, start.shape[0])
         watch.compiled(program)
         return denoiser
 

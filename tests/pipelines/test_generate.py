@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sana_jax import devices, generate
+from configs import published
+from sana_jax import devices, generate, generate_checks
+from sana_jax.contract import hub_name_of
 from sana_jax.errors import UserError, run_command_line
 
 PROMPT = "a handwritten seven"
@@ -88,21 +91,26 @@ def test_several_pictures_become_a_sheet(run, tmp_path, capsys):
     [
         (("--prompt", "a nine"), ("'nine'", "handwritten")),
         (("--prompt", ""), ("is empty",)),
-        (("--prompt",), ("--prompt has no text",)),
+        (("--prompt",), ("--prompt has no value",)),
+        (("--lora",), ("--lora has no value", "each a text")),
+        (("--quantization",), ("--quantization has no value",)),
         (("--num-images", "0"), ("--num-images 0",)),
         (("--num-image", "2"), ("unknown option --num-image", "--num-images", "--help")),
         (("--steps", "few"), ("--steps", "'few'", "an integer")),
-        (("--steps", "0"), ("--steps=0",)),
+        (("--steps", "0"), ("--steps 0 is not allowed",)),
         (("--enlarge", "-1"), ("--enlarge -1",)),
         (("--output", "out.mp4"), ("'out.mp4'", "out.png")),
         (("--model", "nowhere"), ("nowhere", "train.main")),
         (("--weights", "best"), ("'best'", "auto, ema, params")),
         (("--dtype", "float16"), ("'float16'", "float32, bfloat16")),
         (("--checkpoint-step", "8"), ("step 8", "7")),
-        (("--negative-prompt", "a", "--guidance-scale", "1"), ("negative_prompt", "not be used")),
+        (
+            ("--negative-prompt", "a", "--guidance-scale", "1"),
+            ("--negative-prompt", "not be used", "raise --guidance-scale"),
+        ),
         (("--guidance-interval", "0.5"), ("--guidance-interval", "2 values")),
         (("--height", "-8"), ("height -8",)),
-        (("--seed", "-1"), ("seed -1",)),
+        (("--seed", "-1"), ("--seed -1",)),
         (("seven",), ("unexpected 'seven'",)),
     ],
 )
@@ -180,5 +188,87 @@ def test_options_of_speed(run, tmp_path, capsys):
     assert "sampling:" not in out.err  # no progress bar
     with Image.open(path) as image:
         assert image.text["step_cache"] == "100.0"
-    assert call(*words, "--step-cache-error") == 2
-    assert "step_cache_error would not be used without step_cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (("--seed", "-1"), "--seed -1 is not allowed"),
+        (("--steps", "0"), "--steps 0 is not allowed"),
+        (("--step-cache", "-1"), "--step-cache -1 is not allowed"),
+        (("--step-cache", "nan"), "--step-cache nan is not allowed"),
+        (("--step-cache-error",), "--step-cache-error would not be used without --step-cache"),
+        (("--strength", "0.5"), "--strength would not be used without --image"),
+        (("--mask", "x.png"), "--mask would not be used without --image"),
+        (("--image", "x.png"), "--image x.png is not a file"),
+        (("--image", "photo.png", "--mask", "x.png"), "--mask x.png is not a file"),
+        (("--image", "text.png"), "--image text.png is not a picture"),
+        (("--control-image", "text.png"), "--control-image text.png is not a picture"),
+        (("--lora", "x.safetensors:0.5"), "no LoRA file x.safetensors"),
+        (("--c2w", "x.npy"), "x.npy is missing"),
+        (("--output", "text.png/x.png"), "cannot write text.png/x.png ("),
+        (("--output", "text.png/a/b/x.mp4"), "is a file, not a folder"),
+        (("--output", "/proc/x.png"), "cannot write /proc/x.png ("),
+        (("--output", "/proc/x/"), "cannot write /proc/x/ ("),
+    ],
+)
+def test_checks_before_the_model_is_looked_for(tmp_path, capsys, monkeypatch, words, part):
+    if "/proc" in words[-1] and not sys.platform.startswith("linux"):
+        pytest.skip("there is no /proc")
+
+    def find_model(*arguments):
+        raise AssertionError("the model was looked for")
+
+    monkeypatch.setattr("sana_jax.pipelines.opening.find_model", find_model)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (16, 16)).save("photo.png")
+    output = () if "--output" in words else ("--output", "out/seven.png")
+    assert call("--model", "some/model", "--prompt", PROMPT, *output, *words) == 2
+    error = capsys.readouterr().err
+    assert part in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.png", "text.png"]
+
+
+def test_an_output_that_can_be_written_leaves_nothing(tmp_path):
+    (tmp_path / "frames").mkdir()
+    for name in ("x.png", "new/folder/x.png", "frames/"):
+        generate_checks.check_can_write(f"{tmp_path}/{name}")
+    assert [path.name for path in tmp_path.rglob("*")] == ["frames"]
+
+
+def test_options_in_the_messages_of_pipelines():
+    """Arguments become options; paths and words stay."""
+    said = r"^--step-cache and --steps of runs/step_cache/image: no step_cache\.png$"
+    with pytest.raises(UserError, match=said), generate._with_option_names():
+        raise UserError("step_cache and num_inference_steps of runs/step_cache/image: no step_cache.png")
+
+
+def test_every_published_name_is_known_without_its_organisation(tmp_path, capsys):
+    names = [*published.PUBLISHED_TRANSFORMERS, *published.PUBLISHED_VIDEO_TRANSFORMERS, "SANA-WM_bidirectional"]
+    for name in names:
+        assert hub_name_of(name) == f"Efficient-Large-Model/{name}"
+        assert hub_name_of(name.removesuffix("_diffusers").lower()) == f"Efficient-Large-Model/{name}"
+    assert hub_name_of("Sana_1600M") is None
+    name = "Sana_1600M_1024px_BF16_diffusers"
+    assert call("--model", name, "--prompt", PROMPT, "--output", tmp_path / "x.png") == 2
+    error = capsys.readouterr().err
+    assert f"write --model Efficient-Large-Model/{name} to download it, or the path" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "stream", "said"),
+    [
+        ({"pag_scale": 3.0}, False, "which is what m is for; leave it out, or choose another model"),
+        ({"pag_scale": 3.0, "strength": 0.5}, False, "which is what m is for; leave them out, or choose another"),
+        ({"pag_scale": 3.0}, True, "which --stream asks for; leave it out, or leave --stream out"),
+    ],
+)
+def test_why_an_option_would_not_be_used(names, stream, said):
+    image = "a.png" if "strength" in names else None
+    config = generate.GenerateConfig("m", ("a",), "x.mp4", image=image, stream=stream, **names)
+    pipeline = types.SimpleNamespace(argument_names=lambda: frozenset({"image"}), made="videos", class_name="")
+    with pytest.raises(UserError, match=said):
+        generate.call_arguments(config, pipeline)

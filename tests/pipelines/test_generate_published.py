@@ -12,6 +12,7 @@ from PIL import Image
 
 from sana_jax import generate
 from sana_jax.errors import run_command_line
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.weights.identity import weights_id
 from tests.parity.pipeline_oracle import picture
 
@@ -169,25 +170,26 @@ MISTAKES = [
     ("sana-1.0", ("--controlnet", "nowhere", "--control-image", "PHOTO"), ("nowhere",)),
     ("sana-1.0", ("--controlnet", "nowhere"), ("--controlnet", "without --control-image")),
     ("sprint", ("--negative-prompt", "a"), ("--negative-prompt would not be used by SanaSprintPipeline",)),
-    ("sprint", ("--pag-scale", 3, "--mask", "PHOTO"), ("--mask, --pag-scale would not be used",)),
+    ("sprint", ("--pag-scale", 3, "--image", "PHOTO", "--mask", "PHOTO"), ("--mask, --pag-scale would not be used",)),
     ("sprint", ("--guidance-interval", 0, 1), ("--guidance-interval would not be used",)),
     ("sprint", ("--timesteps", 1.5, 0), ("2 timesteps do not make 2 steps",)),
-    ("controlnet", (), ("control_image is missing",)),
+    ("controlnet", (), ("--control-image is missing",)),
+    ("sana-1.0", ("--controlnet", "MODEL", "--control-image", "PHOTO"), ("is a model directory and no ControlNet;",)),
     ("controlnet", ("--controlnet", "MODEL", "--control-image", "PHOTO"), ("has a ControlNet of its own",)),
-    ("sana-1.0", ("--strength", 0.5), ("strength would not be used without image",)),
-    ("sana-1.0", ("--mask", "PHOTO"), ("--mask would not be used without image",)),
+    ("sana-1.0", ("--strength", 0.5), ("--strength would not be used without --image",)),
+    ("sana-1.0", ("--mask", "PHOTO"), ("--mask would not be used without --image",)),
     ("sana-1.0", ("--image", "PHOTO", "--strength", 0), ("strength 0",)),
     ("sana-1.0", ("--image", "PHOTO", "--strength", "nan"), ("strength nan",)),
     ("sana-1.0", ("--image", "nowhere.png"), ("image nowhere.png is not a file",)),
     ("sana-1.0", ("--image", "MODEL"), ("is not a file",)),
     ("sana-1.0", ("--image", "MODEL/model_index.json"), ("is not a picture",)),
     ("sana-1.0", ("--image", "PHOTO", "--mask", "nowhere.png"), ("--mask nowhere.png is not a file",)),
-    ("sana-1.0", ("--steps", 0), ("--steps=0",)),
-    ("sana-1.0", ("--steps", -1), ("--steps=-1",)),
+    ("sana-1.0", ("--steps", 0), ("--steps 0",)),
+    ("sana-1.0", ("--steps", -1), ("--steps -1",)),
     ("sana-1.0", ("--height", 70), ("height 70", "64 or 96")),
     ("sana-1.0", ("--height", 70, "--binning", "error"), ("size 70x1024", "nearest")),
     ("sana-1.0", ("--binning", "closest"), ("--binning", "nearest, off, error")),
-    ("sana-1.0", ("--pag-layers", 1), ("pag_scale 0",)),
+    ("sana-1.0", ("--pag-layers", 1), ("--pag-scale 0",)),
     ("sana-1.0", ("--pag-scale", 3), ("--pag-layers", "0 to 2")),
     ("sana-1.0", ("--weights", "ema"), ("is not a training run",)),
     ("sana-1.0", ("--checkpoint-step", 7), ("is not a training run",)),
@@ -195,7 +197,7 @@ MISTAKES = [
     ("sana-1.0", ("--dtype", "float16"), ("--dtype", "float32, bfloat16")),
     ("sana-1.0", ("--lora-merge",), ("--lora-merge would not be used without --lora",)),
     ("sana-1.0", ("--prompt", "  "), ("is empty",)),
-    ("sana-1.0", ("--max-sequence-length", 1), ("max_sequence_length 1",)),
+    ("sana-1.0", ("--max-sequence-length", 1), ("--max-sequence-length 1",)),
     ("sana-1.0", ("--output", "OUT/out.jpg"), ("out.jpg", ".png")),
 ]
 
@@ -208,6 +210,7 @@ def test_mistakes_are_one_line_and_leave_nothing(published, tmp_path, photo, cap
     names["OUT/out.jpg"] = output / "out.jpg"
     options = {"--model": model, "--prompt": "a red panda", "--output": output / "out.png", "--binning": "off"}
     rest = [word for name, value in options.items() if name not in words for word in (name, value)]
+    capsys.readouterr()  # of the library that wrote the model
     assert call(*(names.get(word, word) for word in words), *rest) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
@@ -224,6 +227,22 @@ def test_a_training_run_does_not_take_what_it_cannot_use(run, tmp_path, capsys):
         assert error.count("\n") == 1
         assert words[0].strip("-") in error
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["whole", "controlnet"])
+def test_a_training_run_is_no_controlnet(run, published, tmp_path, photo, capsys, kind):
+    directory = run.directory
+    if kind == "controlnet":
+        directory = tmp_path / "c"
+        BaseModelFile("controlnet", "m", "/m", "0").write(directory)
+    words = ("--controlnet", directory, "--control-image", photo, "--output", tmp_path / "out.png")
+    assert call("--model", published("sana-1.0"), "--prompt", "a", *words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert len(error) < 160 + len(str(directory))
+    said = {"whole": "is a training run and no ControlNet; name the", "controlnet": "name it as the model, and leave"}
+    assert f"error: {directory} is a training run" in error
+    assert said[kind] in error
 
 
 def test_a_directory_without_weights(published, tmp_path, capsys):

@@ -135,7 +135,7 @@ def test_a_training_run_of_gray_videos(tmp_path, capsys):
         (("--height", "100"), ("height 100", "96 or 112")),
         (("--guidance-scale", "1", "--apg-eta", "1"), ("projected", "would not be used")),
         (("--apg-momentum", "2"), ("momentum 2.0",)),
-        (("--strength", "0.5"), ("--strength would not be used by SanaVideoPipeline",)),
+        (("--strength", "0.5"), ("--strength would not be used without --image",)),
         (("--pag-scale", "3"), ("--pag-scale would not be used",)),
         (("--sweep", "zoom=0:1:3"), ("--sweep",)),
         (("--image", "nowhere.png"), ("nowhere.png is not a file",)),

@@ -384,16 +384,16 @@ def test_frames_of_blocks_are_those_of_the_whole(model):
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        (("--guidance-scale", "4"), "guidance_scale 4: this model was distilled"),
+        (("--guidance-scale", "4"), "--guidance-scale 4: this model was distilled"),
         (("--steps", "20"), "distilled to the 4 steps"),
         (("--num-videos", "2"), "--num-videos 2: .* one long video at a time"),
         (("--low-memory",), "--low-memory"),
         (("--sampler", "flow_euler"), "--sampler and --flow-shift would not be used by LongSanaVideoPipeline"),
         (("--apg-eta", "1"), "--apg-eta, .* would not be used by LongSanaVideoPipeline"),
         (("--negative-prompt", "blurry"), "--negative-prompt would not be used"),
-        (("--image", "a.png"), "--image would not be used"),
+        (("--image", "a.png"), "--image a.png is not a file"),
         (("--resume",), "nothing to resume"),
-        (("--block-frames", "10"), "block_frames 10 does not fit this model"),
+        (("--block-frames", "10"), "--block-frames 10 does not fit this model"),
         (("--output", "a.gif"), "a.gif"),
     ],
 )

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import types
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from sana_jax.compilation import Program
 from sana_jax.errors import UserError
-from sana_jax.pipelines.memory_plan import USABLE, Work, choose_plan, parse_memory
+from sana_jax.generate import GenerateConfig
+from sana_jax.generate_memory import memory_budget
+from sana_jax.models.sana import SanaConfig, SanaTransformer
+from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer
+from sana_jax.pipelines.denoising import fitting_program
+from sana_jax.pipelines.memory_plan import USABLE, MemoryBudget, Work, choose_plan, parse_memory, work_of
+from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.quantization.tables import block_errors, network_bytes
+from sana_jax.quantization.trees import quantizable_layers, quantized_abstract
 from sana_jax.weights.components import Resident
 from sana_jax.weights.trees import tree_bytes
 
@@ -94,6 +104,94 @@ def test_the_check_says_when_the_budget_was_exceeded():
     assert "kept: the compiler reports for sampling 7.00 GB" in plan.check(7 * GB, _Device(None))
     assert "more than planned" in plan.check(9 * GB, _Device(None))
     assert "neither the device nor the compiler" in plan.check(None, _Device(None))
+
+
+def _model(name: str, defaults: SamplingDefaults, transformer=None):
+    autoencoder = types.SimpleNamespace(
+        spatial_factor=8, temporal_factor=4, dtype="float32", to_config=lambda: {"_class_name": name}
+    )
+    transformer = SanaTransformer(SanaConfig(num_layers=1, sample_size=8)) if transformer is None else transformer
+    text_encoder = types.SimpleNamespace(config=types.SimpleNamespace(intermediate_size=1000))
+    return types.SimpleNamespace(
+        transformer=transformer, autoencoder=autoencoder, defaults=defaults, text_encoder=text_encoder
+    )
+
+
+def test_the_work_is_that_of_the_request():
+    picture = _model("AutoencoderDC", SamplingDefaults(height=64, width=64))
+    one, words = work_of(picture, MemoryBudget("1g"))
+    assert words == "1 x 64x64 pixels at once"
+    assert one.samples == 2
+    many, words = work_of(picture, MemoryBudget("1g", prompts=2, samples=6, height=128, guidance_scale=1.0))
+    assert words == "6 x 128x64 pixels at once"
+    assert (many.sample, many.sums) == (12 * one.sample, 12 * one.sums)
+    assert (many.text, many.layer, many.samples) == (2 * one.text, one.layer, 1)
+    assert (many.decode, many.tile) == (12 * one.decode, 12 * one.tile)
+    # from 2048x2048 pixels on, pictures are decoded one after another
+    apart, _ = work_of(picture, MemoryBudget("1g", samples=1025))
+    assert apart.decode == one.decode
+    assert work_of(picture, MemoryBudget("1g", perturbed=True))[0].samples == 3
+    with pytest.raises(UserError, match="binning"):
+        work_of(picture, MemoryBudget("1g", binning="nearest"))
+
+
+def test_the_work_of_videos_counts_their_frames():
+    network = SanaVideoTransformer(SanaVideoConfig(num_layers=1, sample_size=8))
+    video = _model("AutoencoderKLLTX2Video", SamplingDefaults(height=64, width=64, frames=17, fps=16.0), network)
+    one, words = work_of(video, MemoryBudget("1g"))
+    assert words == "1 x 17 frames of 64x64 pixels at once"
+    for asked in (MemoryBudget("1g", samples=2, frames=33), MemoryBudget("1g", samples=2, seconds=2.0)):
+        more, words = work_of(video, asked)
+        assert words == "2 x 33 frames of 64x64 pixels at once"
+        assert more.sample == 2 * one.sample * 9 // 5  # 1 + 32/4 latent frames in place of 1 + 16/4
+        assert more.decode * 17 == one.decode * 33
+
+
+def test_the_command_line_plans_for_what_it_asks_for():
+    def asked(*prompts, name="SanaPipeline", **options):
+        output = "a.png" if name == "SanaPipeline" else "a.mp4"
+        return memory_budget(GenerateConfig("runs/d", prompts, output, memory="1g", **options), name)
+
+    assert memory_budget(GenerateConfig("runs/d", ("a",), "a.png"), "SanaPipeline") is None
+    wanted = MemoryBudget("1g", 2, 600, 64, 32, "off", guidance_scale=1.0, perturbed=True)
+    options = {"height": 64, "width": 32, "binning": "off", "guidance_scale": 1.0, "pag_scale": 2.0}
+    assert asked("a", "b", num_images=300, **options) == wanted
+    assert asked("a", name="SanaVideoPipeline", frames=33) == MemoryBudget("1g", frames=33)
+    assert asked("a", name="SanaWMPipeline", action="w-8,jw-8", image="a.png") == MemoryBudget("1g", frames=17)
+    assert asked("a", "b", name="LongSanaVideoPipeline", frames=321) == MemoryBudget("1g")
+
+
+def test_plans_name_the_formats_that_networks_have_already():
+    networks = _networks(2.5 * GB, 1.5 * GB)
+    layers = quantizable_layers(networks["transformer"].abstract, ())
+    abstract = quantized_abstract(networks["transformer"].abstract, dict.fromkeys(layers, "int8"))
+    networks["transformer"] = Resident("network", tree_bytes(abstract), lambda: abstract, abstract)
+    plan = choose_plan(24 * GB, networks, "text_encoder_freed", WORK, "3 x 8x8 pixels at once")
+    assert plan.lines()[0].startswith("memory plan for 24.00 GB, 22.08 GB of it usable; 3 x 8x8 pixels at once")
+    assert "quantization transformer=int8 (as asked for or stored)," in plan.lines()[0]
+    # the sums of 8-bit products are counted, as where the plan itself chooses the format
+    assert next(stage.work for stage in plan.stages if stage.name == "denoise") == 2 * (WORK.sample + WORK.sums)
+
+
+def test_a_program_is_refused_before_it_runs_where_the_budget_is_not_enough():
+    plan = _plan("24g")  # while sampling, the autoencoder's 1 GB stays
+    assert plan.for_sampling == 23 * GB
+    plan.check_program(23 * GB, 20 * GB, 4)
+    plan.check_program(None, None, 4)
+    with pytest.raises(
+        UserError, match=r"sampling 4 at once holds 26.00 GB, beside 1.00 GB.*to 27g, or sample about 3"
+    ):
+        plan.check_program(26 * GB, 20 * GB, 4)
+    with pytest.raises(UserError, match="smaller size"):
+        plan.check_program(26 * GB, 20 * GB, 1)
+
+
+@pytest.mark.parametrize(("budget", "splits"), [(9, True), (10, False), (None, False)])
+def test_guidance_is_split_where_the_budget_is_not_enough_for_one_batch(budget, splits):
+    def compiled(split):
+        return Program(None, 0.0, 6 if split else 10, 5), split
+
+    assert fitting_program("auto", True, compiled, {}, budget=budget, say=lambda _: None)[1] is splits
 
 
 def test_tables():
