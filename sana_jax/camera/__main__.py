@@ -74,9 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(title)
     print(summary.describe())
     if (nearest := snap_frames(summary.frames, available=summary.frames)) != summary.frames:
-        print(
-            f"SANA-WM's videos have 1 + {_TEMPORAL_FACTOR}k frames: of these {summary.frames} the first {nearest} are used"
-        )
+        rule = f"SANA-WM's videos have 1 + {_TEMPORAL_FACTOR}k frames"
+        print(f"{rule}: of these {summary.frames} the first {nearest} are used")
     if npy is not None:
         with atomic_file(npy) as file:
             np.save(file, c2w.astype(np.float32))
