@@ -343,6 +343,8 @@ def _sampled_size(model: Any, asked: MemoryBudget) -> tuple[int, int]:
     """Height and width in pixels that an opened model samples for a request."""
     config, defaults, factor = model.transformer.config, model.defaults, model.autoencoder.spatial_factor
     size = asked.height or defaults.height, asked.width or defaults.width
+    if not hasattr(config, "sample_size"):  # a world model, which has no table of sizes
+        return size
     if isinstance(config.patch_size, int):
         return size_to_sample(*size, asked.binning, config.sample_size, factor)
     return video_size_to_sample(*size, asked.binning, config.sample_size, config.patch_size[1] * factor)

@@ -14,13 +14,16 @@ from sana_jax.generate import GenerateConfig
 from sana_jax.generate_memory import memory_budget
 from sana_jax.models.sana import SanaConfig, SanaTransformer
 from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer
+from sana_jax.models.sana_wm import SanaWMConfig, SanaWMTransformer
 from sana_jax.pipelines.denoising import fitting_program
 from sana_jax.pipelines.memory_plan import USABLE, MemoryBudget, Work, choose_plan, parse_memory, work_of
 from sana_jax.pipelines.model_directory import SamplingDefaults
+from sana_jax.pipelines.text_to_image import SanaPipeline
 from sana_jax.quantization.tables import block_errors, network_bytes
 from sana_jax.quantization.trees import quantizable_layers, quantized_abstract
 from sana_jax.weights.components import Resident
 from sana_jax.weights.trees import tree_bytes
+from tests.pipelines.tiny_model import random_params, tiny_config, write_run
 
 GB = 10**9
 # bytes of a text encoder, a transformer and an autoencoder without dense layers
@@ -145,6 +148,8 @@ def test_the_work_of_videos_counts_their_frames():
         assert words == "2 x 33 frames of 64x64 pixels at once"
         assert more.sample == 2 * one.sample * 9 // 5  # 1 + 32/4 latent frames in place of 1 + 16/4
         assert more.decode * 17 == one.decode * 33
+    world = _model("", video.defaults, SanaWMTransformer(SanaWMConfig(num_layers=1)))
+    assert work_of(world, MemoryBudget("1g", frames=9))[1] == "1 x 9 frames of 64x64 pixels at once"
 
 
 def test_the_command_line_plans_for_what_it_asks_for():
@@ -184,6 +189,21 @@ def test_a_program_is_refused_before_it_runs_where_the_budget_is_not_enough():
         plan.check_program(26 * GB, 20 * GB, 4)
     with pytest.raises(UserError, match="smaller size"):
         plan.check_program(26 * GB, 20 * GB, 1)
+
+
+def test_a_call_that_needs_more_than_planned_is_refused_before_sampling(tmp_path, monkeypatch):
+    config = tiny_config()
+    write_run(tmp_path / "run", random_params(config, 1), None, config)
+    pipe = SanaPipeline.from_pretrained(tmp_path / "run", memory="0.01g")
+    options = {"height": 8, "width": 8, "num_inference_steps": 2, "output_type": "np"}
+    pipe("seven", **options)
+    monkeypatch.setattr(pipe, "_run", lambda *_, **__: pytest.fail("it was sampled"))
+    with pytest.raises(UserError, match=r"sampling 2000 at once holds .* nothing was sampled") as caught:
+        pipe("seven", num_images_per_prompt=2000, **options)
+    assert "\n" not in str(caught.value)
+    asked = MemoryBudget("0.01g", samples=20000, height=8, width=8)
+    with pytest.raises(UserError, match="is not enough for 20000 x 8x8 pixels at once"):
+        SanaPipeline.from_pretrained(tmp_path / "run", memory=asked)
 
 
 @pytest.mark.parametrize(("budget", "splits"), [(9, True), (10, False), (None, False)])

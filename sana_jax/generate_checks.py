@@ -1,0 +1,88 @@
+"""What the command line checks before a model is looked for, so that no download and no sampling is lost to it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import os
+import pathlib
+import tempfile
+from typing import TYPE_CHECKING
+
+from sana_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from sana_jax.generate import GenerateConfig
+
+_LARGEST_SEED = 2**32 - 1
+
+
+def check_values(config: GenerateConfig) -> None:
+    """Raises ``UserError`` for a number that no model takes, and for options that need another one."""
+    if not 0 <= config.seed <= _LARGEST_SEED:
+        raise UserError(f"--seed {config.seed} is not allowed; choose a whole number from 0 to {_LARGEST_SEED}")
+    if config.steps is not None and config.steps < 1:
+        raise UserError(f"--steps {config.steps} is not allowed; choose 1 or more")
+    if config.step_cache is not None and not 0 <= config.step_cache < math.inf:
+        raise UserError(
+            f"--step-cache {config.step_cache:g} is not allowed; choose a threshold from 0 (every step is computed)"
+        )
+    if config.step_cache_error and config.step_cache is None:
+        raise UserError("--step-cache-error would not be used without --step-cache; set a threshold or leave it out")
+    for option, value in (("--strength", config.strength), ("--mask", config.mask)):
+        if value is not None and config.image is None:
+            raise UserError(f"{option} would not be used without --image; name a picture or leave it out")
+
+
+def check_files(config: GenerateConfig) -> None:
+    """Raises an error unless the output can be written and the files that are named can be read.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        UserError: an output that cannot be written, or a file that is not what its option takes.
+    """
+    check_can_write(config.output)
+    for option, path in (
+        ("--image", config.image),
+        ("--mask", config.mask),
+        ("--control-image", config.control_image),
+    ):
+        if path is not None:
+            _check_picture(path, option)
+    if config.c2w is not None and config.action is None:
+        from sana_jax.camera import read_array
+
+        read_array(config.c2w, "--c2w", "poses (frames, 4, 4)")
+    if config.lora:
+        from sana_jax.lora.reading import find_lora_file, parse_lora_option
+
+        for text in config.lora:
+            find_lora_file(parse_lora_option(text)[0])
+
+
+def check_can_write(path: str | os.PathLike[str]) -> None:
+    """Raises ``UserError`` unless files can be made where ``path`` is to be; nothing is left there.
+
+    A file is made, since permissions alone do not tell: an administrator has them in /proc too. Folders that are
+    missing are made when the output is written; the nearest one that is there is tried.
+    """
+    place = pathlib.Path(path).absolute()
+    if os.fspath(path).endswith(("/", os.sep)):
+        place = place / "frame"  # a folder of frames, which may be there already
+    try:
+        above = next(folder for folder in place.parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"cannot write {path} ({above} is a file, not a folder); choose another folder")
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from error
+
+
+def _check_picture(path: str, option: str) -> None:
+    """Raises an error unless the file is one picture; what is said of it is said when it is used."""
+    from sana_jax.pipelines.image_inputs import open_picture
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        open_picture(path, option)
