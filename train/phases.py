@@ -18,7 +18,7 @@ from configs.schema import OptimizerConfig, RunConfig
 from kernels.typing import Array, Int, PyTree
 from train.batch import Batch
 from train.objectives.base import PhaseLosses
-from train.optimizers import learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
+from train.optimizers import kept, learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
 from train.step import StepFunction, StepMetrics, accumulate, moving_average, sigma_bins, take_update
@@ -132,12 +132,13 @@ def make_phase_step(
         )
         taken = take_update(optimizer, grads, own_state, own, loss)
         others = {name: tree for name, tree in state.params.items() if name not in phase.parts}
-        others |= _kept(taken.finite, replaced(state.params, carried), others)
+        new = replaced(state.params, carried)
+        others |= kept(taken.finite, new, part(others, tuple(new)))
         params = {**others, **taken.params}
         ema = state.ema
         if ema is not None and averaged:
             moved = moving_average(config.ema, ema, part(params, averaged), state.step, state.step // steps_per_update)
-            ema = _kept(taken.finite, moved, ema)
+            ema = kept(taken.finite, moved, ema)
         bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
         metrics = StepMetrics(
             loss=loss,
@@ -154,11 +155,6 @@ def make_phase_step(
         return TrainState(state.step + 1, params, ema, opt_state), metrics
 
     return step_function
-
-
-def _kept(finite: Array, new: dict[str, PyTree], old: dict[str, PyTree]) -> dict[str, PyTree]:
-    """The trees that ``new`` has; those of ``old`` in a step that does not count."""
-    return {name: jax.tree.map(lambda new, old: jnp.where(finite, new, old), new[name], old[name]) for name in new}
 
 
 def _part_rows(arrays: Any, parts: int) -> Any:

@@ -13,7 +13,7 @@ from configs.schema import EmaConfig, RunConfig
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from train.batch import Batch
 from train.objectives.base import Objective
-from train.optimizers import evaluation_params, learning_rate_schedule, stop_frozen, updates_taken
+from train.optimizers import evaluation_params, kept, learning_rate_schedule, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
 
@@ -67,7 +67,7 @@ def make_train_step(
             ema = evaluation_params(taken.opt_state, taken.params)  # which is an average already
         elif ema is not None:
             ema = moving_average(config.ema, ema, taken.params, state.step, state.step)
-        ema = jax.tree.map(lambda new, old: jnp.where(taken.finite, new, old), ema, state.ema)
+        ema = kept(taken.finite, ema, state.ema)
         bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
         metrics = StepMetrics(
             loss=loss,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels.gated_delta_rule import tiles
+from kernels.gated_delta_rule.pallas_update import Angles
 from kernels.gated_delta_rule.tiles import (
     HALVES,
     Sizes,
@@ -22,8 +23,6 @@ from kernels.gated_delta_rule.tiles import (
     within,
 )
 from kernels.typing import Array, Float
-
-Angles = tuple[Float[Array, "T S p"], Float[Array, "T S p"]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

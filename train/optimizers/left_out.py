@@ -14,6 +14,11 @@ import optax
 from kernels.typing import Array, Bool, PyTree
 
 
+def kept(finite: Bool[Array, ""] | bool, new: PyTree, old: PyTree) -> PyTree:
+    """``new``, or ``old`` in a step that must not count."""
+    return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+
 def keeps_state(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """``inner``, whose state stays as it was where ``finite`` is False."""
 
@@ -21,7 +26,7 @@ def keeps_state(inner: optax.GradientTransformation) -> optax.GradientTransforma
         grads: PyTree, state: PyTree, params: PyTree | None = None, *, finite: Bool[Array, ""] | bool = True
     ) -> tuple[PyTree, PyTree]:
         updates, new = inner.update(grads, state, params)
-        return updates, jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        return updates, kept(finite, new, state)
 
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
