@@ -110,7 +110,7 @@ def _expected(op: Op, arrays: Any, cotangent: Any) -> list[np.ndarray]:
     One example and head of an input do not act on another's result, so the part is exact. Parameters that all examples
     share (kernels of a convolution) come whole: operations that have them are not cut.
     """
-    narrow = {name: x.astype(jnp.float32) for name, x in op.narrow(arrays).items()}
+    narrow = {name: x if x.dtype == jnp.bool_ else x.astype(jnp.float32) for name, x in op.narrow(arrays).items()}
     if cotangent is None:
         return [np.asarray(jax.jit(op.reference)(narrow))]
     towards = op.narrow_result(cotangent)

@@ -10,9 +10,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.refusal import Refusal
+
 ROWS = 4  # tokens of a program
 # Where every program writes sums over its tokens too, more of them.
 ROWS_WITH_SUMS = 16
+
+
+def refuse_float64(operands: tuple) -> None:
+    """Raises ``Refusal`` for operands that these kernels, which compute in float32, would make less exact."""
+    if any(x.dtype == jnp.float64 for x in operands):
+        raise Refusal("implementation='pallas': float64 inputs: it computes in float32; use 'xla' for float64")
 
 
 def channels_of_block(channels: int) -> Any:
@@ -43,7 +51,11 @@ def over_tokens(
         shape: (groups, tokens of a group, channels).
         rows: tokens of a program.
         interpret: whether to run it with plain JAX operations.
+
+    Raises:
+        Refusal: for float64 operands.
     """
+    refuse_float64(operands)
     groups, tokens, channels = shape
 
     def run(*refs: Any) -> None:

@@ -1,17 +1,21 @@
 """Which implementation of an operation runs: the one that is named, or the one that was measured to be faster.
 
 The measurements are data, in ``measurements.json`` beside this file. A row there is one implementation timed beside
-``xla`` on one device; nothing is picked that has no row.
+``xla`` on one device; nothing is picked that has no row. What is picked and cannot run what is asked (``Refusal``)
+leaves it to XLA, and a line says so; what is named raises the reason.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import importlib
 import json
 import math
 import pkgutil
-from collections.abc import Callable, Collection, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +25,17 @@ import numpy as np
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
+from kernels.over_mesh import Axes, over_mesh
+from kernels.refusal import Refusal
+
 TABLE = Path(__file__).with_name("measurements.json")
 DEFAULT = "xla"
 # Implementations that are programs for one kind of device. Others run wherever XLA does.
-DEVICE_PROGRAMS = {"pallas": ("cuda",), "triton": ("cuda",)}
+DEVICE_PROGRAMS = {"pallas": ("cuda",), "triton": ("cuda",), "cudnn": ("cuda",)}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+# Implementations that bring a gradient of their own, and so have no forward-mode derivative.
+REVERSE_MODE_ALONE = (*DEVICE_PROGRAMS, "blockwise")
+_forward_mode = contextvars.ContextVar("forward_mode", default=False)
 
 
 @dataclass(frozen=True)
@@ -65,30 +75,55 @@ class Pick:
     measurements: tuple[Measurement, ...]
 
 
-def choose(op: str, implementations: Mapping[str, Callable], name: str | None) -> Callable:
+def choose(
+    op: str,
+    implementations: Mapping[str, Callable],
+    name: str | None,
+    axes: Axes | None = None,
+    fallbacks: tuple[str, ...] = (),
+) -> Callable:
     """The function that runs an operation.
 
     Args:
         op: the operation's name in the table of measurements.
         implementations: functions by name, all with the same arguments and results; ``xla`` must be among them.
         name: the implementation wanted; None for what the table picks for the platform that the program is lowered for.
+        axes: of the arrays, so that programs for one kind of device run under a mesh; needed where there are such.
+        fallbacks: what runs in this order, and ``xla`` last, where None has picked one that raises ``Refusal``.
 
     Returns:
-        A function of the implementations' arguments. A Pallas or Triton form that was named raises a ``ValueError``
-        with the reason when the program is lowered for a device that it does not run on, or for ``jax.jvp``.
+        A function of the implementations' positional arguments. A form for one kind of device that was named raises a
+        ``ValueError`` with the reason when the program is lowered for another device, or for ``jax.jvp``.
 
     Raises:
         ValueError: if ``name`` is not one of ``implementations``.
     """
     if name is None:
-        picked = {platform: pick(op, platform).implementation for platform in PLATFORMS}
-        special = {platform: choose(op, implementations, name) for platform, name in picked.items() if name != DEFAULT}
-        return _by_platform(special, implementations[DEFAULT]) if special else implementations[DEFAULT]
+        special = {}
+        for platform in PLATFORMS:
+            picked = pick(op, platform).implementation
+            if picked != DEFAULT and not (_forward_mode.get() and picked in REVERSE_MODE_ALONE):
+                special[platform] = [choose(op, implementations, own, axes) for own in (picked, *fallbacks)]
+        return _by_platform(op, special, implementations[DEFAULT]) if special else implementations[DEFAULT]
     if name not in implementations:
         raise ValueError(f"implementation={name!r}: choose one of {sorted(implementations)}, or None to pick one")
     if name not in DEVICE_PROGRAMS:
         return implementations[name]
-    return _only_on(DEVICE_PROGRAMS[name], implementations[name], op, name)
+    return _only_on(DEVICE_PROGRAMS[name], over_mesh(implementations[name], axes, name), op, name)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """While programs are traced inside, None picks nothing that lacks a forward-mode derivative.
+
+    For what takes ``jax.jvp`` of a network: a fused form that is faster there by the table would be refused when the
+    program is lowered.
+    """
+    token = _forward_mode.set(True)
+    try:
+        yield
+    finally:
+        _forward_mode.reset(token)
 
 
 def lazy(module: str, function: str) -> Callable:
@@ -187,23 +222,36 @@ def _in_words(found: Pick) -> str:
 # -- deciding when a program is lowered --------------------------------------------------------------------------------
 
 
-def _by_platform(special: Mapping[str, Callable], default: Callable) -> Callable:
-    """A function that lowers to ``special[platform]``, or to ``default`` on platforms that have none."""
+def _by_platform(op: str, special: Mapping[str, list[Callable]], default: Callable) -> Callable:
+    """A function that lowers to the first of ``special[platform]`` that does not refuse, or else to ``default``."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         arrays, rebuild = _split((args, kwargs))
 
-        def calling(function: Callable) -> Callable:
+        def calling(platform: str | None, functions: list[Callable]) -> Callable:
             def call(*arrays: Any) -> Any:
                 args, kwargs = rebuild(arrays)
-                return function(*args, **kwargs)
+                for function in functions:
+                    try:
+                        return function(*args, **kwargs)
+                    except Refusal as reason:
+                        _say_once(op, platform, str(reason))
+                return default(*args, **kwargs)
 
             return call
 
-        branches = {platform: calling(function) for platform, function in special.items()}
-        return jax.lax.platform_dependent(*arrays, **branches, default=calling(default))
+        branches = {platform: calling(platform, functions) for platform, functions in special.items()}
+        return jax.lax.platform_dependent(*arrays, **branches, default=calling(None, []))
 
     return run
+
+
+@functools.cache
+def _say_once(op: str, platform: str, reason: str) -> None:
+    """Says that what the table picks for this machine's platform does not run; of other platforms nobody asks."""
+    own = {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if own == platform:
+        print(f"{op}: what None picks on {platform} leaves it to XLA: {reason}", file=sys.stderr)
 
 
 def _only_on(platforms: tuple[str, ...], function: Callable, op: str, name: str) -> Callable:

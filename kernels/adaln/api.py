@@ -6,6 +6,7 @@ Source: DiT (arXiv 2212.09748) §3.2. There is one shift, scale and gate per sam
 from __future__ import annotations
 
 from kernels.adaln import xla
+from kernels.over_mesh import Axes
 from kernels.selection import choose, lazy
 from kernels.typing import Array, Float
 
@@ -40,7 +41,9 @@ def modulated_norm(
         ValueError: for shapes that do not fit, or if ``implementation`` is not one of those of ``OPERATIONS``.
     """
     check_rows(x.shape, shift=shift.shape, scale=scale.shape)
-    return choose("modulated_norm", OPERATIONS["modulated_norm"], implementation)(x, shift, scale, epsilon)
+    axes = _rows(x.ndim)
+    run = choose("modulated_norm", OPERATIONS["modulated_norm"], implementation, Axes((axes, axes, axes, None), axes))
+    return run(x, shift, scale, epsilon)
 
 
 def gated_residual(
@@ -66,7 +69,14 @@ def gated_residual(
     """
     check_rows(x.shape, gate=gate.shape)
     check_update(x.shape, update.shape)
-    return choose("gated_residual", OPERATIONS["gated_residual"], implementation)(x, gate, update)
+    axes = _rows(x.ndim)
+    run = choose("gated_residual", OPERATIONS["gated_residual"], implementation, Axes((axes, axes, axes), axes))
+    return run(x, gate, update)
+
+
+def _rows(rank: int) -> str:
+    """The batch and then axes that are whole; the residual stream's channels are, however its layers' are cut."""
+    return " ".join([*["B", "T", "N", "N"][: rank - 2], "N", "D"])
 
 
 def check_rows(x: tuple[int, ...], **rows: tuple[int, ...]) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from kernels.adaln import api as adaln
 from kernels.adaln import reference as adaln_reference
 from kernels.benchmarking.ops import ATTENTION_OPS, Arrays, Counts, Op, Sizes, draw_normal, draw_rotation
+from kernels.benchmarking.softmax_ops import SOFTMAX_OPS
 from kernels.depthwise_conv import api as depthwise_conv
 from kernels.depthwise_conv import reference as depthwise_conv_reference
 from kernels.mix_ffn import api as mix_ffn
@@ -165,4 +166,4 @@ QK_NORM = Op(
     ("x", "scale"),
 )
 
-OPS = {**ATTENTION_OPS, **{op.name: op for op in (DEPTHWISE, MIX_FFN, NORM, RESIDUAL, QK_NORM)}}
+OPS = {**ATTENTION_OPS, **SOFTMAX_OPS, **{op.name: op for op in (DEPTHWISE, MIX_FFN, NORM, RESIDUAL, QK_NORM)}}

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from kernels.block_linear_attention import xla
 from kernels.block_linear_attention.state import BlockSums
 from kernels.linear_attention.api import check_rotation
+from kernels.selection import choose
 from kernels.typing import Array, Float
 
 IMPLEMENTATIONS = {"xla": xla.block_linear_attention}
@@ -55,7 +56,5 @@ def block_linear_attention(
     starts = tuple(block_starts)
     if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], query.shape[1]))):
         raise ValueError(f"block_starts={starts}: they must ascend from 0 and stay below {query.shape[1]} tokens")
-    name = "xla" if implementation is None else implementation
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation={name!r}: choose one of {sorted(IMPLEMENTATIONS)}, or None to pick one")
-    return IMPLEMENTATIONS[name](query, key, value, cos, sin, starts, state, epsilon)
+    run = choose("block_linear_attention", IMPLEMENTATIONS, implementation)
+    return run(query, key, value, cos, sin, starts, state, epsilon)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from kernels.gated_delta_rule import xla
 from kernels.gated_delta_rule.state import DeltaState, init_state
 from kernels.linear_attention.api import check_rotation
+from kernels.over_mesh import Axes
 from kernels.selection import choose, lazy
 from kernels.split_frames import all_frames
 from kernels.typing import Array, Float
@@ -85,11 +86,18 @@ def gated_delta_rule(
     starts, end = tuple(chunk_starts), all_frames(frames, axis_name)
     if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], end))):
         raise ValueError(f"chunk_starts={starts}: they must ascend from 0 and stay below {end} frames")
-    run = choose("gated_delta_rule", IMPLEMENTATIONS, implementation)
+    run = choose("gated_delta_rule", IMPLEMENTATIONS, implementation, _axes(rotation is not None, normalise))
     empty = init_state(batch, heads, size, value.shape[-1], normalised=normalise)
     state = empty if state is None else state
     _check_state(state, empty)
     return run(query, key, value, beta, decay, rotation, starts, state, key_scale, epsilon, axis_name)
+
+
+def _axes(rotated: bool, normalised: bool) -> Axes:
+    state = DeltaState("B h d e", "B h d" if normalised else None)
+    rotation = ("N p", "N p") if rotated else None
+    arrays = ("B T S h d", "B T S h d", "B T S h e", "B T S h", "B T h", rotation, None, state)
+    return Axes((*arrays, None, None, None), ("B T S h e", state))
 
 
 def check_shapes(query, key, value, beta, decay) -> None:

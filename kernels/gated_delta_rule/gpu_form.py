@@ -17,6 +17,7 @@ from kernels.gated_delta_rule import tiles, xla
 from kernels.gated_delta_rule.state import DeltaState
 from kernels.gated_delta_rule.tiles import LARGEST_HEAD, Sizes
 from kernels.gated_delta_rule.updates import FrameUpdate
+from kernels.refusal import Refusal
 from kernels.split_frames import all_frames, own_part
 from kernels.typing import Array, Float
 
@@ -80,11 +81,9 @@ def run(
 
 def _check(name: str, arrays: tuple[Array, ...], key_size: int, value_size: int) -> None:
     if any(x.dtype == jnp.float64 for x in arrays):
-        raise ValueError(
-            f"implementation={name!r}: float64 inputs or state: its sums are float32; use 'xla' for float64"
-        )
+        raise Refusal(f"implementation={name!r}: float64 inputs or state: its sums are float32; use 'xla' for float64")
     if max(key_size, value_size) > LARGEST_HEAD:
-        raise ValueError(
+        raise Refusal(
             f"implementation={name!r}: heads of {key_size} and {value_size} channels: its programs hold up to "
             f"{LARGEST_HEAD}; use 'xla'"
         )

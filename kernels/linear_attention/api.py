@@ -7,6 +7,7 @@ small epsilon is that of the published diffusers weights' runtime and only matte
 from __future__ import annotations
 
 from kernels.linear_attention import xla
+from kernels.over_mesh import Axes
 from kernels.selection import choose, lazy
 from kernels.typing import Array, Float
 
@@ -20,6 +21,8 @@ ROPE_IMPLEMENTATIONS = {
     "xla": xla.rope_linear_attention,
     **{name: lazy(module, "rope_linear_attention") for name, module in _FUSED.items()},
 }
+_AXES = Axes(("B N h d", "B M h d", "B M h e", None), "B N h e")
+_ROPE_AXES = Axes(("B N h d", "B N h d", "B N h e", "N p", "N p", None), "B N h e")
 OPERATIONS = {"relu_linear_attention": IMPLEMENTATIONS, "rope_linear_attention": ROPE_IMPLEMENTATIONS}
 
 
@@ -47,7 +50,7 @@ def relu_linear_attention(
     Raises:
         ValueError: if ``implementation`` is not one of ``IMPLEMENTATIONS``, or cannot run what it is asked to.
     """
-    return choose("relu_linear_attention", IMPLEMENTATIONS, implementation)(query, key, value, epsilon)
+    return choose("relu_linear_attention", IMPLEMENTATIONS, implementation, _AXES)(query, key, value, epsilon)
 
 
 def rope_linear_attention(
@@ -84,7 +87,7 @@ def rope_linear_attention(
             tables that do not fit.
     """
     check_rotation(query.shape, cos.shape, sin.shape)
-    run = choose("rope_linear_attention", ROPE_IMPLEMENTATIONS, implementation)
+    run = choose("rope_linear_attention", ROPE_IMPLEMENTATIONS, implementation, _ROPE_AXES)
     return run(query, key, value, cos, sin, epsilon)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from kernels.refusal import Refusal
 from kernels.typing import Array
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -84,14 +85,12 @@ class Blocks:
 
 
 def check_inputs(implementation: str, query: Array, key: Array, value: Array) -> None:
-    """Raises ``ValueError`` unless a fused form can take these inputs."""
+    """Raises ``Refusal`` unless a fused form can take these inputs."""
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.dtype.name not in DTYPES:
-            raise ValueError(
-                f"implementation={implementation!r}: {name} of {x.dtype.name}: it takes {DTYPES}; use 'xla'"
-            )
+            raise Refusal(f"implementation={implementation!r}: {name} of {x.dtype.name}: it takes {DTYPES}; use 'xla'")
         if not 1 <= x.shape[-1] <= LARGEST_SIZE or 0 in x.shape:
-            raise ValueError(
+            raise Refusal(
                 f"implementation={implementation!r}: {name} {x.shape}: no size may be 0, the last one at most "
                 f"{LARGEST_SIZE}; use 'xla'"
             )

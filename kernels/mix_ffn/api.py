@@ -6,10 +6,12 @@ Source: SANA (arXiv 2410.10629) §2.2.
 from __future__ import annotations
 
 from kernels.mix_ffn import xla
+from kernels.over_mesh import Axes
 from kernels.selection import choose, lazy
 from kernels.typing import Array, Float
 
 IMPLEMENTATIONS = {"xla": xla.mix_ffn, "pallas": lazy("kernels.mix_ffn.pallas", "mix_ffn")}
+_AXES = Axes(("B H W C", "C", "3 3 C", "C"), "B H W F")
 
 
 def mix_ffn(
@@ -38,7 +40,7 @@ def mix_ffn(
         ValueError: for shapes that do not fit, or if ``implementation`` is not one of ``IMPLEMENTATIONS``.
     """
     check_parameters(x.shape[-1], bias.shape, kernel.shape, depth_bias.shape)
-    return choose("mix_ffn", IMPLEMENTATIONS, implementation)(x, bias, kernel, depth_bias)
+    return choose("mix_ffn", IMPLEMENTATIONS, implementation, _AXES)(x, bias, kernel, depth_bias)
 
 
 def check_parameters(

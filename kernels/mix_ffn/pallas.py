@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from kernels.rows import refuse_float64
 from kernels.typing import Array, Float
 
 CHANNELS = 128  # of a program: 2 to each thread of two warps
@@ -118,6 +119,7 @@ def _call(
     interpret: bool,
 ) -> Any:
     """Runs ``kernel`` for every strip of every picture and every block of ``channels``."""
+    refuse_float64(operands)
     height, width = size
     grid = (pl.cdiv(channels, CHANNELS), pl.cdiv(width, columns), pl.cdiv(height, ROWS), operands[0].shape[0])
 

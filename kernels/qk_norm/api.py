@@ -6,6 +6,7 @@ Sources: RMS norm arXiv 1910.07467; of queries and keys, SANA-1.5 (arXiv 2501.18
 
 from __future__ import annotations
 
+from kernels.over_mesh import Axes
 from kernels.qk_norm import xla
 from kernels.selection import choose, lazy
 from kernels.typing import Array, Float
@@ -42,7 +43,9 @@ def qk_norm(
         ValueError: for shapes that do not fit, or if ``implementation`` is not one of ``IMPLEMENTATIONS``.
     """
     check_shapes(x.shape, scale.shape, rotation if rotation is None else tuple(table.shape for table in rotation))
-    return choose("qk_norm", IMPLEMENTATIONS, implementation)(x, scale, rotation, epsilon, relu)
+    rows = " ".join(["B", *["N"] * (x.ndim - 2), "C"][-x.ndim :])
+    axes = Axes((rows, "C", rotation if rotation is None else ("N p", "N p"), None, None), rows)
+    return choose("qk_norm", IMPLEMENTATIONS, implementation, axes)(x, scale, rotation, epsilon, relu)
 
 
 def check_shapes(

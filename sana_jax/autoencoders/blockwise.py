@@ -262,7 +262,7 @@ class BlockwiseVideoAutoencoder:
 
         A causal decoder takes one latent frame after another, so that memory does not depend on their number.
         """
-        decoder, encoder = (self.networks[half](self.config, self.dtype) for half in ("decoder", "encoder"))
+        decoder, encoder = (self._network(half) for half in ("decoder", "encoder"))
 
         def decode(latents: Array, state: PyTree | None) -> tuple[Array, PyTree]:
             frames, state = decoder.apply({"params": params["decoder"]}, latents, state)
@@ -370,7 +370,13 @@ class BlockwiseVideoAutoencoder:
             name = f"{self.family} {DOING[half]} of {'x'.join(map(str, x.shape))}"
             block = "" if ends else ", later block" if goes_on else ", first block"
             self.programs[key] = compile_ahead(
-                f"{name}{block}, {self.dtype.name}", self._functions[half, ends], params, x, expected, say=self._say
+                f"{name}{block}, {self.dtype.name}",
+                self._functions[half, ends],
+                params,
+                x,
+                expected,
+                say=self._say,
+                identity=(self._network(half), ends),
             )
         return self.programs[key](params, x, state)
 
@@ -398,10 +404,13 @@ class BlockwiseVideoAutoencoder:
             "is what the block before gave: begin the video with state=None"
         )
 
+    def _network(self, half: str) -> nn.Module:
+        return self.networks[half](self.config, self.dtype)
+
     @functools.cached_property
     def _functions(self) -> dict[tuple[str, bool], Callable[[PyTree, Array, PyTree | None], tuple[Array, PyTree]]]:
         def function(half: str, ends: bool) -> Callable:
-            network = self.networks[half](self.config, self.dtype)
+            network = self._network(half)
 
             def run(params: PyTree, x: Array, state: PyTree | None) -> tuple[Array, PyTree]:
                 out, state = network.apply({"params": params}, x, state)

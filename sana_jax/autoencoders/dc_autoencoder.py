@@ -180,7 +180,12 @@ class DCAutoencoder:
         if key not in self.programs:
             shape = "x".join(map(str, x.shape))
             self.programs[key] = compile_ahead(
-                f"DC-AE {what} of {shape}, {self.dtype.name}", self._functions[what], half, x, say=self._say
+                f"DC-AE {what} of {shape}, {self.dtype.name}",
+                self._functions[what],
+                half,
+                x,
+                say=self._say,
+                identity=(what, self.config, self.dtype),
             )
         return self.programs[key](half, x)
 

@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.softmax_attention import softmax_attention
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.autoencoders.base import check_frames, check_video
 from sana_jax.autoencoders.dc_ae import Conv3x3
@@ -196,7 +197,7 @@ class FrameAttention(nn.Module):
         heads = (batch * frames, height * width, 1, channels)
         query, key, value = (part.reshape(heads) for part in jnp.split(joined, 3, -1))
         # The default scale is 1/sqrt(channels); logits and softmax are float32 inside.
-        attended = jax.nn.dot_product_attention(query, key, value).reshape(x.shape)
+        attended = softmax_attention(query, key, value).reshape(x.shape)
         return x + _dense(channels, self.dtype, "proj", channels)(attended)
 
 

@@ -15,8 +15,9 @@ import numpy as np
 
 from kernels.benchmarking.timing import compile_timed, random_like, time_interleaved
 from kernels.linear_attention import relu_linear_attention
+from kernels.softmax_attention import softmax_attention
+from kernels.softmax_attention.blockwise import KEY_BLOCK, QUERY_BLOCK
 from sana_jax.benchmarking.sides import OURS, Setting
-from sana_jax.nn.blockwise_attention import KEY_BLOCK, QUERY_BLOCK, blockwise_attention
 
 LIMIT = 1.05  # of the exponents
 TOKENS = {"full": (1024, 2048, 4096, 8192, 16384), "tiny": (1024, 2048, 4096)}
@@ -63,7 +64,7 @@ def memory_case(setting: Setting) -> list[dict[str, Any]]:
 
     def gradients(query: Any, key: Any, value: Any) -> Any:
         def scalar(*inputs: Any) -> Any:
-            return blockwise_attention(*inputs).astype(jnp.float32).sum()
+            return softmax_attention(*inputs, bounded_memory=True).astype(jnp.float32).sum()
 
         return jax.grad(scalar, argnums=(0, 1, 2))(query, key, value)
 

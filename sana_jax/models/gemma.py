@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.softmax_attention import softmax_attention
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.nn.activations import gelu_tanh
@@ -258,19 +259,14 @@ class GemmaAttention(nn.Module):
         def normalise(x: Float[Array, "B L h d"], name: str) -> Float[Array, "B L h d"]:
             return GemmaRMSNorm(cfg.rms_norm_eps, name=name)(x) if cfg.qk_norm else x
 
-        kv_heads, groups = cfg.num_key_value_heads, cfg.num_attention_heads // cfg.num_key_value_heads
+        kv_heads = cfg.num_key_value_heads
         query = rotate(normalise(project("q_proj", cfg.num_attention_heads), "q_norm"), table)
         key = rotate(normalise(project("k_proj", kv_heads), "k_norm"), table)
         value = project("v_proj", kv_heads)
-        query = query.reshape(batch, length, kv_heads, groups, cfg.head_dim)
-        logits = jnp.einsum("bqhgd,bkhd->bhgqk", query, key, preferred_element_type=jnp.float32)
-        logits = logits * cfg.query_pre_attn_scalar**-0.5
-        if cfg.attn_logit_softcapping is not None:
-            logits = cfg.attn_logit_softcapping * jnp.tanh(logits / cfg.attn_logit_softcapping)
-        # Finite, so that padding that sees nothing gives numbers.
-        logits = jnp.where(visible[:, None, None], logits, jnp.finfo(jnp.float32).min)
-        weights = jax.nn.softmax(logits, axis=-1).astype(self.dtype)
-        attended = jnp.einsum("bhgqk,bkhd->bqhgd", weights, value)
+        # No mask but a bias that swallows any logit: padding that sees nothing has the mean of all values.
+        bias = jnp.where(visible[:, None], 0.0, jnp.finfo(jnp.float32).min)
+        scale, soft_cap = cfg.query_pre_attn_scalar**-0.5, cfg.attn_logit_softcapping
+        attended = softmax_attention(query, key, value, bias=bias, scale=scale, soft_cap=soft_cap)
         return _dense(features, self.dtype, "o_proj")(attended.reshape(batch, length, -1))
 
 

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.component_config import known_fields
-from sana_jax.diffusion.step_caching import Decision, StepCache, decide
+from sana_jax.diffusion.step_caching import Decision, StepCache
 from sana_jax.errors import UserError
 from sana_jax.models.condition_tokens import ConditionTokens, append_tokens, bias_with_tokens
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
@@ -27,6 +27,7 @@ from sana_jax.nn.linear import LORA, Linear
 from sana_jax.nn.mix_ffn import GLUMBConv
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
+from sana_jax.nn.step_cache import blocks_or_residual
 
 QK_NORM = "rms_norm_across_heads"
 CAPTION_NORM_EPSILON = 1e-5
@@ -354,17 +355,11 @@ class SanaTransformer(nn.Module):
         table = self.variables["params"]["transformer_blocks"]["scale_shift_table"][0]
         shift, scale, *_ = modulation(table, time)
         signal = modulated_norm(x, shift, scale, self.config.norm_eps)
-        decision = decide(cache, signal)
 
-        def compute(network, x):
-            output = network._blocks(x, caption, bias, time, grid, controlnet_residuals, identity)
-            return output, output.astype(jnp.float32) - x.astype(jnp.float32)
+        def run(network, x):
+            return network._blocks(x, caption, bias, time, grid, controlnet_residuals, identity)
 
-        def reuse(network, x):
-            return (x.astype(jnp.float32) + cache.residual).astype(x.dtype), cache.residual
-
-        x, residual = nn.cond(decision.compute, compute, reuse, self, x)
-        return x, cache._replace(signal=signal, residual=residual, accumulated=decision.accumulated), decision
+        return blocks_or_residual(self, x, cache, signal, run)
 
     def _blocks(self, x, caption, bias, time, grid, controlnet_residuals, identity):
         """Runs the blocks over ``x``, adding residual i after block i + 1; sows all blocks' outputs, stacked."""

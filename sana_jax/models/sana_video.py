@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.block_linear_attention import BlockSums, init_block_sums
 from kernels.typing import Array, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.component_config import known_fields
+from sana_jax.diffusion.step_caching import Decision, StepCache
 from sana_jax.errors import UserError
 from sana_jax.models.sana import CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, QK_NORM, check_field
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
@@ -31,6 +32,7 @@ from sana_jax.nn.mix_ffn import TemporalGLUMBConv
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
 from sana_jax.nn.rope import Rotation, rope_3d
+from sana_jax.nn.step_cache import blocks_or_residual
 
 OUTPUT_NORM_EPSILON = 1e-6  # of the last layer norm, whatever norm_eps is
 _FIXED = {  # fields of the published class that have one value here, and why
@@ -362,7 +364,12 @@ class SanaVideoTransformer(nn.Module):
         block_starts: tuple[int, ...] | None = None,
         state: SanaVideoState | None = None,
         first_frame: int | Int[Array, ""] = 0,
-    ) -> Float[Array, "B T H W Cout"] | tuple[Float[Array, "B T H W Cout"], SanaVideoState]:
+        step_cache: StepCache | None = None,
+    ) -> (
+        Float[Array, "B T H W Cout"]
+        | tuple[Float[Array, "B T H W Cout"], SanaVideoState]
+        | tuple[Float[Array, "B T H W Cout"], StepCache, Decision]
+    ):
         """Runs the network in one of its three forms.
 
         Without ``block_starts`` and ``state`` every frame sees every frame. With ``block_starts`` alone the video is
@@ -380,9 +387,12 @@ class SanaVideoTransformer(nn.Module):
             block_starts: the first frame of every block among the T frames given, ascending from 0.
             state: what the blocks before have left, from ``init_state`` or an earlier call.
             first_frame: position of the first of the T frames in the whole video; it may be traced, see ``rope_3d``.
+            step_cache: lets the blocks be skipped, see ``sana_jax.diffusion.step_caching``; None computes them. Not
+                with a state, which is for few steps.
 
         Returns:
-            The velocity, in the compute dtype; with ``state`` also the state after the last block.
+            The velocity, in the compute dtype; with ``state`` also the state after the last block; with ``step_cache``
+            also that of the next step, and what was decided.
 
         Raises:
             UserError: sizes that do not fit the patch size, the state or the table of rotary positions.
@@ -404,6 +414,8 @@ class SanaVideoTransformer(nn.Module):
             )
         rotation = rope_3d(grid, cfg.attention_head_dim, first_frame=first_frame, max_positions=cfg.rope_max_seq_len)
         wants_state = state is not None
+        if wants_state and step_cache is not None:
+            raise UserError("a state and a step_cache; allowed is one of them: a block with a state takes few steps")
         if wants_state:
             _check_state(state, cfg, batch, grid[1:])
         elif block_starts is not None:
@@ -429,7 +441,11 @@ class SanaVideoTransformer(nn.Module):
         caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)
         bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask)
 
-        x, state = self._blocks(x, (caption, bias, time, rotation, grid, tuple(block_starts or (0,))), state)
+        context, skipping = (caption, bias, time, rotation, grid, tuple(block_starts or (0,))), ()
+        if step_cache is None:
+            x, state = self._blocks(x, context, state)
+        else:
+            x, *skipping = self._blocks_or_residual(x, step_cache, context, state)
 
         table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
         shift, scale = modulation(table, embedding[..., None, :])
@@ -439,7 +455,20 @@ class SanaVideoTransformer(nn.Module):
         x = projection(modulated_norm(x, shift, scale, OUTPUT_NORM_EPSILON))
         x = x.reshape(batch, *grid, rows, columns, cfg.velocity_channels).swapaxes(3, 4)
         velocity = x.reshape(batch, frames, height, width, cfg.velocity_channels)
+        if step_cache is not None:
+            return velocity, *skipping
         return (velocity, state) if wants_state else velocity
+
+    def _blocks_or_residual(
+        self, x: Float[Array, "B N D"], cache: StepCache, context: tuple, state: SanaVideoState | None
+    ) -> tuple[Float[Array, "B N D"], StepCache, Decision]:
+        """``_blocks``, or ``x`` and what the blocks last added; with the cache of the next step, and the decision."""
+        time, grid = context[2], context[4]
+        table = self.variables["params"]["transformer_blocks"]["scale_shift_table"][0]
+        shift, scale, *_ = modulation(table, time)
+        by_frame = x.reshape(len(x), grid[0], -1, x.shape[-1])
+        signal = modulated_norm(by_frame, shift, scale, self.config.norm_eps).reshape(x.shape)
+        return blocks_or_residual(self, x, cache, signal, lambda network, x: network._blocks(x, context, state)[0])
 
     def _blocks(
         self, x: Float[Array, "B N D"], context: tuple, state: SanaVideoState | None

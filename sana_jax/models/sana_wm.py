@@ -20,6 +20,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.split_frames import all_frames
 from kernels.split_frames import first_frame as first_own_frame
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+from sana_jax.diffusion.step_caching import Decision, StepCache
 from sana_jax.errors import UserError
 from sana_jax.models.sana import CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE
 from sana_jax.models.sana_wm_config import SanaWMConfig
@@ -51,6 +52,7 @@ from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.ray_transform import direction_map, ray_transforms
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
 from sana_jax.nn.rope import check_positions, rope_3d
+from sana_jax.nn.step_cache import blocks_or_residual
 
 __all__ = ["SanaWMConfig", "SanaWMState", "SanaWMTransformer", "init_params", "init_state"]
 
@@ -198,7 +200,12 @@ class SanaWMTransformer(nn.Module):
         convolution_starts: tuple[int, ...] | None = None,
         state: SanaWMState | None = None,
         first_frame: int | Int[Array, ""] = 0,
-    ) -> Float[Array, "B T H W C"] | tuple[Float[Array, "B T H W C"], SanaWMState]:
+        step_cache: StepCache | None = None,
+    ) -> (
+        Float[Array, "B T H W C"]
+        | tuple[Float[Array, "B T H W C"], SanaWMState]
+        | tuple[Float[Array, "B T H W C"], StepCache, Decision]
+    ):
         """Runs the network in one of its three forms.
 
         Without ``block_starts`` and ``state`` every frame sees every frame. With ``block_starts`` alone the video is
@@ -223,9 +230,12 @@ class SanaWMTransformer(nn.Module):
                 original code takes the multiples of its chunk size, where that divides the number of frames.
             state: what the blocks before have left, from ``init_state`` or an earlier call.
             first_frame: position of the first of the T frames in the whole video; it may be traced, see ``rope_3d``.
+            step_cache: lets the blocks be skipped, see ``sana_jax.diffusion.step_caching``; None computes them. Not
+                with a state, which is for few steps.
 
         Returns:
-            The velocity, in the compute dtype; with ``state`` also the state after the last block.
+            The velocity, in the compute dtype; with ``state`` also the state after the last block; with ``step_cache``
+            also that of the next step, and what was decided.
 
         Raises:
             UserError: sizes that do not fit the configuration, each other, the state or the table of positions.
@@ -241,6 +251,11 @@ class SanaWMTransformer(nn.Module):
         restarts = starts if convolution_starts is None else tuple(convolution_starts)
         layout = CausalLayout(grid, starts, restarts, self.context_axis)
         _check_starts("convolution_starts", restarts, all_frames(frames, self.context_axis))
+        if step_cache is not None and (state is not None or self.context_axis is not None):
+            raise UserError(
+                f"a step_cache with state={state is not None} and context_axis={self.context_axis!r}; allowed is "
+                "neither: a block with a state takes few steps, and split frames would decide each for itself"
+            )
         if state is not None:
             if self.context_axis is not None:
                 raise UserError(
@@ -266,8 +281,14 @@ class SanaWMTransformer(nn.Module):
             caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)
         mask = None if encoder_attention_mask is None else encoder_attention_mask.astype(bool)
         inputs = BlockInputs(attention, caption, mask, time, plucker)
-        x, after = self._blocks(x, inputs, layout, state)
+        skipping: list[Any] = []
+        if step_cache is None:
+            x, after = self._blocks(x, inputs, layout, state)
+        else:
+            x, *skipping = self._blocks_or_residual(x, step_cache, inputs, layout)
         velocity = self._output(x, embedding, grid)
+        if step_cache is not None:
+            return velocity, *skipping
         return velocity if state is None else (velocity, after)
 
     def _check(self, hidden_states, timestep, camera_conditions, chunk_plucker, block_starts) -> tuple[int, int, int]:
@@ -345,6 +366,21 @@ class SanaWMTransformer(nn.Module):
         x = projection(modulated_norm(x, shift, scale, NORM_EPSILON))
         x = x.reshape(batch, *grid, rows, columns, cfg.in_channels).swapaxes(3, 4)
         return x.reshape(batch, grid[0], grid[1] * rows, grid[2] * columns, cfg.in_channels)
+
+    def _blocks_or_residual(
+        self, x: Float[Array, "B T S D"], cache: StepCache, inputs: BlockInputs, layout: CausalLayout
+    ) -> tuple[Float[Array, "B T S D"], StepCache, Decision]:
+        """``_blocks``, or ``x`` and what the blocks last added; with the cache of the next step, and the decision."""
+        first = SOFTMAX_BLOCKS if self.config.is_softmax(0) else DELTA_BLOCKS
+        shift, scale, *_ = modulation(self.variables["params"][first]["scale_shift_table"][0], inputs.time)
+        signal = modulated_norm(x, shift, scale, NORM_EPSILON)
+        shape, flat = x.shape, (len(x), -1, x.shape[-1])
+
+        def run(network, x):
+            return network._blocks(x.reshape(shape), inputs, layout, None)[0].reshape(flat)
+
+        x, *skipping = blocks_or_residual(self, x.reshape(flat), cache, signal.reshape(flat), run)
+        return x.reshape(shape), *skipping
 
     def _blocks(
         self, x: Array, inputs: BlockInputs, layout: CausalLayout, state: SanaWMState | None

@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.softmax_attention import softmax_attention
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.errors import UserError
 from sana_jax.nn.initializers import scaled_normal, xavier_uniform
@@ -179,7 +180,7 @@ class SiglipAttention(nn.Module):
             return dense(features, self.dtype, name)(x).reshape(heads)
 
         # The default scale is 1/sqrt(d); logits and softmax are float32 inside.
-        attended = jax.nn.dot_product_attention(project("q_proj"), project("k_proj"), project("v_proj"))
+        attended = softmax_attention(project("q_proj"), project("k_proj"), project("v_proj"))
         return dense(features, self.dtype, "out_proj")(attended.reshape(batch, tokens, features))
 
 
@@ -246,7 +247,7 @@ class _PoolingAttention(nn.Module):
         query, (key, value) = in_proj(query)[..., :features], jnp.split(in_proj(patches)[..., features:], 2, axis=-1)
         heads = (self.num_heads, features // self.num_heads)
         query, key, value = (array.reshape(*array.shape[:2], *heads) for array in (query, key, value))
-        attended = jax.nn.dot_product_attention(query, key, value)
+        attended = softmax_attention(query, key, value)
         return dense(features, self.dtype, "out_proj")(attended.reshape(*attended.shape[:2], features))
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from kernels.block_linear_attention import BlockSums, block_linear_attention
 from kernels.linear_attention import relu_linear_attention, rope_linear_attention
+from kernels.softmax_attention import softmax_attention
 from kernels.typing import Array, Bool, Float, Int
 from sana_jax.nn.initializers import xavier_uniform
 from sana_jax.nn.linear import Linear
@@ -147,6 +147,6 @@ class CrossAttention(nn.Module):
             key = RMSNorm(QK_NORM_EPSILON, name="norm_k")(key)
         query, key, value = (z.reshape(batch, z.shape[1], self.num_heads, self.head_dim) for z in (query, key, value))
         # The default scale is 1/sqrt(head_dim); logits and softmax are float32 inside.
-        attended = jax.nn.dot_product_attention(query, key, value, bias=bias)
+        attended = softmax_attention(query, key, value, bias=bias)
         out = Linear(features, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")
         return out(attended.reshape(batch, tokens, inner))

@@ -18,10 +18,10 @@ import jax.numpy as jnp
 
 from kernels.gated_delta_rule import DeltaState, gated_delta_rule
 from kernels.linear_attention.rotation import rotate_pairs
+from kernels.softmax_attention import softmax_attention
 from kernels.split_frames import frames_of_all
 from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray
 from sana_jax.nn.activations import silu
-from sana_jax.nn.blockwise_attention import blockwise_attention
 from sana_jax.nn.initializers import xavier_uniform
 from sana_jax.nn.linear import Linear
 from sana_jax.nn.norms import RMSNorm
@@ -253,8 +253,8 @@ class RaySoftmaxAttention(nn.Module):
                     jnp.concatenate([old.astype(work), new], axis=1) for old, new in zip(cached, (key, value))
                 )
             tokens = [array.reshape(len(array), -1, *array.shape[3:]) for array in (query, key, value)]
-            found = blockwise_attention(*tokens, mask, scale=scale).reshape(query.shape)
-            return found.astype(shape.dtype), (key, value)
+            found = softmax_attention(*tokens, mask=mask, scale=scale, bounded_memory=True)
+            return found.reshape(query.shape).astype(shape.dtype), (key, value)
 
         def cached(first: int) -> tuple[Array, Array] | None:
             return None if state is None else (state[first], state[first + 1])

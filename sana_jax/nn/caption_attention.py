@@ -5,8 +5,8 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 
+from kernels.softmax_attention import softmax_attention
 from kernels.typing import Array, Bool, Float
-from sana_jax.nn.blockwise_attention import blockwise_attention
 from sana_jax.nn.initializers import xavier_uniform
 from sana_jax.nn.linear import Linear
 from sana_jax.nn.norms import RMSNorm
@@ -40,6 +40,7 @@ class CaptionAttention(nn.Module):
             query = RMSNorm(self.epsilon, name="norm_q")(query)
             key = RMSNorm(self.epsilon, name="norm_k")(key)
         query, key, value = (z.reshape(*z.shape[:2], self.num_heads, -1) for z in (query, key, value))
-        attended = blockwise_attention(query, key, value, None if mask is None else mask[:, None])
+        seen = None if mask is None else mask[:, None]
+        attended = softmax_attention(query, key, value, mask=seen, bounded_memory=True)
         out = Linear(width, dtype=self.dtype, kernel_init=xavier_uniform(), name="to_out")
         return out(attended.reshape(x.shape))

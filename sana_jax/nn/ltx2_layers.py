@@ -8,9 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from kernels.softmax_attention import softmax_attention
 from kernels.typing import Array, Bool, Float
 from sana_jax.nn.activations import gelu_tanh
-from sana_jax.nn.blockwise_attention import blockwise_attention
 from sana_jax.nn.initializers import scaled_normal, xavier_uniform
 from sana_jax.nn.linear import Linear
 from sana_jax.nn.ltx2_rope import HeadRotation, rotate_heads
@@ -97,7 +97,7 @@ class LTX2Attention(nn.Module):
         keys, values = (jnp.concatenate([part.astype(key.dtype) for part in parts], axis=1) for parts in zip(*groups))
         # one row for all queries, one column for every key
         seen = None if key_mask is None else key_mask[:, None]
-        attended = blockwise_attention(query, keys, values, seen, scale=self.head_dim**-0.5)
+        attended = softmax_attention(query, keys, values, mask=seen, scale=self.head_dim**-0.5, bounded_memory=True)
         if self.gated:
             # from nothing, so that a network that starts so has gates of 1
             gate = Linear(self.num_heads, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="to_gate_logits")(x)

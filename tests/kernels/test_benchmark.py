@@ -125,7 +125,7 @@ def test_reports_of_other_devices_are_not_compared():
         (["--size", "huge"], "--help"),
         (["--repetitions", "0"], "1 or more"),
         (["--across-devices"], "--compare"),
-        (["--implementations", "cudnn"], "these operations have"),
+        (["--implementations", "metal"], "these operations have"),
         (["--compare", "/nowhere/a.json", "/nowhere/b.json"], "is not a file"),
     ],
 )

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from kernels import selection
-from kernels.selection import Measurement, choose, describe, measurements, operations, parse, pick, picks
+from kernels.refusal import Refusal
+from kernels.selection import Measurement, choose, describe, forward_mode, measurements, operations, parse, pick, picks
 from tests.kernels.cuda_lowering import lower_for_cuda
 
 ROW = Measurement("scale", "pallas", "cuda", "H100", {"jax": "0"}, "2026-01-01", "float32 (2,)", 0.5, "by hand")
@@ -79,6 +80,36 @@ def test_forward_mode_of_a_fused_form_is_refused():
     forward = lambda x: jax.jvp(lambda x: choose("scale", IMPLEMENTATIONS, "pallas")(x, 2.0), (x,), (x,))  # noqa: E731
     with pytest.raises(ValueError, match=r"no forward-mode derivative \(jax.jvp\); use implementation='xla'"):
         lower_for_cuda(forward, jnp.ones(2))
+
+
+def test_a_network_that_takes_forward_mode_says_so(monkeypatch):
+    """Inside, what has a gradient of its own is not picked; other forms are."""
+    table(monkeypatch, row("pallas", 0.5), row("xla_other", 0.5, "cpu"))
+    run = lambda x: choose("scale", IMPLEMENTATIONS, None)(x, 2.0)  # noqa: E731
+    forward = lambda x: jax.jvp(run, (x,), (x,))  # noqa: E731
+    with pytest.raises(ValueError, match="no forward-mode derivative"):
+        lower_for_cuda(forward, jnp.ones(2))
+    with forward_mode():
+        assert "stablehlo.sine" in lower_for_cuda(lambda x: forward(x), jnp.ones(2))
+        program = jax.jit(lambda x: forward(x)).lower(jnp.ones(2)).as_text()
+    assert "stablehlo.tanh" in program
+    assert "stablehlo.cosine" in lower_for_cuda(lambda x: run(x), jnp.ones(2))
+
+
+def test_a_pick_that_refuses_leaves_it_to_the_next(monkeypatch, capsys):
+    def refuses(x, factor):
+        raise Refusal("implementation='xla_other': too small; use 'xla'")
+
+    selection._say_once.cache_clear()
+    table(monkeypatch, row("xla_other", 0.5, "cpu"), row("xla_other", 0.5, "cuda"))
+    forms = {**IMPLEMENTATIONS, "xla_other": refuses, "other": lambda x, _: jnp.exp(x)}
+    found = choose("scale", forms, None)(jnp.ones(2), 2.0)
+    assert (found == 2 * jnp.sin(1.0)).all()
+    line = "scale: what None picks on cpu leaves it to XLA: implementation='xla_other': too small; use 'xla'\n"
+    assert capsys.readouterr().err == line  # once, and for this platform alone
+    assert (choose("scale", forms, None, fallbacks=("other",))(jnp.ones(2), 2.0) == jnp.exp(1.0)).all()
+    with pytest.raises(ValueError, match="too small"):
+        choose("scale", forms, "xla_other")(jnp.ones(2), 2.0)
 
 
 def test_unknown_names_and_rows():

@@ -2,53 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import re
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from sana_jax.models.sana import SanaConfig, SanaTransformer, init_params
+from tests.models.traced_operations import ISLANDS, PRODUCTS, Operation, operations, wide_products
 
 BATCH, SIDE, CAPTION = 2, 32, 300
-# statistics, softmax and the sums' quotients
-ISLANDS = ("exp", "rsqrt", "reduce_sum", "reduce_max", "div")
-PRODUCTS = ("dot_general", "conv_general_dilated")
-
-
-class Operation(NamedTuple):
-    name: str
-    scope: str
-    inputs: tuple[jax.ShapeDtypeStruct, ...]
-    output: jax.ShapeDtypeStruct
-    flops: float
-
-
-def flops_of(equation) -> float:
-    if equation.primitive.name != "dot_general":
-        return 0.0
-    (contracted, _), _ = equation.params["dimension_numbers"]
-    shape = equation.invars[0].aval.shape
-    return 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-
-
-def operations(jaxpr) -> list[Operation]:
-    """Every operation of a traced program with those inside it, each once."""
-    found = []
-    for equation in jaxpr.eqns:
-        inputs = tuple(variable.aval for variable in equation.invars)
-        scope = str(equation.source_info.name_stack)
-        outputs = [variable.aval for variable in equation.outvars]
-        if outputs:
-            found.append(Operation(equation.primitive.name, scope, inputs, outputs[0], flops_of(equation)))
-        for parameter in equation.params.values():
-            for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    found += operations(inner)
-    return found
 
 
 def traced(dtype: jnp.dtype) -> list[Operation]:
@@ -62,7 +25,7 @@ def traced(dtype: jnp.dtype) -> list[Operation]:
     def run(params, latents, caption, timestep, mask):
         return transformer.apply({"params": params}, latents, caption, timestep, encoder_attention_mask=mask)
 
-    return operations(jax.make_jaxpr(run)(params, *inputs, mask).jaxpr)
+    return operations(run, params, *inputs, mask)
 
 
 @pytest.fixture(scope="module")
@@ -70,18 +33,13 @@ def half() -> list[Operation]:
     return traced(jnp.bfloat16)
 
 
-def wide_products(found: list[Operation]) -> list[Operation]:
-    """Products of which an operand is float32."""
-    return [one for one in found if one.name in PRODUCTS and any(x.dtype == jnp.float32 for x in one.inputs)]
-
-
 def test_products_are_in_bfloat16_but_for_the_sums_of_linear_attention(half):
     wide = wide_products(half)
     assert {re.sub(r".*/transformer_blocks/", "", one.scope).split("/")[0] for one in wide} == {"attn1"}
     total, of_wide = sum(one.flops for one in half), sum(one.flops for one in wide)
-    tokens, width, head = BATCH * SIDE * SIDE, 2240, 32
+    layers, tokens, width, head = 20, BATCH * SIDE * SIDE, 2240, 32
     # a state and its use for each head, and the normaliser
-    assert of_wide == 2 * tokens * width * (2 * head + 1)
+    assert of_wide == layers * 2 * tokens * width * (2 * head + 1)
     assert 0 < of_wide < 0.01 * total
     assert len([one for one in half if one.name in PRODUCTS]) > 15
 

@@ -9,63 +9,78 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels.typing import Array, Bool, Float
-from sana_jax.errors import UserError
+from kernels.refusal import Refusal
+from kernels.softmax_attention.visibility import keys_by_length
+from kernels.typing import Array, Bool, Float, Int
 
 # Scores of one block are float32: at 20 heads these take 40 MB per example.
 QUERY_BLOCK, KEY_BLOCK = 1024, 512
 _LOWEST = -1e30  # a maximum of no scores: finite, so that differences from it are numbers
 
 
-def blockwise_attention(
+class _Form(NamedTuple):
+    """What is known when the program is compiled.
+
+    Attributes:
+        scale: factor of the scores.
+        sizes: queries and keys of a block.
+        rows: rows of the folded queries that stand for one query, see ``attend``.
+        causal: whether a query sees no key behind its own.
+    """
+
+    scale: float
+    sizes: tuple[int, int]
+    rows: int
+    causal: bool
+
+
+def attend(
     query: Float[Array, "B M h d"],
-    key: Float[Array, "B N h d"],
-    value: Float[Array, "B N h e"],
-    frame_mask: Bool[Array, "#B P Q"] | None = None,
-    *,
+    key: Float[Array, "B N k d"],
+    value: Float[Array, "B N k e"],
+    mask: Bool[Array, "#B P Q"] | None = None,
+    bias: Float[Array, "#B #h #M #N"] | None = None,
+    key_lengths: Int[Array, " B"] | None = None,
+    causal: bool = False,
     scale: float | None = None,
+    soft_cap: float | None = None,
+    *,
     query_block: int = QUERY_BLOCK,
     key_block: int = KEY_BLOCK,
 ) -> Float[Array, "B M h e"]:
-    """``softmax(scale · q kᵀ) v`` over all keys, or over those whose frame a query's frame may see.
+    """Same value as the reference; differentiable in reverse mode alone.
 
     Products and sums are float32 whatever the inputs are; the weights are rounded to ``value``'s dtype before they
-    multiply it, as fused attention does.
+    multiply it, as fused attention does. Blocks of keys that no query of a block sees are skipped.
 
     Args:
-        query: M queries of h heads, in P frames of M/P tokens where a mask is given.
-        key: N keys, in Q frames of N/Q tokens.
-        value: their values.
-        frame_mask: whether the queries of frame p see the keys of frame q; None for all. Blocks of keys that no query
-            of a block sees are skipped. A query that sees no key gives 0.
-        scale: factor of the scores; None for 1/√d.
         query_block: queries taken at a time.
         key_block: keys taken at a time.
 
-    Returns:
-        In ``query``'s dtype.
-
     Raises:
-        UserError: a mask whose frames do not divide queries and keys into equal parts.
+        Refusal: for a bias, which has an entry for every pair, or a soft cap.
     """
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if frame_mask is not None:
-        frame_mask = jnp.asarray(frame_mask)
-        frames = frame_mask.shape[1:]
-        if query.shape[1] % frames[0] or key.shape[1] % frames[1]:
-            raise UserError(
-                f"frame_mask of {frames[0]} x {frames[1]} frames for {query.shape[1]} queries and {key.shape[1]} keys: "
-                "each must be a whole number of tokens per frame; give one row per frame of queries, one column per "
-                "frame of keys"
-            )
+    for name, given in (("bias", bias), ("soft_cap", soft_cap)):
+        if given is not None:
+            raise Refusal(f"implementation='blockwise': it takes no {name}; use 'xla'")
+    mask = keys_by_length(key_lengths, key.shape[1]) if mask is None else mask
+    batch, queries, heads, size = query.shape
+    shared = key.shape[2]
+    rows = heads // shared
+    if rows > 1:  # heads that share keys become further rows of one head
+        query = query.reshape(batch, queries, shared, rows, size).swapaxes(2, 3)
+        query = query.reshape(batch, queries * rows, shared, size)
     sizes = min(query_block, query.shape[1]), min(key_block, key.shape[1])
-    return _attention(query, key, value, frame_mask, float(scale), sizes)
+    out = _attention(query, key, value, mask, _Form(size**-0.5 if scale is None else float(scale), sizes, rows, causal))
+    if rows > 1:
+        out = out.reshape(batch, queries, rows, shared, -1).swapaxes(2, 3)
+    return out.reshape(batch, queries, heads, value.shape[-1])
 
 
 def _blocks(arrays: tuple[Array, ...], size: int) -> tuple[Array, ...]:
@@ -86,14 +101,16 @@ def _joined(blocks: Array, tokens: int) -> Array:
     return moved.reshape(moved.shape[0], -1, *moved.shape[3:])[:, :tokens]
 
 
-def _seen(mask: Array | None, queries: Array, keys: Array, counts: tuple[int, int]) -> Array:
-    """Whether query tokens see key tokens, both given by number: (B or 1, 1, queries, keys)."""
-    there = (keys < counts[1])[None, None, None, :]
+def _seen(mask: Array | None, queries: Array, keys: Array, counts: tuple[int, int], form: _Form) -> Array:
+    """Whether query rows see key tokens, both given by number: (B or 1, 1, rows or 1, keys)."""
+    seen = (keys < counts[1])[None, None, None, :]
+    if form.causal:
+        seen = seen & (keys <= queries[:, None] // form.rows)
     if mask is None:
-        return there
+        return seen
     frame_of_query = jnp.minimum(queries, counts[0] - 1) // (counts[0] // mask.shape[1])
     frame_of_key = jnp.minimum(keys, counts[1] - 1) // (counts[1] // mask.shape[2])
-    return there & mask[:, frame_of_query][:, :, frame_of_key][:, None]
+    return seen & mask[:, frame_of_query][:, :, frame_of_key][:, None]
 
 
 def _scores(query: Array, key: Array, scale: float) -> Array:
@@ -105,13 +122,14 @@ def _product(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, precision="highest", preferred_element_type=work)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(query, key, value, mask, scale, sizes):
-    return _forward(query, key, value, mask, scale, sizes)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(query, key, value, mask, form):
+    return _forward(query, key, value, mask, form)[0]
 
 
-def _forward(query, key, value, mask, scale, sizes):
+def _forward(query, key, value, mask, form):
     """The result, and of every query the logarithm of the sum of its exponentials (B, h, M)."""
+    scale, sizes = form.scale, form.sizes
     counts = (query.shape[1], key.shape[1])
     work = jnp.promote_types(query.dtype, jnp.float32)
     keys, values = _blocks((key, value), sizes[1])
@@ -129,7 +147,7 @@ def _forward(query, key, value, mask, scale, sizes):
 
         def one_key_block(carry, inputs):
             their_keys, their_values, start = inputs
-            seen = _seen(mask, numbers, start + jnp.arange(sizes[1]), counts)
+            seen = _seen(mask, numbers, start + jnp.arange(sizes[1]), counts, form)
 
             def attend(carry):
                 highest, total, summed = carry
@@ -140,7 +158,7 @@ def _forward(query, key, value, mask, scale, sizes):
                 added = _product("bhmn,bnhe->bhme", weights.astype(value.dtype), their_values)
                 return higher, total * shrink + weights.sum(-1), summed * shrink[..., None] + added
 
-            return _if_any(mask, seen, attend, carry), None
+            return _if_any(mask is None and not form.causal, seen, attend, carry), None
 
         (highest, total, summed), _ = jax.lax.scan(one_key_block, begin, (keys, values, starts))
         nothing = total == 0
@@ -154,18 +172,19 @@ def _forward(query, key, value, mask, scale, sizes):
     return _joined(out, counts[0]), log_sum
 
 
-def _if_any(mask: Array | None, seen: Array, attend: Any, carry: Any) -> Any:
-    """``attend(carry)``, or ``carry`` where a mask hides all of the block."""
-    return attend(carry) if mask is None else jax.lax.cond(seen.any(), attend, lambda carry: carry, carry)
+def _if_any(all_seen: bool, seen: Array, attend: Any, carry: Any) -> Any:
+    """``attend(carry)``, or ``carry`` where nothing of the block is seen."""
+    return attend(carry) if all_seen else jax.lax.cond(seen.any(), attend, lambda carry: carry, carry)
 
 
-def _forward_rule(query, key, value, mask, scale, sizes):
-    out, log_sum = _forward(query, key, value, mask, scale, sizes)
+def _forward_rule(query, key, value, mask, form):
+    out, log_sum = _forward(query, key, value, mask, form)
     return out, (query, key, value, mask, out, log_sum)
 
 
-def _backward_rule(scale, sizes, kept, cotangent):
+def _backward_rule(form, kept, cotangent):
     query, key, value, mask, out, log_sum = kept
+    scale, sizes = form.scale, form.sizes
     counts = (query.shape[1], key.shape[1])
     work = jnp.promote_types(query.dtype, jnp.float32)
     along = (out.astype(work) * cotangent.astype(work)).sum(-1)  # (B, M, h)
@@ -179,7 +198,7 @@ def _backward_rule(scale, sizes, kept, cotangent):
 
         def one_query_block(carry, inputs):
             their, upstream, log_sum, along, start, gradient = inputs
-            seen = _seen(mask, start + jnp.arange(sizes[0]), numbers, counts)
+            seen = _seen(mask, start + jnp.arange(sizes[0]), numbers, counts, form)
 
             def attend(carry):
                 key_gradient, value_gradient, gradient = carry
@@ -193,7 +212,7 @@ def _backward_rule(scale, sizes, kept, cotangent):
                 gradient = gradient + scale * _product("bhmn,bnhd->bmhd", slope, own_keys)
                 return key_gradient, value_gradient + added, gradient
 
-            carry = _if_any(mask, seen, attend, (*carry, gradient))
+            carry = _if_any(mask is None and not form.causal, seen, attend, (*carry, gradient))
             return carry[:2], carry[2]
 
         begin = jnp.zeros(own_keys.shape, work), jnp.zeros(own_values.shape, work)
