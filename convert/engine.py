@@ -11,13 +11,25 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from convert.families import parameter_count
-from convert.sources import CONFIG, INDEX, Choices, Component, Model, open_model, tensor_bytes
+from convert.sources import (
+    CONFIG,
+    INDEX,
+    Choices,
+    Component,
+    Model,
+    check_pipeline,
+    index_of,
+    open_model,
+    tensor_bytes,
+)
 from sana_jax.compilation import readable_bytes
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_directory, write_json
+from sana_jax.pipelines.families import FAMILIES
+from sana_jax.pipelines.model_directory import GROWING_PIPELINES
 from sana_jax.weights.components import CONVERTED, KEPT
 from sana_jax.weights.converted import save_params
 from sana_jax.weights.rules import lazy_params
@@ -27,6 +39,9 @@ from sana_jax.weights.trees import disk_shortage
 Report = Callable[[str], None]
 # What our index says beside what diffusers knows.
 _OURS = ("contract", "defaults")
+Layout = Literal["diffusers", "original"]
+_FILE_ENDS = (".safetensors", ".pth")  # of layout original
+_SHARD = "5GB"
 
 
 def import_model(
@@ -63,7 +78,7 @@ def import_model(
                 "export to give it to PyTorch"
             )
     model.require_whole()
-    _announce(model, report)
+    announce(model, report)
     check_destination(destination, _bytes_of(model))
     if dry_run:
         _plan(model, report, lambda component: f"{CONVERTED}/")
@@ -77,7 +92,7 @@ def import_model(
             tree = lazy_params(component.source, network.rules, network.abstract, ignored=network.ignored)
             save_params(folder / CONVERTED, tree)
             _write_kept(folder, component)
-            report(f"{_describe(component)} -> {_within(component, CONVERTED)} in {time.perf_counter() - begin:.1f} s")
+            report(f"{describe(component)} -> {_within(component, CONVERTED)} in {time.perf_counter() - begin:.1f} s")
             _say_dropped(component, report)
         _write_small(model, temporary)
         if model.index is not None:
@@ -92,27 +107,39 @@ def export_model(
     destination: str | Path,
     choices: Choices | None = None,
     *,
-    max_shard_size: str = "5GB",
+    layout: Layout = "diffusers",
+    max_shard_size: str | None = None,
     dry_run: bool = False,
     report: Report = print,
 ) -> Model:
-    """Writes a directory that diffusers' own ``from_pretrained`` loads.
+    """Writes a directory that diffusers' own ``from_pretrained`` loads, or one file in NVlabs' own layout.
 
     Args:
         source: a converted or published model directory, one component's, a training run (its transformer), or an
             original file.
-        destination: as for ``import_model``.
+        destination: as for ``import_model``; of layout ``original`` a new .safetensors or .pth file.
         choices: what the source leaves open.
-        max_shard_size: larger weights become several files and an index: "5GB", "500MB".
+        layout: ``diffusers``, or ``original``, which holds the transformer or ControlNet alone.
+        max_shard_size: larger weights of layout ``diffusers`` become several files and an index: "5GB", which is what
+            None takes, "500MB".
         dry_run: says what would be read and written, and stops.
         report: takes one line after another.
 
     Raises:
         as ``import_model``.
     """
-    parse_size(max_shard_size)  # before a long reading
+    check_layout(destination, layout, max_shard_size)  # before a long reading
+    choices, written_as = split_pipeline(choices or Choices(), source, layout)
     model = open_model(source, choices)
-    export_opened(model, destination, max_shard_size=max_shard_size, dry_run=dry_run, report=report)
+    export_opened(
+        model,
+        destination,
+        layout=layout,
+        pipeline=written_as,
+        max_shard_size=max_shard_size,
+        dry_run=dry_run,
+        report=report,
+    )
     return model
 
 
@@ -120,14 +147,25 @@ def export_opened(
     model: Model,
     destination: str | Path,
     *,
-    max_shard_size: str = "5GB",
+    layout: Layout = "diffusers",
+    pipeline: str | None = None,
+    max_shard_size: str | None = None,
     dry_run: bool = False,
     report: Report = print,
 ) -> None:
-    """``export_model`` of what is open already; arguments and errors as there."""
-    shard_bytes = parse_size(max_shard_size)
+    """``export_model`` of what is open already; arguments and errors as there.
+
+    ``pipeline`` is what a lone transformer of layout ``original`` is written as: SANA-Video's or LongSANA's.
+    """
+    shard_bytes = check_layout(destination, layout, max_shard_size)
+    if layout == "original":
+        from convert.original_export import export_original
+
+        export_original(model, destination, pipeline=pipeline, dry_run=dry_run, report=report)
+        return
     model.require_whole()
-    _announce(model, report)
+    announce(model, report)
+    _say_pipeline(model, destination, report)
     check_destination(destination, _bytes_of(model))
     if dry_run:
         _plan(model, report, lambda component: ", ".join(_shards(component.source, _stem(component), shard_bytes)))
@@ -139,13 +177,51 @@ def export_opened(
             write_json(folder / CONFIG, _named_config(component, model))
             count = _write_shards(folder, component.source, _stem(component), shard_bytes)
             files = f"{count} file{'s' if count > 1 else ''}"
-            report(f"{_describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
+            report(f"{describe(component)} -> {files} in {time.perf_counter() - begin:.1f} s")
             _say_missing(component, report)
             _say_revision(component, report)
         _write_small(model, temporary)
         if model.index is not None:
             write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
     report(f"exported: {destination}")
+
+
+def split_pipeline(choices: Choices, source: str | Path, layout: Layout) -> tuple[Choices, str | None]:
+    """The choices for reading a source, and the pipeline that a file of layout ``original`` is written as.
+
+    ``choices.pipeline`` says how an original file is read, and of a directory how its transformer is written.
+
+    Raises:
+        UserError: a pipeline that is not known.
+    """
+    if layout != "original" or not Path(source).is_dir():
+        return choices, None
+    check_pipeline(choices.pipeline)
+    return dataclasses.replace(choices, pipeline=None), choices.pipeline
+
+
+def check_layout(destination: str | Path, layout: str, max_shard_size: str | None) -> int:
+    """The bytes of a shard of what is going to be written.
+
+    Raises:
+        UserError: no layout, a destination that is not called as the layout wants it, or not a size.
+    """
+    end = Path(destination).suffix
+    if layout == "original":
+        if end not in _FILE_ENDS:
+            raise UserError(
+                f"{destination}: --layout original writes one file; its name must end in {' or '.join(_FILE_ENDS)}"
+            )
+        if max_shard_size is not None:
+            raise UserError(f"--max-shard-size {max_shard_size}: --layout original writes one file; leave it out")
+    elif layout != "diffusers":
+        raise UserError(f"--layout {layout!r} is not known; allowed are diffusers, original")
+    elif end in (*_FILE_ENDS, ".pt"):
+        raise UserError(
+            f"{destination} is called like a file, and a directory for diffusers would be written: name a directory, "
+            f"or add --layout original, which writes a {' or '.join(_FILE_ENDS)} file as NVlabs do"
+        )
+    return parse_size(max_shard_size or _SHARD)
 
 
 def parse_size(text: str) -> int:
@@ -165,14 +241,16 @@ def parse_size(text: str) -> int:
 # -- what is said ----------------------------------------------------------------------------------------------------
 
 
-def _announce(model: Model, report: Report) -> None:
+def announce(model: Model, report: Report) -> None:
+    """What the user should know of a model before it is converted."""
     for note in model.notes:
         report(f"note: {note}")
     if model.contract is not None:
         report(f"contract: {model.contract}")
 
 
-def _describe(component: Component) -> str:
+def describe(component: Component) -> str:
+    """A component in half a line: its folder, family, size and dtypes."""
     dtypes = sorted({info.dtype.name for info in component.source.tensors.values()})
     count = parameter_count(component.network.abstract)
     name = f"{component.folder}: " if component.folder else ""
@@ -217,6 +295,19 @@ def _say_revision(component: Component, report: Report) -> None:
         )
 
 
+def _say_pipeline(model: Model, destination: str | Path, report: Report) -> None:
+    """One line where diffusers has no pipeline for what is exported."""
+    name = index_of(model).get("_class_name")
+    component = next((part for part in model.components if part.network.class_name in FAMILIES), None)
+    if name not in GROWING_PIPELINES or component is None:
+        return
+    folder = f', subfolder="{component.folder}"' if component.folder else ""
+    report(
+        f"diffusers has no {name} and loads no pipeline from {destination}; it loads the transformer: "
+        f'{component.network.class_name}.from_pretrained("{destination}"{folder})'
+    )
+
+
 def _within(component: Component, name: str) -> str:
     return f"{component.folder}/{name}" if component.folder else name
 
@@ -233,7 +324,7 @@ def _plan(model: Model, report: Report, written: Callable[[Component], str]) -> 
         total += file.stat().st_size
     for component in model.components:
         target = _within(component, written(component))
-        report(f"would write {component.num_bytes:>13,} bytes  {_describe(component)} -> {target}")
+        report(f"would write {component.num_bytes:>13,} bytes  {describe(component)} -> {target}")
     report(f"dry run: {readable_bytes(total)} would be read; nothing was written")
 
 
@@ -249,21 +340,38 @@ def check_destination(destination: str | Path, needed: int) -> None:
     final = Path(destination).absolute()
     if os.path.lexists(final) and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(f"{destination} exists already; delete it or name another directory")
-    if shortage := disk_shortage(final, needed):
+    _check_space(destination, needed)
+
+
+def check_new_file(destination: str | Path, needed: int) -> None:
+    """Raises ``CheckpointError`` for a file that exists, or without space for ``needed`` bytes."""
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination} exists already; delete it or name another file")
+    _check_space(destination, needed)
+
+
+def _check_space(destination: str | Path, needed: int) -> None:
+    if shortage := disk_shortage(Path(destination).absolute(), needed):
         raise CheckpointError(f"not writing {destination}: {shortage}; free some space or name another disk")
 
 
 @contextlib.contextmanager
 def new_directory(destination: str | Path) -> Iterator[Path]:
     """A directory that appears when the block ends well, with a failure to write it in our words."""
+    with writing(destination, "another directory"), atomic_directory(destination) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def writing(destination: str | Path, instead: str) -> Iterator[None]:
+    """Turns a failure to write into a ``CheckpointError`` that advises to name something ``instead``."""
     try:
-        with atomic_directory(destination) as temporary:
-            yield temporary
+        yield
     except FileNotFoundError:
         raise  # something to be read is missing, and the message names it
     except OSError as error:
         raise CheckpointError(
-            f"writing {destination} failed: {error.strerror or error}; nothing was left there, name another directory"
+            f"writing {destination} failed: {error.strerror or error}; nothing was left there, name {instead}"
         ) from error
 
 

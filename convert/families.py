@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -103,7 +104,7 @@ def _transformer(values: dict[str, Any], names: Collection[str]) -> Network:
     from sana_jax.weights.tables.sana import transformer_rules
 
     config = SanaConfig.from_dict(values)
-    abstract = _shapes(lambda: init_params(SanaTransformer(config), jax.random.key(0)))
+    abstract = _shapes_of(SanaTransformer, config, init_params)
     return Network("SanaTransformer2DModel", family_name(config), config, abstract, transformer_rules(config))
 
 
@@ -112,7 +113,7 @@ def _video_transformer(values: dict[str, Any], names: Collection[str]) -> Networ
     from sana_jax.weights.tables.sana_video import transformer_rules
 
     config = SanaVideoConfig.from_dict(values)
-    abstract = _shapes(lambda: init_params(SanaVideoTransformer(config), jax.random.key(0)))
+    abstract = _shapes_of(SanaVideoTransformer, config, init_params)
     return Network("SanaVideoTransformer3DModel", family_name(config), config, abstract, transformer_rules(config))
 
 
@@ -122,7 +123,7 @@ def _world_model(values: dict[str, Any], names: Collection[str]) -> Network:
     from sana_jax.weights.tables.sana_wm import DROPPED, NOT_PARAMETERS, transformer_rules
 
     config = SanaWMConfig.from_dict(values)
-    abstract = _shapes(lambda: init_params(SanaWMTransformer(config), jax.random.key(0)))
+    abstract = _shapes_of(SanaWMTransformer, config, init_params)
     rules = transformer_rules(config, names)
     unused = {"kept": NOT_PARAMETERS, "dropped": DROPPED}
     return Network(CLASS_NAME, family_name(config), config, abstract, rules, **unused)
@@ -156,7 +157,7 @@ def _controlnet(values: dict[str, Any], names: Collection[str]) -> Network:
     from sana_jax.weights.tables.sana import controlnet_rules
 
     config = SanaControlNetConfig.from_dict(values)
-    abstract = _shapes(lambda: init_controlnet_params(SanaControlNet(config), jax.random.key(0)))
+    abstract = _shapes_of(SanaControlNet, config, init_controlnet_params)
     return Network("SanaControlNetModel", family_name(config), config, abstract, controlnet_rules(config))
 
 
@@ -259,6 +260,16 @@ _NETWORKS: dict[str | None, Callable[[dict[str, Any], Collection[str]], Network]
     "Gemma3TextModel": _gemma3,
     "SiglipVisionModel": _image_encoder,
 }
+
+
+def _shapes_of(network: type, config: Any, initialise: Callable[[Any, Any], PyTree]) -> PyTree:
+    """``_shapes``, kept: a conversion opens one network several times, and SANA-WM's takes a second."""
+    return jax.tree.map(lambda leaf: leaf, _kept_shapes(network, config, initialise))
+
+
+@functools.lru_cache(maxsize=8)
+def _kept_shapes(network: type, config: Any, initialise: Callable[[Any, Any], PyTree]) -> PyTree:
+    return _shapes(lambda: initialise(network(config), jax.random.key(0)))
 
 
 def _shapes(initialise: Callable[[], PyTree]) -> PyTree:

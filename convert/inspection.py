@@ -6,7 +6,7 @@ from pathlib import Path
 
 from convert.engine import Report
 from convert.families import parameter_count
-from convert.sources import Choices, Component, open_model
+from convert.sources import Choices, Component, Model, index_of, open_model
 from sana_jax.compilation import readable_bytes
 from sana_jax.weights.messages import one_line
 
@@ -28,7 +28,7 @@ def inspect_model(
         FileNotFoundError, UserError: there is nothing that can be described.
     """
     model = open_model(source, choices, checksums=False)
-    report(f"{model.path}: {_kind(model.index, model.components)}")
+    report(f"{model.path}: {_kind(model)}")
     for component in model.components:
         _describe(component, every, report)
     for name, error in model.failures.items():
@@ -41,11 +41,11 @@ def inspect_model(
     return fits
 
 
-def _kind(index: object, components: tuple[Component, ...]) -> str:
-    origin = ", ".join(dict.fromkeys(component.origin for component in components)) or "nothing readable"
-    if index is None:
-        return f"one component ({origin})"
-    name = index.get("_class_name") if isinstance(index, dict) else None
+def _kind(model: Model) -> str:
+    origin = ", ".join(dict.fromkeys(component.origin for component in model.components)) or "nothing readable"
+    name = index_of(model).get("_class_name")
+    if model.index is None:
+        return f"one component ({origin}{f' of {name}' if name else ''})"
     return f"{name or 'a model'} ({origin})"
 
 

@@ -3,7 +3,8 @@
 ::
 
     python -m convert.main import SRC DST     a published or original checkpoint -> a directory of ours
-    python -m convert.main export SRC DST     ours, or a published one -> a directory that diffusers loads
+    python -m convert.main export SRC DST     ours, or a published one -> a directory that diffusers loads, or
+                                              (--layout original) one .pth or .safetensors file as NVlabs save it
     python -m convert.main merge SRC LORA DST a model with a LoRA in its weights -> a directory that diffusers loads
     python -m convert.main inspect SRC        what it is, and every tensor that does not fit
     python -m convert.main verify SRC         compares it with PyTorch on the same weights, module by module
@@ -41,6 +42,9 @@ class ImportConfig:
     revision: Literal["legacy", "current"] | None = None
     """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
     and says so) or by the original code now (current)."""
+    pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
+    """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
+    says, else SANA-Video, with a note."""
     components_from: str | None = None
     """Of an original file: published model whose text encoder, tokenizer and autoencoder complete it."""
     dry_run: bool = False
@@ -49,15 +53,17 @@ class ImportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExportConfig:
-    """Writes a directory that diffusers loads: export SRC DST."""
+    """Writes a directory that diffusers loads, or a file in NVlabs' own layout: export SRC DST."""
 
     source: str
     """Converted or published model, one component of it, a training run (its transformer or ControlNet), or an original
     file."""
     destination: str
-    """New directory; it appears when everything is in it."""
-    max_shard_size: str = "5GB"
-    """Weights above this size become several files and an index."""
+    """New directory; it appears when everything is in it. With --layout original a new .safetensors or .pth file."""
+    layout: Literal["diffusers", "original"] = "diffusers"
+    """A directory that diffusers loads, or one file with the transformer or ControlNet as NVlabs save it (original)."""
+    max_shard_size: str | None = None
+    """Weights above this size become several files and an index; None: 5GB."""
     variant: str | None = None
     """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
     weights: Literal["auto", "params", "ema"] = "auto"
@@ -71,6 +77,9 @@ class ExportConfig:
     revision: Literal["legacy", "current"] | None = None
     """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
     and says so) or by the original code now (current)."""
+    pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
+    """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
+    says, else SANA-Video, with a note. With --layout original also of a lone transformer or a training run."""
     lora: Literal["only", "merged"] | None = None
     """Of a training run of a LoRA: its file alone, or the base model with it in its weights."""
     dry_run: bool = False
@@ -79,16 +88,18 @@ class ExportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MergeConfig:
-    """Writes a directory that diffusers loads, with a LoRA in the transformer's weights: merge SRC LORA DST."""
+    """Writes what export does, with a LoRA in the transformer's weights: merge SRC LORA DST."""
 
     source: str
     """Converted or published model, its transformer, a training run, or an original file."""
     lora: str
     """LoRA file, or a directory with one; FILE:WEIGHT for another strength than 1."""
     destination: str
-    """New directory; it appears when everything is in it."""
-    max_shard_size: str = "5GB"
-    """Weights above this size become several files and an index."""
+    """New directory; it appears when everything is in it. With --layout original a new .safetensors or .pth file."""
+    layout: Literal["diffusers", "original"] = "diffusers"
+    """A directory that diffusers loads, or one file with the transformer as NVlabs save it (original)."""
+    max_shard_size: str | None = None
+    """Weights above this size become several files and an index; None: 5GB."""
     variant: str | None = None
     """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
     weights: Literal["auto", "params", "ema"] = "auto"
@@ -99,6 +110,12 @@ class MergeConfig:
     """Of an original file: pixels per side that it was trained for, where the file does not say."""
     flow_shift: float | None = None
     """Of an original file: shift of the noise schedule; None: as published for the size."""
+    revision: Literal["legacy", "current"] | None = None
+    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
+    and says so) or by the original code now (current)."""
+    pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
+    """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
+    says, else SANA-Video, with a note. With --layout original also of a lone transformer or a training run."""
     dry_run: bool = False
     """Say which bytes would be read and written, and stop."""
 
@@ -122,6 +139,9 @@ class InspectConfig:
     revision: Literal["legacy", "current"] | None = None
     """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
     and says so) or by the original code now (current)."""
+    pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
+    """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
+    says, else SANA-Video, with a note."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,13 +208,16 @@ def _export(config: ExportConfig) -> int:
     if config.lora is not None:
         from convert.lora import export_run
 
-        if any(value is not None for value in (config.image_size, config.flow_shift, config.revision)):
-            raise UserError("--image-size, --flow-shift and --revision have no meaning with --lora; leave them out")
+        if any(value is not None for value in (config.image_size, config.flow_shift, config.revision, config.pipeline)):
+            raise UserError(
+                "--image-size, --flow-shift, --revision and --pipeline have no meaning with --lora; leave them out"
+            )
         export_run(
             config.source,
             config.destination,
             config.lora,
             _choices(config),
+            layout=config.layout,
             max_shard_size=config.max_shard_size,
             dry_run=config.dry_run,
         )
@@ -205,6 +228,7 @@ def _export(config: ExportConfig) -> int:
         config.source,
         config.destination,
         _choices(config),
+        layout=config.layout,
         max_shard_size=config.max_shard_size,
         dry_run=config.dry_run,
     )
@@ -222,6 +246,7 @@ def _merge(config: MergeConfig) -> int:
         config.destination,
         _choices(config),
         weight=weight,
+        layout=config.layout,
         max_shard_size=config.max_shard_size,
         dry_run=config.dry_run,
     )

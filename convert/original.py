@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convert.families import network_of
 from convert.original_world_model import (
@@ -15,6 +15,7 @@ from convert.original_world_model import (
     renamed_world_model,
 )
 from convert.renames import RenamedSource
+from convert.sources import LONGSANA, SANA_VIDEO, Choices, Component, Model, check_pipeline, refuse
 from convert.tables import controlnet_original, sana_original, sana_video_original
 from convert.torch_files import TorchSource
 from sana_jax.contract import contract_of, license_of, names_of
@@ -26,7 +27,6 @@ from sana_jax.weights.rules import misfits, places
 from sana_jax.weights.safetensors_files import SafetensorsSource, TensorSource
 
 if TYPE_CHECKING:
-    from convert.sources import Choices, Component, Model
     from sana_jax.diffusion.samplers import Sampler
 
 _TORCH_ENDS = (".pth", ".pt", ".bin", ".ckpt")
@@ -43,7 +43,7 @@ _VIDEO_HEAD_SIZES = {2240: (112, 112)}
 _VIDEO_SAMPLE_SIZES = {(1, 2, 2): 30, (1, 1, 1): 22}
 _VIDEO_FLOW_SHIFT = 8.0
 # what LongSANA's training calls its network in a file; SANA-Video's has no such part
-_LONGSANA_SECTIONS = {"generator", "generator_ema"}
+LONGSANA_SECTIONS = {"generator", "generator_ema"}
 
 
 def open_original(path: Path, choices: Choices) -> Model:
@@ -52,21 +52,39 @@ def open_original(path: Path, choices: Choices) -> Model:
     Raises:
         UserError: not such a file, or one that leaves open what an option must say.
     """
-    from convert.sources import Component, Model, _refuse
-
-    _refuse(choices, path, "variant", "checkpoint_step")
-    notes: list[str] = []
-    source: TensorSource
+    refuse(choices, path, "variant", "checkpoint_step")
     if path.suffix in _TORCH_ENDS:
         source = TorchSource(path, choices.weights)
+        notes = []
         if source.sections:
             there = ", ".join(f"{name} ({count} tensors)" for name, count in source.sections.items())
             notes.append(f"{path.name} holds {there}; {source.section} is read")
-    elif path.suffix == ".safetensors":
-        _refuse(choices, path, "weights")
-        source = SafetensorsSource(path)
-    else:
+        file = OriginalFile(path, source, ((path, path.stat().st_size),), frozenset(source.sections))
+        return read_original(file, choices, notes)
+    if path.suffix != ".safetensors":
         raise UserError(f"{path} is no file of weights; allowed are {', '.join(_TORCH_ENDS)} and .safetensors")
+    refuse(choices, path, "weights")
+    weights = SafetensorsSource(path)
+    return read_original(OriginalFile(path, weights, weights.files), choices, [])
+
+
+class OriginalFile(NamedTuple):
+    """A file under NVlabs' names: where it is, its tensors, its sizes in bytes, the sets of weights that it names."""
+
+    path: Path
+    source: TensorSource
+    files: tuple[tuple[Path, int], ...] = ()
+    sections: frozenset[str] = frozenset()
+
+
+def read_original(file: OriginalFile, choices: Choices, notes: list[str]) -> Model:
+    """What the names and shapes of an original file say; ``notes`` comes first in the result's.
+
+    Raises:
+        UserError: no file of the SANA family, or one that leaves open what an option must say.
+    """
+    check_pipeline(choices.pipeline)
+    path, source = file.path, file.source
     names = source.tensors
     if any(name.startswith("transformer_blocks.") for name in names):
         raise UserError(
@@ -74,16 +92,18 @@ def open_original(path: Path, choices: Choices) -> Model:
             "directory instead"
         )
     if is_world_model(source):
-        _refuse(choices, path, "image_size")
-        return _open_world_model(path, choices, source, notes)
+        refuse(choices, path, "image_size")
+        _refuse_pipeline(choices, path)
+        return _open_world_model(file, choices, notes)
     if choices.revision is not None:
         raise UserError(
             f"--revision {choices.revision}: {path.name} is no SANA-WM, which alone has two; leave the option out"
         )
     axes = len(names["x_embedder.proj.weight"].shape) if "x_embedder.proj.weight" in names else 0
     if axes == 5 and any(name.endswith(".mlp.t_conv.weight") for name in names):
-        _refuse(choices, path, "image_size")
-        return _open_video(path, choices, source, notes)
+        refuse(choices, path, "image_size")
+        return _open_video(file, choices, notes)
+    _refuse_pipeline(choices, path)
     if axes != 4:
         seen = looks_like(names) or "holds no network that is known here"
         raise CheckpointError(
@@ -93,7 +113,7 @@ def open_original(path: Path, choices: Choices) -> Model:
     is_controlnet = any(name.startswith("controlnet.") for name in names)
     guidance = "cfg_embedder.mlp.0.weight" in names
     if is_controlnet:
-        _refuse(choices, path, "flow_shift")
+        refuse(choices, path, "flow_shift")
         renamed = RenamedSource(source, controlnet_original.controlnet_table(), controlnet_original.DROPPED)
     else:
         renamed = RenamedSource(source, sana_original.transformer_table(guidance=guidance), sana_original.DROPPED)
@@ -103,11 +123,11 @@ def open_original(path: Path, choices: Choices) -> Model:
     if renamed.dropped:
         notes.append(_describe_dropped(renamed.dropped))
     folder = "" if is_controlnet else "transformer"
-    component = Component(folder, network, config, renamed, problems, _files(path, source), "original")
+    component = Component(folder, network, config, renamed, problems, file.files, "original")
     if is_controlnet:
         return Model(path, None, (component,), notes=tuple(notes))
     if guidance:
-        _refuse(choices, path, "flow_shift")
+        refuse(choices, path, "flow_shift")
         sampler, index_class = make_sampler("scm"), "SanaSprintPipeline"
     else:
         shift = choices.flow_shift
@@ -118,37 +138,62 @@ def open_original(path: Path, choices: Choices) -> Model:
     return _transformer_model(path, component, sampler, index_class, notes)
 
 
-def _open_video(path: Path, choices: Choices, source: TensorSource, notes: list[str]) -> Model:
-    """The transformer of SANA-Video or LongSANA, whose files look alike."""
-    from convert.sources import Component
+def _refuse_pipeline(choices: Choices, path: Path) -> None:
+    if choices.pipeline is not None:
+        raise UserError(
+            f"--pipeline {choices.pipeline} is for an original file of SANA-Video or LongSANA, which look alike; "
+            f"{path} is neither: leave the option out"
+        )
 
+
+def _is_longsana(file: OriginalFile, choices: Choices, notes: list[str]) -> bool:
+    """Whether a video network is LongSANA's: as the file says, else as the user says, else not, with a note."""
+    chosen = choices.pipeline
+    if LONGSANA_SECTIONS & file.sections:
+        if chosen not in (None, LONGSANA):
+            raise UserError(
+                f"--pipeline {chosen}: {file.path} has a generator among its parts, so it is LongSANA; leave the "
+                "option out"
+            )
+        notes.append("a generator among its parts: LongSANA")
+        return True
+    if chosen is None:
+        notes.append(
+            "taken for SANA-Video; LongSANA's weights have the same names and shapes: if it is that, add --pipeline "
+            f"{LONGSANA}"
+        )
+    return chosen == LONGSANA
+
+
+def _open_video(file: OriginalFile, choices: Choices, notes: list[str]) -> Model:
+    """The transformer of SANA-Video or LongSANA, whose files look alike."""
+    path, source = file.path, file.source
     renamed = RenamedSource(source, sana_video_original.video_transformer_table(), sana_video_original.DROPPED)
     config = infer_video_config(renamed)
     network = network_of(config, f"the configuration inferred from {path.name}", renamed.tensors)
     problems = misfits(renamed, places(network.rules, network.abstract))
     if renamed.dropped:
         notes.append(_describe_dropped(renamed.dropped))
-    component = Component("transformer", network, config, renamed, problems, _files(path, source), "original")
+    component = Component("transformer", network, config, renamed, problems, file.files, "original")
     shift = choices.flow_shift
-    if isinstance(source, TorchSource) and _LONGSANA_SECTIONS & {source.section, *source.sections}:
+    if _is_longsana(file, choices, notes):
         long_sampler = LongSanaSampler(**({} if shift is None else {"flow_shift": shift}))
         notes.append(
-            f"a generator among its parts: LongSANA, sampled in {long_sampler.num_inference_steps} steps at "
+            f"LongSANA is sampled in {long_sampler.num_inference_steps} steps at "
             f"{', '.join(map(str, long_sampler.timesteps))} with flow shift {long_sampler.flow_shift:g}, in blocks of "
             f"{long_sampler.block_frames} latent frames; scheduler/scheduler_config.json says so and can be changed"
         )
-        return _transformer_model(path, component, long_sampler, "LongSanaVideoPipeline", notes)
+        return _transformer_model(path, component, long_sampler, LONGSANA, notes)
     if shift is None:
         shift = _VIDEO_FLOW_SHIFT
         notes.append(f"flow shift {shift:g}, as published for SANA-Video; --flow-shift changes it")
     sampler = make_sampler("dpm_solver", flow_shift=shift)
-    return _transformer_model(path, component, sampler, "SanaVideoPipeline", notes)
+    return _transformer_model(path, component, sampler, SANA_VIDEO, notes)
 
 
-def _open_world_model(path: Path, choices: Choices, source: TensorSource, notes: list[str]) -> Model:
+def _open_world_model(file: OriginalFile, choices: Choices, notes: list[str]) -> Model:
     """The transformer of SANA-WM."""
-    from convert.sources import Component
-
+    path, source = file.path, file.source
     renamed = renamed_world_model(source)
     config = infer_world_model_config(renamed)
     if choices.revision is not None:
@@ -162,7 +207,7 @@ def _open_world_model(path: Path, choices: Choices, source: TensorSource, notes:
             "computed as diffusers 0.42.1 does, revision legacy; --revision current computes it as the original code "
             'does now, as "revision": "current" in transformer/config.json does'
         )
-    component = Component("transformer", network, config, renamed, problems, _files(path, source), "original")
+    component = Component("transformer", network, config, renamed, problems, file.files, "original")
     shift = choices.flow_shift
     if shift is None:
         shift = FLOW_SHIFT
@@ -171,14 +216,8 @@ def _open_world_model(path: Path, choices: Choices, source: TensorSource, notes:
     return _transformer_model(path, component, sampler, "SanaWMPipeline", notes)
 
 
-def _files(path: Path, source: TensorSource) -> tuple[tuple[Path, int], ...]:
-    return source.files if isinstance(source, SafetensorsSource) else ((path, path.stat().st_size),)
-
-
 def _transformer_model(path: Path, component: Component, sampler: Sampler, index_class: str, notes: list[str]) -> Model:
     """A transformer with the files that a model directory has beside it."""
-    from convert.sources import Model
-
     network, scheduler = component.network, to_scheduler_config(sampler)
     contract = contract_of(
         network.config,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 from convert.renames import Rename, RenamedSource
+from convert.tables.sana_wm_original import world_model_table
 from sana_jax.errors import CheckpointError
 from sana_jax.models.sana_wm_config import CLASS_NAME
 from sana_jax.weights.messages import describe_array
@@ -16,7 +18,6 @@ FLOW_SHIFT = 9.8
 # width -> heads of attention to the caption, which cannot be seen in the weights
 CROSS_HEADS = {2240: 20}
 _MARK = re.compile(r"(_inner\.)?blocks\.\d+\.attn\.q_proj_cam\.weight")
-_SPELLINGS = {"t_embedder.mlp.0.": "t_embedder.linear_1.", "t_embedder.mlp.2.": "t_embedder.linear_2."}
 
 
 def is_world_model(source: TensorSource) -> bool:
@@ -26,15 +27,12 @@ def is_world_model(source: TensorSource) -> bool:
 
 def renamed_world_model(source: TensorSource) -> RenamedSource:
     """The tensors under the names of ``SanaWMTransformer3DModel``."""
-
-    def published(name: str) -> str:
-        name = name.removeprefix(EARLY_PREFIX)
-        for original, new in _SPELLINGS.items():
-            name = f"{new}{name.removeprefix(original)}" if name.startswith(original) else name
-        return name
-
-    changed = [Rename(name, (published(name),)) for name in source.tensors if published(name) != name]
-    return RenamedSource(source, changed, DROPPED)
+    table = world_model_table()
+    early = [dataclasses.replace(rename, original=f"{EARLY_PREFIX}{rename.original}") for rename in table]
+    early += [
+        Rename(name, (name.removeprefix(EARLY_PREFIX),)) for name in source.tensors if name.startswith(EARLY_PREFIX)
+    ]
+    return RenamedSource(source, (*table, *early), DROPPED)
 
 
 def infer_world_model_config(source: RenamedSource) -> dict[str, Any]:

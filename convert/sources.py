@@ -15,6 +15,7 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import read_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
+from sana_jax.pipelines.model_directory import GROWING_PIPELINES
 from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
 from sana_jax.weights.components import CONVERTED, KEPT
 from sana_jax.weights.converted import lazy_saved_tree
@@ -28,6 +29,12 @@ INDEX = "model_index.json"
 CONFIG = "config.json"
 SCHEDULER_CONFIG = "scheduler_config.json"
 WeightsChoice = Literal["auto", "params", "ema"]
+# Their weights have the same names and shapes.
+SANA_VIDEO, LONGSANA = VIDEO_PIPELINES = ("SanaVideoPipeline", "LongSanaVideoPipeline")
+
+# Kinds of runs whose checkpoints hold the whole transformer among other networks, and those that train it in blocks.
+_AMONG_OTHERS = ("sprint", "self_forcing")
+_IN_BLOCKS = ("chunk_causal", "world_chunk_causal")
 
 # Files of a tokenizer; whatever else lies there is not copied.
 _TOKENIZER_FILES = (
@@ -57,6 +64,8 @@ class Choices:
         image_size: of an original file: pixels per side that it was trained for.
         flow_shift: of an original file: shift of the noise schedule.
         revision: of an original file of SANA-WM: ``legacy`` or ``current``; None takes legacy, and says so.
+        pipeline: of an original file that may be SANA-Video or LongSANA: ``SanaVideoPipeline``, which None takes and
+            says so, or ``LongSanaVideoPipeline``.
     """
 
     variant: str | None = None
@@ -65,6 +74,7 @@ class Choices:
     image_size: int | None = None
     flow_shift: float | None = None
     revision: str | None = None
+    pipeline: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,8 +185,8 @@ def open_model(path: str | Path, choices: Choices | None = None, *, checksums: b
         )
     if (path / INDEX).is_file() and (path / "checkpoints").is_dir():
         return _open_run(path, choices, checksums)
-    _refuse(choices, path, "weights", "checkpoint_step")
-    _refuse_revision(choices, path)
+    refuse(choices, path, "weights", "checkpoint_step")
+    _refuse_of_originals(choices, path)
     if (path / INDEX).is_file():
         return _open_directory(path, choices, checksums)
     if (path / CONFIG).is_file():
@@ -189,7 +199,7 @@ def open_model(path: str | Path, choices: Choices | None = None, *, checksums: b
     raise FileNotFoundError(f"{path} has neither {INDEX} nor {CONFIG}, so it is no model; {advice}")
 
 
-def _refuse(choices: Choices, path: Path, *names: str) -> None:
+def refuse(choices: Choices, path: Path, *names: str) -> None:
     """An option that would not be used is an error."""
     default = Choices()
     for name in names:
@@ -200,7 +210,18 @@ def _refuse(choices: Choices, path: Path, *names: str) -> None:
             )
 
 
-def _refuse_revision(choices: Choices, path: Path) -> None:
+def check_pipeline(pipeline: str | None) -> None:
+    """Raises ``UserError`` for what is no pipeline of SANA-Video's weights."""
+    if pipeline not in (None, *VIDEO_PIPELINES):
+        raise UserError(f"--pipeline {pipeline} is not known here; allowed are {', '.join(VIDEO_PIPELINES)}")
+
+
+def _refuse_of_originals(choices: Choices, path: Path) -> None:
+    if choices.pipeline is not None:
+        raise UserError(
+            f"--pipeline {choices.pipeline} is for an original file, which may not say whether it is SANA-Video or "
+            f"LongSANA; {path} is a directory: leave the option out"
+        )
     if choices.revision is not None:
         raise UserError(
             f"--revision {choices.revision} is for an original file of SANA-WM; {path} has a config.json that says its "
@@ -209,7 +230,7 @@ def _refuse_revision(choices: Choices, path: Path) -> None:
 
 
 def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
-    _refuse(choices, path, "image_size", "flow_shift")
+    refuse(choices, path, "image_size", "flow_shift")
     index = read_json(path / INDEX)
     components, copies, notes, failures = [], {}, [], {}
     for name, entry in index.items():
@@ -239,6 +260,13 @@ def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
     if not components and not failures:
         failures["components"] = UserError(f"{path / INDEX} names no network; download the model again")
     return Model(path, index, tuple(components), copies, {}, contract, tuple(notes), failures)
+
+
+def index_of(model: Model) -> Mapping[str, Any]:
+    """A model's index, of a training run too, whose transformer is a component of its own; empty where it has none."""
+    if model.index is not None:
+        return model.index
+    return read_json(model.path / INDEX) if (model.path / INDEX).is_file() else {}
 
 
 def open_component(
@@ -279,12 +307,27 @@ def _weights_file(directory: Path, stem: str, variant: str | None, notes: list[s
 
 
 def _open_saved(
-    directory: Path, folder: str, config: Mapping[str, Any], saved: Path, origin: str, kept_file: Path | None = None
+    directory: Path,
+    folder: str,
+    config: Mapping[str, Any],
+    saved: Path,
+    origin: str,
+    kept_file: Path | None = None,
+    *,
+    branch: str | None = None,
+    notes: list[str] | None = None,
 ) -> Component:
-    """Weights that Orbax wrote, under their published names."""
+    """Weights that Orbax wrote, under their published names.
+
+    ``branch`` is where they are among others that were trained together, which are named in ``notes``.
+    """
     network = network_of(config, str(directory / CONFIG))
     files = tuple((file, file.stat().st_size) for file in sorted(saved.rglob("*")) if file.is_file())
     tree = lazy_saved_tree(saved)
+    if branch is not None:
+        if notes is not None and (left := sorted(tree.keys() - {branch})):
+            notes.append(f"left out: {', '.join(left)}, which the run trains beside it")
+        tree = tree.get(branch, {})
     problems = _tree_misfits(tree, network.abstract)
     if problems:
         return Component(folder, network, config, None, problems, files, origin)
@@ -341,15 +384,15 @@ def _tree_misfits(saved: Any, abstract: Any) -> Misfits:
 
 def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     """A training run: its transformer or ControlNet, as a component of its own."""
-    _refuse(choices, path, "variant", "image_size", "flow_shift")
-    _refuse_revision(choices, path)
+    refuse(choices, path, "variant", "image_size", "flow_shift")
+    _refuse_of_originals(choices, path)
     trained_from = BaseModelFile.read(path)
-    controlnet = trained_from is not None and trained_from.kind == "controlnet"
-    if trained_from is not None and trained_from.kind != "whole" and not controlnet:
-        advice = "give --lora only or --lora merged to export" if trained_from.kind == "lora" else "name that model"
+    kind = "whole" if trained_from is None else trained_from.kind
+    controlnet = kind == "controlnet"
+    if kind == "lora":
         raise UserError(
-            f"{path} is a run that has trained a {trained_from.kind} beside {trained_from.model}, and holds no whole "
-            f"transformer: {advice}"
+            f"{path} is a run that has trained a LoRA beside {trained_from.model}, and holds no whole transformer: "
+            "give --lora only or --lora merged to export"
         )
     folder = "controlnet" if controlnet else "transformer"
     config = _controlnet_config(path, trained_from) if controlnet else read_json(path / folder / CONFIG)
@@ -367,11 +410,17 @@ def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     if problem := find_damage(checkpoints / str(step), [which], checksums=checksums):
         raise damaged_checkpoint(checkpoints, step, problem, "load")
     saved = checkpoints / str(step) / which
-    component = _open_saved(path / folder, "", config, saved, "training run")
     notes = [f"training run: the {which} weights of step {step}"]
+    branch = "transformer" if kind in _AMONG_OTHERS else None
+    component = _open_saved(path / folder, "", config, saved, "training run", branch=branch, notes=notes)
     if controlnet:
         return _controlnet_model(path, component, notes)
-    others = sorted(name for name, entry in read_json(path / INDEX).items() if isinstance(entry, list))
+    index = read_json(path / INDEX)
+    if kind in _IN_BLOCKS:
+        notes.append("trained in causal blocks of frames; diffusers' network takes all frames at once")
+    if index.get("_class_name") in GROWING_PIPELINES:
+        notes.append(f"the run is for {index['_class_name']}, whose few steps and causal blocks it was trained for")
+    others = sorted(name for name, entry in index.items() if isinstance(entry, list))
     left = [name for name in others if name != "transformer"]
     if left:
         notes.append(f"left out: {', '.join(left)}; of a training run the transformer alone is converted")

@@ -33,7 +33,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "params": ("state_dict", "generator", "model"),
     "ema": ("state_dict_ema", "generator_ema", "ema"),
 }
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": np.dtype(np.float64),
     "FloatStorage": np.dtype(np.float32),
     "HalfStorage": np.dtype(np.float16),
@@ -43,9 +43,9 @@ _STORAGES = {
     "ByteStorage": np.dtype(np.uint8),
     "BoolStorage": np.dtype(np.bool_),
 }
-_REBUILD_TENSOR = ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2")
+REBUILD_TENSOR = ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2")
 _REBUILD_PARAMETER = "torch._utils _rebuild_parameter"
-_ORDERED_DICT = "collections OrderedDict"
+ORDERED_DICT = "collections OrderedDict"
 _SIZE = "torch Size"
 _LONGEST_PICKLE = 1 << 26  # bytes; 1,400 tensors take 200,000
 _SAVE_AGAIN = "load it in PyTorch with weights_only=True and save its state_dict alone with torch.save"
@@ -283,8 +283,8 @@ def _build(name: str, argument: Any, stack: list[Any], path: Path) -> None:
 
 
 def _known(name: str, path: Path) -> _Global:
-    is_storage = name.startswith("torch ") and name.removeprefix("torch ") in _STORAGES
-    if not is_storage and name not in (*_REBUILD_TENSOR, _REBUILD_PARAMETER, _ORDERED_DICT, _SIZE):
+    is_storage = name.startswith("torch ") and name.removeprefix("torch ") in STORAGES
+    if not is_storage and name not in (*REBUILD_TENSOR, _REBUILD_PARAMETER, ORDERED_DICT, _SIZE):
         raise CheckpointError(
             f"{path} asks for {name.replace(' ', '.')!r}, which no file of weights needs: it was not called; do not "
             f"use this file, or {_SAVE_AGAIN}"
@@ -293,7 +293,7 @@ def _known(name: str, path: Path) -> _Global:
 
 
 def _call(function: _Global, arguments: tuple) -> Any:
-    if function.name == _ORDERED_DICT:
+    if function.name == ORDERED_DICT:
         found: dict[Any, Any] = {}
         if arguments:
             _fill(found, (_expect(pair, list, tuple) for pair in _expect(arguments[0], list)))
@@ -302,7 +302,7 @@ def _call(function: _Global, arguments: tuple) -> Any:
         return tuple(_expect(arguments[0], list, tuple))
     if function.name == _REBUILD_PARAMETER:
         return _expect(arguments[0], _Tensor)
-    if function.name in _REBUILD_TENSOR:
+    if function.name in REBUILD_TENSOR:
         storage, offset, shape, strides = arguments[:4]
         _expect(storage, _Storage)
         for numbers in ((offset,), _expect(shape, tuple), _expect(strides, tuple)):
@@ -316,7 +316,7 @@ def _call(function: _Global, arguments: tuple) -> Any:
 
 def _storage(value: Any) -> _Storage:
     kind, storage_type, key, _, size = _expect(value, tuple)
-    dtype = _STORAGES[_expect(storage_type, _Global).name.removeprefix("torch ")]
+    dtype = STORAGES[_expect(storage_type, _Global).name.removeprefix("torch ")]
     if kind != "storage" or not isinstance(key, str) or type(size) is not int or not 0 <= size < 2**62:
         raise ValueError("a storage is not described by kind, type, key, place and size")
     return _Storage(dtype, key, size)

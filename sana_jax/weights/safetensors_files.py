@@ -278,16 +278,25 @@ def write_safetensors(
     Raises:
         ValueError: the tensors are not those of ``infos``.
     """
+    head, _ = header_of(infos, metadata)
+    with atomic_file(path) as file:
+        file.write(head)
+        _write_tensors(file, iter(infos.items()), tensors)
+
+
+def header_of(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, dict[str, int]]:
+    """What a file of these tensors begins with, and the byte of the file where each of them begins."""
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
-    end = 0
+    begins, end = {}, 0
     for name, (dtype, shape) in infos.items():
-        begin, end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+        begins[name], end = end, end + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        header[name] = {"dtype": _NAMES[np.dtype(dtype)], "shape": list(shape), "data_offsets": [begins[name], end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        _write_tensors(file, iter(infos.items()), tensors)
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + begin for name, begin in begins.items()}
 
 
 def _write_tensors(

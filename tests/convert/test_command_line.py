@@ -8,11 +8,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from convert.main import COMMANDS, main
+from convert.renames import RenamedSource
+from convert.tables.sana_original import transformer_table
+from convert.torch_files import TorchSource
 from sana_jax.errors import CheckpointError, UserError
+from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
 from tests.benchmarks.conversion import measure, same_tensors, write_random_component
 from tests.convert.cases import controlnet, transformer
 from tests.train.run_training import straight_run
@@ -172,6 +177,12 @@ def test_a_training_run_is_exported(tmp_path, tmp_path_factory, capsys):
         assert main(["export", str(run), str(tmp_path / which), "--weights", which]) == 0
         _, info = SanaTransformer2DModel.from_pretrained(tmp_path / which, output_loading_info=True)
         assert not any(info.values())
+        file = tmp_path / f"{which}.pth"
+        assert main(["export", str(run), str(file), "--weights", which, "--layout", "original"]) == 0
+        original = RenamedSource(TorchSource(file), transformer_table(guidance=False), ())
+        exported = SafetensorsSource(find_weights_file(tmp_path / which, "diffusion_pytorch_model"))
+        assert original.tensors == exported.tensors
+        assert all(np.array_equal(original.read(name), exported.read(name)) for name in exported.tensors)
     assert "left out: scheduler, text_encoder, vae" in capsys.readouterr().out
     auto, ema, params = ((tmp_path / which) for which in ("auto", "ema", "params"))
     assert same_tensors(auto, ema)
