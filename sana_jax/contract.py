@@ -142,12 +142,15 @@ class Contract:
         """The best dtype that the pipelines compute in: "float32" or "bfloat16"."""
         return next((dtype for dtype in self.dtypes if dtype in _WIDE), "float32")
 
-    def check(self, dtype: str, emulate_fp16_saturation: bool = False) -> str | None:
+    def check(
+        self, dtype: str, emulate_fp16_saturation: bool = False, option: str = "--emulate-fp16-saturation"
+    ) -> str | None:
         """Refuses a compute dtype in which these weights are reported to draw broken pictures.
 
         Args:
             dtype: the transformer's compute dtype.
             emulate_fp16_saturation: whether attention's output is clipped as float16 does.
+            option: how the command at hand asks for that.
 
         Returns:
             One line that the user should see, or None.
@@ -157,25 +160,25 @@ class Contract:
         """
         if emulate_fp16_saturation and self.fp16_saturation is False:
             raise UserError(
-                f"--emulate-fp16-saturation: {self.family} ({self.source}) was not trained with float16's saturation; "
+                f"{option}: {self.family} ({self.source}) was not trained with float16's saturation; "
                 "leave the option out"
             )
         if emulate_fp16_saturation and dtype == "float16":
-            raise UserError("--emulate-fp16-saturation with float16, which saturates by itself: leave the option out")
+            raise UserError(f"{option} with float16, which saturates by itself: leave the option out")
         if dtype in self.dtypes or emulate_fp16_saturation:
             if self.fp16_saturation is None and "float16" in self.dtypes and dtype != "float16":
                 if emulate_fp16_saturation:
                     return None
                 return (
                     f"{self.source}: weights published for float16, computed in {dtype}; sources conflict on whether "
-                    "that matters: if pictures look broken, add --emulate-fp16-saturation"
+                    f"that matters: if pictures look broken, add {option}"
                 )
             return None
         if self.fp16_saturation:
             raise UserError(
                 f"{dtype} is not allowed for {self.source} ({self.family}): these weights were trained in float16 and "
                 f"need linear attention clipped to ±{_SATURATION_LIMIT}, without which pictures break "
-                "(huggingface/diffusers#10336). Add --emulate-fp16-saturation (emulate_fp16_saturation=True), which "
+                f"(huggingface/diffusers#10336). Add {option} (emulate_fp16_saturation=True), which "
                 "clips and is harmless otherwise, or use Sana_1600M_1024px_BF16_diffusers"
             )
         raise UserError(

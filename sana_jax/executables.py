@@ -300,7 +300,7 @@ def _is_weak(leaf: Any) -> bool:
 
 def _only_device(arguments: Any) -> jax.Device | None:
     """The device of a program for these arguments; None if it has several."""
-    if jax.process_count() > 1:
+    if jax.process_count() > 1 or jax.sharding.get_abstract_mesh().size > 1:
         return None
     devices = set()
     for leaf in jax.tree.leaves(arguments):
@@ -324,6 +324,7 @@ def _outside(device: jax.Device) -> dict[str, Any]:
         "versions": {**versions, "python": platform.python_version()},
         "settings": settings,
         "flags": os.environ.get("XLA_FLAGS", ""),
+        "mesh": repr(jax.sharding.get_abstract_mesh()),  # of ``jax.set_mesh``, here of one device at most
         "device": [device.platform, device.device_kind, str(getattr(device, "compute_capability", "")), device.id],
         "platform": device.client.platform_version,
         "host": [platform.system(), platform.machine(), cpu_kind()],

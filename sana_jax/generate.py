@@ -36,6 +36,7 @@ from sana_jax.generate_video import (
 )
 from sana_jax.generate_world import check_world, world_arguments
 from sana_jax.images import automatic_enlargement, check_png_path, enlarge_image, image_grid, save_png
+from sana_jax.pipelines.prompt_schedule import refuse_schedule
 from sana_jax.pipelines.sweep import Sweep, check_sweep, draw_sweep, parse_condition, save_sweep
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ class GenerateConfig:
     image: str | None = None
     """A picture to begin from; of a video, its first frame."""
     frames: int | None = None
-    """Frames of a video, 1 + 4k for SANA-Video; None: the model's own, 81."""
+    """Frames of a video: 1 + 4k for SANA-Video of 480p, 1 + 8k for that of 720p; None: the model's own, 81."""
     seconds: float | None = None
     """Length of a video in place of frames, rounded to a number of frames that the model makes, which is printed."""
     fps: float | None = None
@@ -129,7 +130,7 @@ class GenerateConfig:
     themselves."""
     resume: bool = False
     """Goes on with a video of LongSANA or a streamed world that was interrupted, after its last whole block. All else
-    as before."""
+    as before, but for LongSANA's prompts of what is not made yet."""
     num_cached_blocks: int | None = None
     """How many blocks a block of LongSANA or of a streamed world sees, 0 for all; None: the model's own."""
     block_frames: int | None = None
@@ -326,6 +327,8 @@ def _check_output(config: GenerateConfig, directory: pathlib.Path) -> None:
 
     if (name := _pipeline_name(config, directory)) in WORLD_PIPELINES:
         check_world(config, streams=name in GROWING_PIPELINES)
+    if name != "LongSanaVideoPipeline":
+        refuse_schedule(config.prompt, name)
     if name in VIDEO_PIPELINES:
         check_video_output(config, grows=name in GROWING_PIPELINES)
     elif config.sweep is None:

@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import math
+import numbers
 import os
 import pathlib
 import re
@@ -420,9 +421,11 @@ def as_bytes(frames: Any) -> UInt8[np.ndarray, "T H W 3"]:
         UserError: another shape, no frames, or values that are not in range.
     """
     if isinstance(frames, Sequence) and not isinstance(frames, np.ndarray):
-        frames = np.stack(
-            [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in frames]
-        )
+        frames = [np.asarray(frame.convert("RGB") if hasattr(frame, "convert") else frame) for frame in frames]
+        if len(shapes := {frame.shape for frame in frames}) != 1:
+            shown = ", ".join(map(str, sorted(shapes))) or "none"
+            raise UserError(f"frames of the shapes {shown}; allowed is one frame or more, all of one size: resize them")
+        frames = np.stack(frames)
     array: Float[np.ndarray, "T H W C"] = np.asarray(frames)
     array = array[None] if array.ndim == 3 else array
     if array.ndim != 4 or array.shape[-1] not in (1, 3) or 0 in array.shape:
@@ -445,11 +448,16 @@ def _to_picture(frame: UInt8[np.ndarray, "H W 3"]) -> Any:
 
 def check_fps(fps: float) -> float:
     """The frames per second as a float; raises ``UserError`` unless they are between 0.1 and 240."""
-    if not (isinstance(fps, int | float) and math.isfinite(fps) and 0.1 <= fps <= 240):
+    if not (is_real(fps) and math.isfinite(fps) and 0.1 <= fps <= 240):
         raise UserError(
             f"fps {fps!r} is not allowed; choose 0.1 to 240 frames per second: SANA-Video was trained at 16"
         )
     return float(fps)
+
+
+def is_real(value: Any) -> bool:
+    """Whether a value is a number, of Python's or NumPy's types; booleans are none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _gif_times(count: int, fps: float, path: pathlib.Path, say: Callable[[str], None]) -> list[int]:

@@ -186,7 +186,14 @@ class SiglipImageEncoder:
             count = shape[0]
             name = f"the image encoder for {count} picture{'s' if count > 1 else ''} of {shape[1]}x{shape[2]}"
             pictures = jax.ShapeDtypeStruct(shape, jnp.float32)
-            self._compiled[key] = compile_ahead(name, jax.jit(run), self.weights.params, pictures, say=self.say)
+            self._compiled[key] = compile_ahead(
+                name,
+                jax.jit(run),
+                self.weights.params,
+                pictures,
+                say=self.say,
+                identity=(network, self.features, self.normalize),
+            )
         return self._compiled[key]
 
 

@@ -472,6 +472,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self.compile_seconds = 0.0
         self.device_bytes: int | None = None
+        self.step_cache: StepCacheReport | None = None
         self._begin = time.perf_counter()
 
     def compiled(self, program: Program) -> Callable:

@@ -14,9 +14,9 @@ from sana_jax.errors import UserError
 from sana_jax.pipelines.base import OutputType, Size, StepEndCallback, Stopwatch
 from sana_jax.pipelines.checks import check_finite
 from sana_jax.pipelines.denoising import GuidanceBatching
-from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, read_pictures, to_network_range
+from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, place, read_pictures, to_network_range
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
-from sana_jax.pipelines.resolution import Binning, nearest_bin, video_bins
+from sana_jax.pipelines.resolution import Binning, kept_window, nearest_bin, video_bins
 from sana_jax.pipelines.sampling_function import is_guided
 from sana_jax.pipelines.video_base import SanaVideoPipelineOutput, VideoPipeline, VideoRequest
 
@@ -57,6 +57,8 @@ class SanaImageToVideoPipeline(VideoPipeline):
         max_sequence_length: int | None = None,
         complex_human_instruction: Sequence[str] | None = None,
         guidance_batching: GuidanceBatching = "auto",
+        step_cache: float | None = None,
+        step_cache_error: bool = False,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         progress_bar: bool = False,
@@ -65,7 +67,7 @@ class SanaImageToVideoPipeline(VideoPipeline):
 
         Args:
             image: what the videos begin with: file, PIL image, or array (H, W, 3); one for all, or a list of one for
-                each prompt or each video. One of another shape than what is sampled is cropped, which a line says.
+                each prompt or each video. One of another shape than the result is cropped, which a line says.
             prompt: one or several texts.
             negative_prompt: what the videos should not be, one text or one per prompt.
             num_inference_steps: sampling steps.
@@ -93,6 +95,11 @@ class SanaImageToVideoPipeline(VideoPipeline):
                 none.
             guidance_batching: ``"batched"`` runs prompt and negative prompt as one batch, ``"split"`` one after another
                 in less memory; ``"auto"`` splits where the one batch does not fit into the device's free memory.
+            step_cache: skips steps at which the network's input changes little: a threshold from 0, which skips none;
+                see ``sana_jax.diffusion.step_caching``. Tokens are kept from step to step, 6 bytes for each of their
+                channels in bfloat16. None is off.
+            step_cache_error: measures the error of that, by taking every step as well; it is printed, and in the
+                result's ``step_cache``.
             output_type: ``"pil"``; ``"np"``, (B, F, H, W, 1 or 3) in [0, 1]; or ``"latent"``, (B, C, T, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, C, T, h, w)}) after every step;
                 if it returns False, sampling ends there.
@@ -118,7 +125,9 @@ class SanaImageToVideoPipeline(VideoPipeline):
         if pictures is None:
             raise UserError("image is missing; name a picture, or use SanaVideoPipeline")
         size = self._size_for(request, pictures)
-        pictures = [fit_picture(picture, size.sampled, request.binning) for picture in pictures]
+        # what the cropping of the result will keep, so that the first frame is the picture as it was given
+        window = kept_window(size.sampled, size.requested)
+        pictures = [fit_picture(picture, window, request.binning, size.requested) for picture in pictures]
 
         watch = Stopwatch()
         conditions = self._conditions(request, is_guided(scale))
@@ -126,21 +135,18 @@ class SanaImageToVideoPipeline(VideoPipeline):
         watch.end("text")
 
         count = conditions[0].embeds.shape[0]
-        given = self._encode_images(pictures, count, request.num_videos_per_prompt)
+        given = self._encode_images(pictures, size, count, request.num_videos_per_prompt)
         watch.end("encode")
 
         start = self._noise(request.latents, count, frames, size, request.seed)[:, 1:]
-        denoiser = self._denoiser(watch, schedule, start, conditions, scale, request, given)
 
         def whole(latents: Array) -> Array:
             return jnp.concatenate([given, latents], axis=1)
 
-        options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
-        state = self._run(denoiser, start, **options).state
-        del denoiser  # it holds the weights, which would stay in memory with it
+        latents = self._denoise(watch, schedule, start, conditions, scale, request, given, whole)
         self._leave(TRANSFORMER)
         watch.end("denoise")
-        videos = self._videos(whole(state.latents), size, request.output_type)
+        videos = self._videos(whole(latents), size, request.output_type)
         watch.end("decode")
         return self._result(watch, videos, size)
 
@@ -159,14 +165,20 @@ class SanaImageToVideoPipeline(VideoPipeline):
             print(f"size {height}x{width}, the trained size nearest in shape to the image of {shape[0]}x{shape[1]}")
         return self._video_size(height, width, request.binning, request.latents)
 
-    def _encode_images(self, pictures: Sequence[Image.Image], count: int, repeats: int) -> Float[Array, "B 1 H W C"]:
-        """Latents of one image for all videos, or of one for each prompt or each video."""
+    def _encode_images(
+        self, pictures: Sequence[Image.Image], size: Size, count: int, repeats: int
+    ) -> Float[Array, "B 1 H W C"]:
+        """Latents of one image for all videos, or of one for each prompt or each video.
+
+        What is sampled around an image, and cropped from the result, repeats its border.
+        """
         if len(pictures) not in (1, count // repeats, count):
             raise UserError(
                 f"{len(pictures)} images for {count // repeats} prompts with {repeats} videos each; allowed is one for "
                 "all, one for each prompt, or one for each video"
             )
-        ready = np.stack([to_network_range(picture, picture.height, picture.width) for picture in pictures])
+        shown = [to_network_range(picture, picture.height, picture.width)[0] for picture in pictures]
+        ready = np.stack([place(picture, size.sampled)[None] for picture in shown])
         if self.autoencoder.image_channels == 1:
             ready = (ready @ LUMA)[..., None]
         latents = jnp.asarray(self.autoencoder.encode(jnp.asarray(ready)), jnp.float32)
@@ -177,8 +189,12 @@ class SanaImageToVideoPipeline(VideoPipeline):
         return jnp.repeat(latents, count // len(pictures), axis=0)
 
 
-def fit_picture(picture: Image.Image, size: tuple[int, int], binning: Binning | None) -> Image.Image:
+def fit_picture(
+    picture: Image.Image, size: tuple[int, int], binning: Binning | None, video: tuple[int, int] | None = None
+) -> Image.Image:
     """A picture at a size (height, width): scaled to cover it (Lanczos), and its middle cropped, which a line says.
+
+    ``video`` is the size that the line names, where it is another.
 
     Raises:
         UserError: it must be cropped, and ``binning`` is ``"error"``.
@@ -191,7 +207,8 @@ def fit_picture(picture: Image.Image, size: tuple[int, int], binning: Binning | 
     lost_height, lost_width = picture.height - kept_height, picture.width - kept_width
     if max(lost_height, lost_width) * scale < 1:  # less than a pixel: rounding
         return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)
-    shape = f"image of {picture.height}x{picture.width} pixels for a video of {height}x{width}"
+    named = "x".join(map(str, size if video is None else video))
+    shape = f"image of {picture.height}x{picture.width} pixels for a video of {named}"
     if binning == "error":
         raise UserError(
             f"{shape}: another shape; crop it to {kept_height:.0f}x{kept_width:.0f}, or binning nearest or off"

@@ -19,10 +19,11 @@ from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoState, kv_cache_bytes, state_bytes
 from sana_jax.nn.rope import check_positions
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
+from sana_jax.pipelines.decoding import check_decodes_blocks, stream_blocks
 from sana_jax.pipelines.growing_output import check_frames_in_memory, check_output_arguments
 from sana_jax.pipelines.long_video_run import BlockEndCallback, LongSanaVideoPipelineOutput, LongVideoRun, Plan
 from sana_jax.pipelines.long_video_state import ResumeFolder
-from sana_jax.pipelines.prompt_schedule import PromptSwitch, parse_prompts, prompts_of_blocks
+from sana_jax.pipelines.prompt_schedule import BlockPrompts, PromptSwitch, parse_prompts, prompts_of_blocks
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency
 from sana_jax.pipelines.resolution import Binning
 from sana_jax.pipelines.resumed_folder import digest
@@ -47,6 +48,8 @@ class LongSanaVideoPipeline(VideoPipeline):
 
     @classmethod
     def _from_model(cls, model: Any, residency: Residency, **networks: Any) -> Any:
+        _check_residency(residency)  # before anything is chosen or quantised by a plan of memory
+        stream_blocks(model.autoencoder, model.path)
         network = model.transformer.clone(attention_epsilon=ATTENTION_EPSILON)
         return super()._from_model(dataclasses.replace(model, transformer=network), residency, **networks)
 
@@ -57,16 +60,8 @@ class LongSanaVideoPipeline(VideoPipeline):
                 f"{self.class_name} with the sampler {type(self.sampler).__name__}; allowed is LongSanaSampler, for "
                 "which LongSANA was distilled: use its scheduler_config.json"
             )
-        if not hasattr(self.autoencoder, "decode_frames"):
-            raise UserError(
-                f"{self.class_name} with the autoencoder {type(self.autoencoder).__name__}, which cannot decode frames "
-                "as they come; take the one of a SANA-Video model"
-            )
-        if self.residency == "one_at_a_time":
-            raise UserError(
-                "residency 'one_at_a_time' (--low-memory) would read the weights anew in every block, since LongSANA "
-                "decodes each block before the next; allowed are text_encoder_freed and all: leave it out"
-            )
+        check_decodes_blocks(self.autoencoder, self.class_name)
+        _check_residency(self.residency)
 
     def __call__(
         self,
@@ -114,7 +109,8 @@ class LongSanaVideoPipeline(VideoPipeline):
             output_path: an mp4, or a folder for pictures, that grows with every block; no frames are kept in memory.
                 Until the video is whole, ``<output_path>.resume`` beside it has what it takes to go on.
             resume: goes on with the video at ``output_path`` after its last whole block; the frames are those that it
-                would have had. All else that decides what they are must be given as before.
+                would have had. All else that decides what they are must be given as before, but for prompts of blocks
+                that are not made yet. Prompts that a callback gave are kept.
             num_cached_blocks: how many earlier blocks a block sees; 0 for all.
             block_frames: refuses a model that was trained with blocks of another size.
             num_inference_steps: refuses a model that was distilled to another number of steps.
@@ -131,7 +127,8 @@ class LongSanaVideoPipeline(VideoPipeline):
             enlarge: every pixel of the file this many times.
             metadata: what is noted in the file.
             callback_on_block_end: called as (pipeline, block, {"latents": (1, C, T, h, w)}) after every block, which is
-                written then; if it returns False, the video ends there, and can be resumed.
+                written then. If it returns False, the video ends there, and can be resumed. If it returns a text, that
+                is the prompt from the next block on, until the next one of ``prompt`` begins.
             say: prints a line.
 
         Raises:
@@ -147,7 +144,6 @@ class LongSanaVideoPipeline(VideoPipeline):
             check_frames_in_memory(plan.frames, plan.size.requested, self.autoencoder.image_channels)
         self._say_plan(plan, say)
         request = VideoRequest(
-            prompt=None if texts is None else [switch.prompt for switch in texts],
             prompt_embeds=prompt_embeds,
             prompt_attention_mask=prompt_attention_mask,
             motion_score=motion_score,
@@ -158,7 +154,7 @@ class LongSanaVideoPipeline(VideoPipeline):
         if output_path is not None:
             check_video_path(output_path, progressive=True, goes_on=resume)
             settings = self._settings(plan, seed, request, latents, enlarge)
-            folder = ResumeFolder(output_path, settings)
+            folder = ResumeFolder(output_path, settings, say)
             if not resume:
                 folder.begin()
         return LongVideoRun(self, plan, request, seed, latents, folder, callback_on_block_end, say).make(
@@ -199,23 +195,30 @@ class LongSanaVideoPipeline(VideoPipeline):
                 raise UserError("seconds beside frames or latents: only one is allowed; leave the others out")
             frames = frames_of_seconds(seconds, fps, factor, say)
         total = self._frames(VideoRequest(frames=frames, latents=latents))
-        size = self._video_size(*shape, binning, latents)
+        size = self._video_size(*shape, binning, latents, say)
         if latents is not None and np.shape(latents)[0] != 1:
             raise UserError(f"latents of {np.shape(latents)[0]} videos; allowed is one: call once for each")
+        self._check_latents(latents, 1, total, size)
         self._check_length(total, fps)
         if num_cached_blocks is None:
             cached = self.sampler.num_cached_blocks
-        elif isinstance(num_cached_blocks, bool) or not isinstance(num_cached_blocks, int) or num_cached_blocks < 0:
+        elif (
+            isinstance(num_cached_blocks, bool)
+            or not isinstance(num_cached_blocks, int | np.integer)
+            or num_cached_blocks < 0
+        ):
             raise UserError(
                 f"num_cached_blocks {num_cached_blocks!r} is not allowed; choose 1 or more blocks, or 0 for all"
             )
         else:
-            cached = num_cached_blocks or None
-        starts = causal_block_starts(total, self.sampler.block_frames)
-        count = pixel_frames(total, factor)
-        begins = [(pixel_frames(start, factor) if start else 0) / fps for start in starts]
-        prompts = (0,) * len(starts) if texts is None else prompts_of_blocks(texts, begins, count / fps, say)
-        return Plan((*starts, total), prompts, texts, size, fps, cached, factor)
+            cached = int(num_cached_blocks) or None
+        starts = (*causal_block_starts(total, self.sampler.block_frames), total)
+        plan = Plan(starts, None, size, fps, cached, factor)
+        if texts is None:
+            return plan
+        begins = [plan.seconds_of(block) for block in range(plan.blocks)]
+        numbers = prompts_of_blocks(texts, begins, plan.frames / fps, say)
+        return plan._replace(prompts=BlockPrompts.of_schedule(texts, numbers))
 
     def _check_length(self, total: int, fps: float) -> None:
         limit, factor = self.transformer.config.rope_max_seq_len, self.autoencoder.temporal_factor
@@ -255,14 +258,12 @@ class LongSanaVideoPipeline(VideoPipeline):
             )
 
     def _settings(self, plan: Plan, seed: int, request: VideoRequest, latents: Any, enlarge: int) -> dict[str, Any]:
-        """All that decides what the frames are, for comparing with those of an earlier call."""
-        prompts = None if plan.switches is None else [list(switch) for switch in plan.switches]
+        """All but the prompts that decides what the frames are, for comparing with those of an earlier call."""
         instruction = request.complex_human_instruction
         networks = {TRANSFORMER: self.transformer, TEXT: self.text_encoder, AUTOENCODER: self.autoencoder}
         names = {TRANSFORMER: [self.checkpoint_id, self.weights, self.checkpoint_step]}
         return {
             "frames": plan.frames,
-            "prompts": prompts,
             "seed": seed,
             "height, width": list(plan.size.requested),
             "sampled height, width": list(plan.size.sampled),
@@ -302,9 +303,18 @@ class LongSanaVideoPipeline(VideoPipeline):
             return block, read_block(velocity, state, block)
 
         name = f"the transformer for blocks of latents {'x'.join(map(str, arguments[3].shape))}"
-        program = self.programs.get(name, ("long video", sampler), run, *arguments, donate=(2,))
+        what = "long video", sampler
+        program = self.programs.get(name, what, run, *arguments, donate=(2,), identity=transformer)
         self._check_budget(program, 1)
         return watch.compiled(program)
+
+
+def _check_residency(residency: Residency) -> None:
+    if residency == "one_at_a_time":
+        raise UserError(
+            "residency 'one_at_a_time' (--low-memory) would read the weights anew in every block, since LongSANA "
+            "decodes each block before the next; allowed are text_encoder_freed and all: leave it out"
+        )
 
 
 def _texts(prompt: Any, embeds: Any) -> tuple[PromptSwitch, ...] | None:

@@ -6,7 +6,7 @@ import dataclasses
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -15,12 +15,13 @@ import numpy as np
 
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.autoencoders.base import pixel_frames
+from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoState, init_state
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
 from sana_jax.pipelines.checks import check_finite
 from sana_jax.pipelines.growing_output import GrowingOutput, frames_to_keep, shown_in_unit_range
 from sana_jax.pipelines.long_video_state import ResumeFolder
-from sana_jax.pipelines.prompt_schedule import PromptSwitch
+from sana_jax.pipelines.prompt_schedule import BlockPrompts, PromptSwitch, check_next_prompt
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
 from sana_jax.pipelines.resolution import resize_and_crop
 from sana_jax.pipelines.sampling_function import Encoded
@@ -51,6 +52,8 @@ class LongSanaVideoPipelineOutput:
         device_bytes: what the program of the later blocks holds on the device; None where that is not known.
         seconds: of each stage: text, denoise (without compiling), decode, write.
         sampled_size: height and width in pixels that were sampled, before cropping to what was asked for.
+        prompts: (second, prompt) of all that acted so far, those of the callback among them: given as ``prompt`` to a
+            call without a callback, they make the same video. None where embeddings were given.
     """
 
     frames: Any
@@ -64,6 +67,7 @@ class LongSanaVideoPipelineOutput:
     device_bytes: int | None
     seconds: Mapping[str, float]
     sampled_size: tuple[int, int]
+    prompts: tuple[PromptSwitch, ...] | None = None
 
 
 class Plan(NamedTuple):
@@ -71,8 +75,7 @@ class Plan(NamedTuple):
 
     Attributes:
         starts: first latent frame of every block, and the end.
-        prompts: number of the prompt of every block.
-        switches: the prompts; None where embeddings are given.
+        prompts: those that are given; None where embeddings are.
         size: pixels that are asked for, and that are sampled.
         fps: frames per second.
         num_cached_blocks: earlier blocks that a block sees; None for all.
@@ -80,8 +83,7 @@ class Plan(NamedTuple):
     """
 
     starts: tuple[int, ...]
-    prompts: tuple[int, ...]
-    switches: tuple[PromptSwitch, ...] | None
+    prompts: BlockPrompts | None
     size: Size
     fps: float
     num_cached_blocks: int | None
@@ -106,6 +108,10 @@ class Plan(NamedTuple):
         """Frames of so many blocks from the first on."""
         return pixel_frames(self.starts[blocks], self.temporal_factor) if blocks else 0
 
+    def seconds_of(self, block: int) -> float:
+        """When a block begins."""
+        return self.frames_of(block) / self.fps
+
 
 class LongVideoRun:
     """One video while it is made."""
@@ -123,6 +129,8 @@ class LongVideoRun:
     ) -> None:
         self.pipeline, self.plan, self.request, self.folder = pipeline, plan, request, folder
         self.callback, self.say = callback, say
+        self.prompts, self._noted = plan.prompts, None
+        self._encoded: dict[str | None, Encoded] = {}
         self.watch = Stopwatch()
         self.seconds = {"text": 0.0, "denoise": 0.0, "decode": 0.0, "write": 0.0}
         self.block_seconds: list[float] = []
@@ -147,11 +155,11 @@ class LongVideoRun:
         done, state = 0, None
         if resume:
             done, state = self.folder.load(fresh)
+            self._take_up_prompts(done)
         else:
             state = init_state(config, 1, grid, plan.num_cached_blocks, dtype)
-        conditions, _ = pipeline._conditions(self.request, guided=False)
-        pipeline._leave(TEXT)
         self._spent("text", begin)
+        self._encode(range(done, plan.blocks))
         sampling = time.perf_counter()
         keep = 0
         if output_path is not None:
@@ -161,7 +169,7 @@ class LongVideoRun:
         options = {"keep_frames": keep, "enlarge": enlarge, "metadata": metadata, "say": self.say}
         output = GrowingOutput(output_path, plan.fps, **options)
         try:
-            blocks = self._all_blocks(done, state, conditions, output, output_type)
+            blocks = self._all_blocks(done, state, output, output_type)
         except BaseException:
             output.close(finish=False)
             raise
@@ -183,6 +191,7 @@ class LongVideoRun:
             self.device_bytes,
             dict(self.seconds),
             plan.size.sampled,
+            self._acted(blocks),
         )
 
     # -- blocks --------------------------------------------------------------------------------------------------
@@ -191,7 +200,6 @@ class LongVideoRun:
         self,
         done: int,
         state: SanaVideoState,
-        conditions: Encoded,
         output: GrowingOutput,
         output_type: OutputType,
     ) -> int:
@@ -201,8 +209,7 @@ class LongVideoRun:
         params, lora = pipeline.params, pipeline._runtime_lora
         for block in range(done, plan.blocks):
             begin, compiled = time.perf_counter(), self.watch.compile_seconds
-            own = jax.tree.map(lambda array, row=plan.prompts[block]: array[row : row + 1], conditions)
-            inputs = (params, lora, state, self._start(block), self._steps_key(block), own)
+            inputs = (params, lora, state, self._start(block), self._steps_key(block), self._encoded[self._text(block)])
             arguments = (*inputs, jnp.int32(plan.starts[block]))
             program = pipeline.block_program(self.watch, arguments)
             self.device_bytes = self.watch.device_bytes
@@ -219,13 +226,14 @@ class LongVideoRun:
                 self._write(video, output)
             if self.folder is not None:
                 saving = time.perf_counter()
+                self._note_prompts()
                 self.folder.save(block, latents, state)
                 self._spent("write", saving)
             self.block_seconds.append(time.perf_counter() - begin - compiling)
             self._say_block(block)
             if self.callback is not None:
                 shown = np.moveaxis(np.asarray(latents), -1, 1)
-                if self.callback(pipeline, block, {"latents": shown}) is False and block + 1 < plan.blocks:
+                if not self._goes_on(self.callback(pipeline, block, {"latents": shown}), block):
                     return block + 1
         return plan.blocks
 
@@ -260,6 +268,89 @@ class LongVideoRun:
     def _spent(self, stage: str, begin: float) -> None:
         self.seconds[stage] += time.perf_counter() - begin
 
+    # -- prompts -------------------------------------------------------------------------------------------------
+
+    def _text(self, block: int) -> str | None:
+        return None if self.prompts is None else self.prompts.acting(block)
+
+    def _encode(self, blocks: Iterable[int]) -> None:
+        """Encodes the prompts of these blocks, or takes the embeddings that were given.
+
+        Each text is encoded by itself: what a block sees of its prompt must not depend on the others.
+        """
+        begin, pipeline = time.perf_counter(), self.pipeline
+        for text in dict.fromkeys(map(self._text, blocks)):
+            if text not in self._encoded:
+                request = self.request if text is None else dataclasses.replace(self.request, prompt=[text])
+                self._encoded[text], _ = pipeline._conditions(request, guided=False)
+        pipeline._leave(TEXT)
+        self._spent("text", begin)
+
+    def _goes_on(self, answer: Any, block: int) -> bool:
+        """Whether the video goes on after a block, by the callback's answer; a text is the next block's prompt."""
+        if answer is None or isinstance(answer, bool | np.bool_):
+            return answer is None or bool(answer) or block + 1 == self.plan.blocks
+        if not isinstance(answer, str):
+            raise UserError(
+                f"callback_on_block_end returned a value of type {type(answer).__name__}, which would not be used; "
+                "allowed are None, False to stop, and a text, the prompt from the next block on"
+            )
+        if self.prompts is None:
+            raise UserError(
+                "callback_on_block_end returned a prompt, and the video has prompt_embeds: give a prompt in their place"
+            )
+        check_next_prompt(answer)
+        if block + 1 == self.plan.blocks:
+            self.say(f"{answer!r}, which the callback returned after the last block, is not used")
+        elif answer != self._text(block + 1):
+            self.prompts = self.prompts.changed(block + 1, answer)
+            self._encode([block + 1])
+            self._note_prompts()
+            self.say(f"from {self._named(block + 1)}, as the callback says: {answer!r}")
+        return True
+
+    def _note_prompts(self) -> None:
+        if self.folder is not None and self.prompts != self._noted:
+            self.folder.save_prompts(self.prompts)
+            self._noted = self.prompts
+
+    def _take_up_prompts(self, done: int) -> None:
+        """Adds the prompts of an earlier call's callback; those of blocks that are made must be as they were.
+
+        Raises:
+            UserError: they are not.
+        """
+        if self.plan.prompts is None:
+            return
+        before = self._noted = self.folder.load_prompts()
+        self.prompts = now = dataclasses.replace(self.plan.prompts, given=before.given)
+        changed = [block for block in range(self.plan.blocks) if now.acting(block) != before.acting(block)]
+        if changed and changed[0] < done:
+            made, given = before.acting(changed[0]), now.acting(changed[0])
+            raise UserError(
+                f"what begins at {self._named(changed[0])} was made with the prompt {made!r}, and {given!r} is given "
+                f"for it; prompts may change from {self._named(done)} on: give those before as they were, or name "
+                "another output"
+            )
+        if changed:
+            told = (
+                f"{text!r} from {self._named(first)} in place of {before.acting(first)!r}"
+                for first, text in now.runs(changed)
+            )
+            self.say(f"prompts have changed: {'; '.join(told)}")
+        elif now.given:
+            told = (f"{text!r} from {self._named(first)}" for first, text in now.given)
+            self.say(f"prompts of the earlier call's callback: {'; '.join(told)}")
+
+    def _acted(self, blocks: int) -> tuple[PromptSwitch, ...] | None:
+        if self.prompts is None:
+            return None
+        runs = self.prompts.runs(range(blocks))
+        return tuple(PromptSwitch(self.plan.seconds_of(block), text) for block, text in runs)
+
+    def _named(self, block: int) -> str:
+        return f"{self.plan.seconds_of(block):g} s (block {block + 1})"
+
     # -- going on ------------------------------------------------------------------------------------------------
 
     def _decoded_before(self, done: int, output: GrowingOutput) -> PyTree:
@@ -289,7 +380,9 @@ class LongVideoRun:
 
     def _say_end(self, blocks: int) -> None:
         made, plan = self.block_seconds, self.plan
-        how = "made" if blocks == plan.blocks else "ended by the callback, to be resumed, after"
+        how = "made"
+        if blocks < plan.blocks:
+            how = f"ended by the callback{'' if self.folder is None else ', to be resumed,'} after"
         line = f"{how} {plan.frames_of(blocks)} frames; {len(made)} blocks in {sum(made):.2f} s"
         if later := made[2:] or made[1:]:
             middle = statistics.median(later)

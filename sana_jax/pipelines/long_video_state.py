@@ -2,12 +2,13 @@
 
 ::
 
-    state.npz               the network's state after the last whole block, and the settings: replaced atomically
+    state.npz               the network's state after the last whole block, the settings, and where it was computed
+    prompts.json            which prompt acts from which block on, those that a callback gave among them
     latents-00000.npy, ...  every block's clean latents (1, T, h, w, C); 4 MB each at 480p
 
-The autoencoder's state is not written: at 480p it has 3.8 GB in float32, which would have to be written anew after
-every block of 2.5 seconds. The latents' frames give it again, bit for bit, and give the file's own frames again where
-the end came before they were all there.
+Each file is replaced atomically. The autoencoder's state is not written: at 480p it has 3.8 GB in float32, which would
+have to be written anew after every block of 2.5 seconds. The latents' frames give it again, bit for bit on the same
+device, and give the file's own frames again where the end came before they were all there.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
-import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,10 +25,21 @@ import numpy as np
 
 from kernels.typing import Array, Float, PyTree
 from sana_jax.errors import UserError
-from sana_jax.files import atomic_file
-from sana_jax.pipelines.resumed_folder import damaged_file, save_block, told_differences
+from sana_jax.files import atomic_file, read_json, write_json
+from sana_jax.pipelines.prompt_schedule import BlockPrompts
+from sana_jax.pipelines.resumed_folder import (
+    check_no_other_files,
+    computing_device,
+    damaged_file,
+    remove_own_files,
+    save_block,
+    say_other_device,
+    told_differences,
+)
 
-_STATE = "state.npz"
+_STATE, _PROMPTS = "state.npz", "prompts.json"
+_OWN_FILES = (_STATE, _PROMPTS, "latents-*.npy")
+_ADVICE = "the video is there as far as it has come: make room on the disk and go on with --resume (resume=True)"
 
 
 class Progress(NamedTuple):
@@ -43,21 +54,25 @@ class ResumeFolder:
 
     Args:
         output: the video's file or folder.
-        settings: all that decides what the frames are, as values of JSON.
+        settings: all but the prompts that decides what the frames are, as values of JSON.
+        say: prints a line.
     """
 
-    def __init__(self, output: str | os.PathLike[str], settings: Mapping[str, Any]) -> None:
+    def __init__(
+        self, output: str | os.PathLike[str], settings: Mapping[str, Any], say: Callable[[str], None] = print
+    ) -> None:
         output = pathlib.Path(output)
         self.path = output.with_name(f"{output.name}.resume")
-        self._settings = json.loads(json.dumps(settings))
+        self._settings, self._say = json.loads(json.dumps(settings)), say
 
     def begin(self) -> None:
-        """Raises ``UserError`` if a video that was not finished is there."""
+        """Raises ``UserError`` if a video that was not finished is there, or files that no video has left."""
         if (self.path / _STATE).is_file():
             raise UserError(
                 f"{self.path} is there from a video that was not finished; go on with it with --resume (resume=True), "
                 "remove the folder, or name another output"
             )
+        check_no_other_files(self.path, _OWN_FILES)
         self.remove()  # of a video that ended within its first block
 
     def save(self, block: int, latents: Float[Array, "1 T h w C"], state: PyTree) -> None:
@@ -67,19 +82,37 @@ class ResumeFolder:
             UserError: it cannot be written.
         """
         arrays = {f"leaf{index}": _to_bits(leaf) for index, leaf in enumerate(jax.tree.leaves(state))}
-        notes = {"blocks": block + 1, "settings": self._settings}
-        advice = "the video is there as far as it has come: make room on the disk and go on with --resume (resume=True)"
-        save_block(self._latents(block), latents, advice)
+        notes = {"blocks": block + 1, "settings": self._settings, "computed_on": computing_device()}
+        save_block(self._latents(block), latents, _ADVICE)
         try:
             with atomic_file(self.path / _STATE) as file:
                 np.savez(file, notes=np.array(json.dumps(notes)), **arrays)
         except OSError as error:
             raise UserError(
-                f"writing {self.path} failed ({error.strerror or error}) after block {block + 1}; {advice}"
+                f"writing {self.path} failed ({error.strerror or error}) after block {block + 1}; {_ADVICE}"
             ) from error
 
+    def save_prompts(self, prompts: BlockPrompts) -> None:
+        """Notes which prompt acts when; to be called before the first block that they decide is saved.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            write_json(self.path / _PROMPTS, prompts.to_dict())
+        except OSError as error:
+            raise UserError(f"writing {self.path} failed ({error.strerror or error}); {_ADVICE}") from error
+
+    def load_prompts(self) -> BlockPrompts:
+        """What was noted last; raises ``UserError`` if the file is missing or damaged."""
+        path = self.path / _PROMPTS
+        try:
+            return BlockPrompts.from_dict(read_json(path))
+        except (ValueError, FileNotFoundError) as error:
+            raise self._damaged(path, error) from error
+
     def load(self, abstract_state: PyTree) -> Progress:
-        """Where an earlier video has ended.
+        """Where an earlier video has ended; a line says if it was on another device.
 
         Args:
             abstract_state: the state's shapes and dtypes.
@@ -108,6 +141,7 @@ class ResumeFolder:
         )
         if not fits:
             raise self._damaged(path, "a state of another shape")
+        say_other_device(self.path, notes.get("computed_on"), self._say)
         own = [jnp.asarray(array.view(leaf.dtype)) for array, leaf in zip(stored, leaves)]
         return Progress(blocks, jax.tree.unflatten(structure, own))
 
@@ -120,8 +154,8 @@ class ResumeFolder:
             raise self._damaged(path, error) from error
 
     def remove(self) -> None:
-        """Removes the folder: the video is finished."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes what the run has left: the video is finished."""
+        remove_own_files(self.path, _OWN_FILES, self._say)
 
     def _latents(self, block: int) -> pathlib.Path:
         return self.path / f"latents-{block:05d}.npy"

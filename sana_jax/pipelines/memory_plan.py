@@ -9,17 +9,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 
 from kernels.typing import PyTree
+from sana_jax.autoencoders.base import pixel_frames
 from sana_jax.autoencoders.dc_autoencoder import LARGEST_UNTILED
+from sana_jax.autoencoders.tiling import tile_starts
 from sana_jax.compilation import readable_bytes
+from sana_jax.diffusion.samplers import LongSanaSampler
 from sana_jax.diffusion.samplers.world_refiner import BLOCK_FRAMES, WINDOW_FRAMES
 from sana_jax.errors import UserError
 from sana_jax.models.ltx2 import LTX2VideoTransformer
+from sana_jax.models.sana_video import state_bytes
 from sana_jax.pipelines.families import abstract_params
 from sana_jax.pipelines.residency import Residency, check_residency
 from sana_jax.pipelines.resolution import Binning, size_to_sample, video_size_to_sample
@@ -34,11 +38,12 @@ USABLE = 0.92
 # What is tried where a stage does not fit: half the bytes of bfloat16, then less than a third.
 LEVELS = ("int8", "nvfp4")
 # By the compiler's analysis, in float32 (see the autoencoders): bytes per pixel when a picture or a whole clip is
-# decoded at once, bytes per pixel and frame, and bytes for one tile.
+# decoded at once, bytes per pixel and frame, and bytes for one tile; and of these, bytes per pixel of the state of a
+# decoder that goes on with a video, for causal ones.
 _DECODING = {
-    "AutoencoderDC": (2050.0, 0.0, 0.54e9),
-    "AutoencoderKLWan": (22500.0, 0.0, 1.5e9),
-    "AutoencoderKLLTX2Video": (0.0, 200.0, 5e9),
+    "AutoencoderDC": (2050.0, 0.0, 0.54e9, 0.0),
+    "AutoencoderKLWan": (22500.0, 0.0, 1.5e9, 9500.0),
+    "AutoencoderKLLTX2Video": (0.0, 200.0, 5e9, 2200.0),
 }
 # Of the budget, for what is known of the refiner: the weights of one network, keys and values, what others hold; and
 # where its transformer's blocks are stacked.
@@ -58,7 +63,7 @@ class MemoryBudget:
         height: pixels.
         width: pixels.
         binning: what becomes of sizes that the model was not trained at.
-        frames: of each video.
+        frames: of each video; one that is made block after block takes the same memory whatever their number.
         seconds: of each video, in place of ``frames``.
         fps: frames of a second, with ``seconds``.
         guidance_scale: above 1, the network sees every sample twice.
@@ -79,7 +84,7 @@ class MemoryBudget:
 
 
 class Stage(NamedTuple):
-    """Bytes of one stage: of all weights that are on the device, of the computation, and of the weights not used."""
+    """Bytes of one stage: of all weights on the device, of the computation, and of what others hold of both."""
 
     name: str
     weights: int
@@ -128,7 +133,7 @@ class MemoryPlan:
 
     @property
     def for_sampling(self) -> int:
-        """Bytes of the budget that the sampling program may hold beside the weights that it does not use."""
+        """Bytes of the budget that the sampling program may hold beside what is not its own."""
         return self.budget - sum(stage.unused for stage in self.stages if stage.name == "denoise")
 
     def lines(self) -> list[str]:
@@ -166,7 +171,7 @@ class MemoryPlan:
         if working_bytes:
             fewer = int((self.for_sampling - program_bytes + working_bytes) / (working_bytes / samples))
         less = f"sample about {fewer} at once" if fewer >= 1 else "ask for a smaller size"
-        beside = f", beside {readable_bytes(unused)} of other weights" if unused else ""
+        beside = f", beside {readable_bytes(unused)} that others hold" if unused else ""
         raise UserError(
             f"memory {self.budget / 1e9:g}g is not enough: by the compiler's account, sampling {samples} at once holds "
             f"{readable_bytes(program_bytes)}{beside}; nothing was sampled: raise it to {least:g}g, or {less}"
@@ -328,6 +333,10 @@ class Work(NamedTuple):
         samples: how many times as many go through it at once with guidance.
         decode: decoding at once.
         tile: decoding a tile.
+        grows: whether a video is made and decoded block after block, all networks beside one another.
+        state: what the decoder then keeps from block to block.
+        tiled_state: the same where it decodes in tiles, which overlap and have a state each.
+        network_state: what the transformer keeps from block to block.
     """
 
     text: int
@@ -337,6 +346,14 @@ class Work(NamedTuple):
     samples: int
     decode: int
     tile: int
+    grows: bool = False
+    state: int = 0
+    tiled_state: int = 0
+    network_state: int = 0
+
+
+def _grows(model: Any) -> bool:
+    return isinstance(getattr(model, "sampler", None), LongSanaSampler)
 
 
 def _sampled_size(model: Any, asked: MemoryBudget) -> tuple[int, int]:
@@ -356,6 +373,8 @@ def _asked_frames(model: Any, asked: MemoryBudget) -> int:
     if isinstance(model.transformer.config.patch_size, int):
         return 1
     defaults, factor = model.defaults, model.autoencoder.temporal_factor
+    if _grows(model):
+        return pixel_frames(2 * model.sampler.block_frames - 1, factor)  # the first block at its longest
     if asked.seconds is not None:
         return 1 + factor * round(asked.seconds * (asked.fps or defaults.fps or DEFAULT_FPS) / factor)
     return asked.frames or defaults.frames or DEFAULT_FRAMES
@@ -379,7 +398,7 @@ def work_of(model: Any, asked: MemoryBudget) -> tuple[Work, str]:
     hidden = getattr(config, "mlp_hidden", 0)
     sample = tokens * itemsize * int(_WIDE_ARRAYS * 2 * hidden + _STREAM_ARRAYS * _width(config))
     name = autoencoder.to_config().get("_class_name", "")
-    per_pixel, per_frame, tile = _DECODING.get(name, (0.0, 0.0, 0.0))
+    per_pixel, per_frame, tile, per_state = _DECODING.get(name, (0.0, 0.0, 0.0, 0.0))
     scale = jax.numpy.dtype(getattr(autoencoder, "dtype", "float32")).itemsize / 4
     # Videos are decoded one after another, and pictures too from so many pixels on; tiles are of all pictures.
     tiles = 1 if is_video else asked.samples
@@ -397,7 +416,38 @@ def work_of(model: Any, asked: MemoryBudget) -> tuple[Work, str]:
     sample, sums = sample * asked.samples, sums * asked.samples
     of_frames = f"{frames} frames of " if is_video else ""
     words = f"{asked.samples} x {of_frames}{height}x{width} pixels at once"
-    return Work(text, layer, sample, sums, parts, int(decode * together), int(tile)), words
+    work = Work(text, layer, sample, sums, parts, int(decode * together), int(tile))
+    if _grows(model):
+        work = _with_states(model, work, (height, width), per_state * scale)
+        held = readable_bytes(work.state + work.network_state)
+        words = f"blocks of up to {frames} frames of {height}x{width} pixels with {held} kept from block to block"
+    return work, words
+
+
+def _with_states(model: Any, work: Work, size: tuple[int, int], per_pixel: float) -> Work:
+    """The work of a video that is made block after block: what is kept between them stands by itself.
+
+    ``per_pixel`` is the state's size of a causal decoder.
+    """
+    autoencoder, config, pixels = model.autoencoder, model.transformer.config, math.prod(size)
+    if not getattr(getattr(autoencoder, "config", None), "decoder_causal", True):
+        per_pixel = 0.0  # it keeps a latent frame
+    covered = one = pixels
+    if (tiles := getattr(autoencoder, "tiles", None)) is not None and tiles.cut(*size):
+        cuts = list(zip(size, tiles.size, tiles.stride))
+        covered = math.prod(sum(min(cut[1], cut[0] - start) for start in tile_starts(*cut)) for cut in cuts)
+        one = math.prod(min(length, side) for length, side, _ in cuts)
+    token = config.patch_size[-1] * autoencoder.spatial_factor
+    grid = size[0] // token, size[1] // token
+    blocks, dtype = model.sampler.num_cached_blocks, model.transformer.dtype
+    return work._replace(
+        grows=True,
+        decode=max(0, work.decode - int(per_pixel * pixels)),
+        tile=max(0, work.tile - int(per_pixel * one)),
+        state=int(per_pixel * pixels),
+        tiled_state=int(per_pixel * covered),
+        network_state=state_bytes(config, grid, num_cached_blocks=blocks, dtype=dtype).total,
+    )
 
 
 def _width(config: Any) -> int:
@@ -414,14 +464,17 @@ def choose_plan(
     Raises:
         UserError: there is none; the least budget that is enough is named.
     """
-    plan = None
+    tried = []
     for plan in _plans(budget, networks, residency, work):
         if plan.fits:
             return dataclasses.replace(plan, asked=asked)
+        tried.append(plan)
+    plan = min(tried, key=lambda one: one.peak)
+    kept = "the text encoder freed" if work.grows else "one network at a time"
     least = -(-plan.peak // int(USABLE * 1e8)) / 10
     stage = max(plan.stages, key=lambda one: one.total)
     raise UserError(
-        f"memory {budget / 1e9:g}g is not enough{asked and ' for '}{asked}: with one network at a time, quantised and "
+        f"memory {budget / 1e9:g}g is not enough{asked and ' for '}{asked}: with {kept}, quantised and "
         f"in tiles, {stage.name} still takes {readable_bytes(stage.total)}; ask for less, or raise it: the least that "
         f"is enough is {least:g}g"
     )
@@ -448,6 +501,9 @@ def _plans(budget: int, networks: Mapping[str, Resident], residency: Residency, 
 
     yield plan(residency, None, False, {})
     tiling = True if work.tile < work.decode else None
+    if work.grows:
+        yield from _growing_plans(plan, sizes, (None,) if tiling is None else (None, tiling))
+        return
     steps = [("one_at_a_time", None, False), ("one_at_a_time", tiling, False)]
     if work.samples > 1:
         steps.append(("one_at_a_time", tiling, True))
@@ -464,6 +520,28 @@ def _plans(budget: int, networks: Mapping[str, Resident], residency: Residency, 
         yield last
 
 
+def _growing_plans(
+    plan: Callable[..., MemoryPlan], sizes: Mapping[str, Mapping[str | None, int]], tilings: Sequence[bool | None]
+) -> Iterator[MemoryPlan]:
+    """Plans of a video that is made block after block, for which all networks but the text encoder stay in memory.
+
+    ``plan`` makes one. Tiles take less to decode, and more between blocks; so each choice is tried without and with.
+    """
+    chosen: dict[str, str] = {}
+
+    def tries() -> list[MemoryPlan]:
+        return [plan("text_encoder_freed", tiling, False, dict(chosen)) for tiling in tilings]
+
+    yield from (last := tries())
+    for level in LEVELS:
+        for network in ("text_encoder", "transformer"):
+            stages = last[0].stages[:1] if network == "text_encoder" else last[0].stages
+            too_large = any(one.total > USABLE * last[0].budget for one in stages)
+            if too_large and level in sizes.get(network, {}):
+                chosen[network] = level
+                yield from (last := tries())
+
+
 def _quantized_sizes(weights: Resident) -> dict[str, int]:
     abstract = weights.abstract
     if abstract is None or stored_formats(abstract) or not (layers := quantizable_layers(abstract)):
@@ -475,6 +553,8 @@ def _stages(
     sizes: Mapping[str, int], residency: Residency, work: Work, tiling: bool | None, split: bool
 ) -> tuple[Stage, ...]:
     """Every stage of a later call, when networks that stay are there already."""
+    state = work.tiled_state if tiling else work.state
+    held = state + work.network_state
     alone = {
         "text": ("text_encoder",),
         "denoise": ("transformer", "controlnet"),
@@ -482,8 +562,8 @@ def _stages(
     }
     computing = {
         "text": work.text,
-        "denoise": work.layer + work.sample * (1 if split else work.samples),
-        "decode": work.tile if tiling else work.decode,
+        "denoise": work.layer + work.sample * (1 if split else work.samples) + held,
+        "decode": (work.tile if tiling else work.decode) + held,
     }
     stages = []
     for name, own in alone.items():
@@ -493,5 +573,6 @@ def _stages(
         elif residency == "text_encoder_freed" and name != "text":
             there -= {"text_encoder"}
         unused = sum(sizes[network] for network in there & set(sizes) if network not in own)
+        unused += state if name == "denoise" else 0
         stages.append(Stage(name, sum(sizes.get(network, 0) for network in there), computing[name], unused))
     return tuple(stages)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sana_jax.errors import UserError
@@ -21,6 +22,58 @@ class PromptSwitch(NamedTuple):
     prompt: str
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockPrompts:
+    """A video's prompts by blocks: those of the call, and those that its callback gave on the way.
+
+    In every block that prompt acts which began last; of two that begin with the same block, the callback's.
+
+    Attributes:
+        planned: the number of the first block, from 0, and the text, of every prompt of the call.
+        given: the same of those that the callback gave.
+    """
+
+    planned: tuple[tuple[int, str], ...]
+    given: tuple[tuple[int, str], ...] = ()
+
+    @classmethod
+    def of_schedule(cls, switches: Sequence[PromptSwitch], numbers: Sequence[int]) -> BlockPrompts:
+        """Those of a call; ``numbers`` are the numbers of the prompts of all blocks, as ``prompts_of_blocks`` says."""
+        return cls(tuple((numbers.index(number), switch.prompt) for number, switch in enumerate(switches)))
+
+    def acting(self, block: int) -> str:
+        """The prompt of a block."""
+        begun = sorted((*self.planned, *self.given), key=lambda entry: entry[0])
+        return [text for first, text in begun if first <= block][-1]
+
+    def changed(self, block: int, text: str) -> BlockPrompts:
+        """The same with a prompt of the callback from ``block`` on."""
+        return dataclasses.replace(self, given=(*self.given, (block, text)))
+
+    def runs(self, blocks: Iterable[int]) -> list[tuple[int, str]]:
+        """(first block, prompt) of all stretches of ``blocks`` in which one prompt acts."""
+        runs = itertools.groupby(blocks, key=self.acting)
+        return [(next(iter(own)), text) for text, own in runs]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As values of JSON."""
+        return {field: [list(entry) for entry in entries] for field, entries in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> BlockPrompts:
+        """The inverse of ``to_dict``; raises ``ValueError`` for anything else."""
+        try:
+            found = {name: tuple((first, text) for first, text in values[name]) for name in ("planned", "given")}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError("it holds no prompts of blocks") from error
+        entries = [*found["planned"], *found["given"]]
+        if not all(type(first) is int and isinstance(text, str) for first, text in entries) or not any(
+            first == 0 for first, _ in found["planned"]
+        ):
+            raise ValueError("it holds no prompts of blocks")
+        return cls(**found)
+
+
 def parse_prompts(prompt: Any) -> tuple[PromptSwitch, ...]:
     """The prompts of a video in order of time.
 
@@ -28,8 +81,11 @@ def parse_prompts(prompt: Any) -> tuple[PromptSwitch, ...]:
         prompt: one text; or several, each a pair (seconds, text) or a text that begins with its time.
 
     Raises:
-        UserError: several prompts of which not all have a time, times that do not ascend from 0, or empty texts.
+        UserError: what is no text, several prompts of which not all have a time, times that do not ascend from 0, or
+            empty texts.
     """
+    if not isinstance(prompt, Iterable):
+        raise UserError(f"prompt {prompt!r} is not allowed; allowed is {_FORM}")
     given = [prompt] if isinstance(prompt, str) else list(prompt)
     switches = [switch for each in given if (switch := _timed(each)) is not None]
     if not switches and len(given) == 1 and isinstance(given[0], str):
@@ -50,6 +106,31 @@ def parse_prompts(prompt: Any) -> tuple[PromptSwitch, ...]:
         if not switch.prompt.strip():
             raise UserError(f"the prompt at {switch.seconds:g} s is empty; say what the video shows from then on")
     return tuple(switches)
+
+
+def refuse_schedule(prompt: Any, pipeline: str) -> None:
+    """Raises ``UserError`` for prompts that begin with times, where ``pipeline`` would take the times for words.
+
+    They are known by the first one's 0 s; "1920s: a jazz band" is a text as any other.
+    """
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    first = texts[0] if isinstance(texts, Sequence) and texts else None
+    timed = _timed(first) if isinstance(first, str) else None
+    if timed is not None and timed.seconds == 0:
+        raise UserError(
+            f"prompt {first!r} begins with a time, and prompts of {pipeline} do not change on the way, as LongSANA's "
+            "do: leave the time out, or choose a LongSANA model"
+        )
+
+
+def check_next_prompt(text: str) -> None:
+    """Raises ``UserError`` for a callback's prompt that is empty or begins with a time."""
+    if not text.strip():
+        raise UserError("the callback's prompt is empty; say what the video shows from the next block on")
+    if _timed(text) is not None:
+        raise UserError(
+            f"the callback's prompt {text!r} begins with a time, and it acts from the next block on: leave the time out"
+        )
 
 
 def _timed(given: Any) -> PromptSwitch | None:

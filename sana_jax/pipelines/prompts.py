@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -63,6 +63,8 @@ def _encode(
     if (embeds is None) != (mask is None):
         raise UserError(f"{name}_embeds and {name}_attention_mask belong together; allowed is both or neither")
     if embeds is None:
+        if not isinstance(texts, Iterable):
+            raise UserError(f"{name} {texts!r} is not allowed; allowed is a text, or a list of texts: give one")
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise UserError(f"{name} is an empty list; allowed is one text or more: give one")

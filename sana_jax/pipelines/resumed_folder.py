@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -57,12 +58,49 @@ def check_manifest(
         raise damaged_file(path, folder, "it describes no run of this version")
     if differ := told_differences(before, json.loads(json.dumps(settings))):
         raise UserError(f"{what} with other settings: {differ}; give the same, or name another {advice}")
-    here = computing_device()
-    if manifest.get("computed_on") != here:
+    say_other_device(folder, manifest.get("computed_on"), say)
+
+
+def say_other_device(folder: pathlib.Path, before: str | None, say: Callable[[str], None]) -> None:
+    """Prints a line where a run goes on on another device than ``before``, or with another version of JAX."""
+    if before != (here := computing_device()):
         say(
-            f"{folder} was begun on {manifest.get('computed_on')} and goes on on {here}: later blocks will not be the "
-            "same to the last bit as if it had stayed there"
+            f"{folder} comes from {before or 'a device that it does not name'} and goes on on {here}: later blocks "
+            "will not be the same to the last bit as if it had stayed there"
         )
+
+
+def check_no_other_files(folder: pathlib.Path, patterns: Sequence[str]) -> None:
+    """Raises ``UserError`` if a run's folder has anything that no run has left, or is a file; it may be missing.
+
+    ``patterns`` are the names of a run's files.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file, and a folder is needed there: move it, or name another output")
+    own = set(_own_files(folder, patterns))
+    if others := sorted(path.name for path in folder.glob("*") if path not in own):
+        more = "" if len(others) == 1 else f" and {len(others) - 1} more"
+        raise UserError(
+            f"{folder} has files that no video of this kind has left, {others[0]}{more}: move them away, or name "
+            "another output"
+        )
+
+
+def remove_own_files(folder: pathlib.Path, patterns: Sequence[str], say: Callable[[str], None] = print) -> None:
+    """Removes what a run has left, and the folder; files that are not its own stay, which a line says."""
+    for path in _own_files(folder, patterns):
+        path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+    if folder.is_dir():
+        say(f"{folder} stays, since it has files that are not of this video")
+
+
+def _own_files(folder: pathlib.Path, patterns: Sequence[str]) -> Iterator[pathlib.Path]:
+    """Those of these names, whole or under the temporary name that they are written with."""
+    for pattern in patterns:
+        yield from folder.glob(pattern)
+        yield from folder.glob(f".{pattern}.*.tmp")
 
 
 def save_block(path: pathlib.Path, latents: Float[Array, "B T h w C"], advice: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,6 +99,11 @@ class Network(NamedTuple):
         velocity, step_cache, decision = result
         return velocity.astype(jnp.float32), step_cache, decision
 
+    def token_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(B, N, D) of the tokens of latents (B, H, W, C)."""
+        config = self.transformer.config
+        return shape[0], math.prod(n // config.patch_size for n in shape[1:3]), config.inner_dim
+
 
 class VideoNetwork(NamedTuple):
     """A video transformer, as samplers see it.
@@ -119,8 +125,9 @@ class VideoNetwork(NamedTuple):
         identity: None = None,
         given: Float[Array, "b G H W C"] | None = None,
         lora: PyTree | None = None,
-    ) -> Float[Array, "B T H W C"]:
-        """The velocity in float32.
+        step_cache: StepCache | None = None,
+    ) -> Float[Array, "B T H W C"] | tuple[Float[Array, "B T H W C"], StepCache, Decision]:
+        """The velocity in float32; with ``step_cache`` also the next step's, and what was decided.
 
         ``given`` are clean latent frames that stand before ``latents``, such as an image that the video begins with:
         the network sees them at timestep 0, and their velocity is left out of the result. They are for the batch, or
@@ -141,8 +148,17 @@ class VideoNetwork(NamedTuple):
             timesteps,
             conditions.mask,
             block_starts=starts,
+            step_cache=step_cache,
         )
-        return output[:, start:].astype(jnp.float32)
+        if step_cache is None:
+            return output[:, start:].astype(jnp.float32)
+        velocity, step_cache, decision = output
+        return velocity[:, start:].astype(jnp.float32), step_cache, decision
+
+    def token_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(B, N, D) of the tokens of latents (B, T, H, W, C), those that are given included."""
+        config = self.transformer.config
+        return shape[0], math.prod(n // own for n, own in zip(shape[1:4], config.patch_size)), config.inner_dim
 
 
 def network_of(transformer: SanaTransformer | SanaVideoTransformer) -> Network | VideoNetwork:
@@ -200,7 +216,7 @@ def guided_velocity(
         control: read only by a network with a ControlNet; of a video network the frames that are given.
         lora: beside the transformer's parameters; None for none.
         split: the network sees the parts one after another, which takes the memory of one of them.
-        step_cache: of the whole batch of parts; only for SANA's images, and not with ``split``.
+        step_cache: of the whole batch of parts; not with ``split``.
 
     Returns:
         The velocity; with ``step_cache`` also the next step's, and what was decided.
@@ -215,12 +231,9 @@ def guided_velocity(
         chosen = np.isin(np.arange(network.transformer.config.num_layers), perturbed_layers)
         perturbed = np.arange(batch * len(parts)) >= batch * (len(parts) - 1)
         identity = jnp.asarray(chosen[:, None] & perturbed)
-    if step_cache is None:
-        predictions, rest = _predictions(network, params, latents, timestep, parts, identity, control, lora, split), ()
-    else:
-        joined = _joined(latents, parts)
-        output, *rest = network.velocity(params, joined[0], timestep, joined[1], identity, control, lora, step_cache)
-        predictions = jnp.split(output, len(parts))
+    predictions, rest = _predictions(
+        network, params, latents, timestep, parts, identity, control, lora, split, step_cache
+    )
     conditional = predictions[0 if negative is None else 1]
     result = conditional
     if negative is not None:
@@ -246,12 +259,18 @@ def _predictions(
     control: Control | Float[Array, "B G H W C"] | None,
     lora: PyTree | None,
     split: bool,
-) -> list[Float[Array, "B *X C"]]:
-    """The network's velocity for each of the parts, from one batch of them or one after another."""
-    if not split or len(parts) == 1:
+    step_cache: StepCache | None,
+) -> tuple[list[Float[Array, "B *X C"]], tuple[()] | tuple[StepCache, Decision]]:
+    """The network's velocity for each of the parts, from one batch of them or one after another.
+
+    The second result is that of step caching.
+    """
+    if step_cache is not None or not split or len(parts) == 1:
         joined, conditions = _joined(latents, parts)
-        output = network.velocity(params, joined, timestep, conditions, identity, control, lora)
-        return jnp.split(output, len(parts))
+        output, rest = network.velocity(params, joined, timestep, conditions, identity, control, lora, step_cache), ()
+        if step_cache is not None:
+            output, *rest = output
+        return jnp.split(output, len(parts)), tuple(rest)
     stacked = jax.tree.map(lambda *arrays: jnp.stack(arrays), *parts)
     if identity is not None:
         identity = jnp.stack(jnp.split(identity, len(parts), axis=1))
@@ -259,7 +278,7 @@ def _predictions(
     def one(part):
         return network.velocity(params, latents, timestep, part[0], part[1], control, lora)
 
-    return list(jax.lax.map(one, (stacked, identity)))
+    return list(jax.lax.map(one, (stacked, identity))), ()
 
 
 def projected_velocity(
@@ -276,18 +295,20 @@ def projected_velocity(
     given: Float[Array, "B G H W C"] | None = None,
     lora: PyTree | None = None,
     split: bool = False,
-) -> tuple[Float[Array, "B *X C"], Float[Array, "B *X C"]]:
+    step_cache: StepCache | None = None,
+) -> Any:
     """One step's velocity with adaptive projected guidance, which acts on the clean samples x − sigma·velocity.
 
     Arguments as in ``guided_velocity`` and ``projected_guidance``; ``running`` is 0 before the first step, and what is
-    returned beside the velocity before the others.
+    returned beside the velocity before the others. With ``step_cache`` its results follow these two.
     """
     batch = latents.shape[0]
     negative = jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), negative)
-    halves = _predictions(network, params, latents, timestep, [negative, positive], None, given, lora, split)
+    parts = [negative, positive]
+    halves, rest = _predictions(network, params, latents, timestep, parts, None, given, lora, split, step_cache)
     unconditional, conditional = (latents - sigma * half for half in halves)
     guided, running = projected_guidance(unconditional, conditional, guidance_scale, settings, running)
-    return (latents - guided) / sigma, running
+    return (latents - guided) / sigma, running, *rest
 
 
 def make_sampling_fn(

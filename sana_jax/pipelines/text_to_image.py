@@ -15,16 +15,6 @@ from kernels.typing import Array, Float, Int
 from sana_jax.compilation import Program
 from sana_jax.diffusion.flow import NUM_TRAIN_TIMESTEPS
 from sana_jax.diffusion.samplers import SCM, Schedule
-from sana_jax.diffusion.sampling import Progress, pad_steps
-from sana_jax.diffusion.step_caching import (
-    StepCache,
-    StepCacheMemory,
-    StepCacheReport,
-    check_step_cache,
-    empty_memory,
-    latents_error,
-    required_steps,
-)
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base import (
     ImagePipeline,
@@ -59,6 +49,7 @@ from sana_jax.pipelines.sampling_function import (
     is_guided,
     scale_in_interval,
 )
+from sana_jax.pipelines.step_caching import StepCaching, cache_of, memory_after, memory_before
 
 __all__ = ["SanaPipeline", "SanaPipelineOutput", "abstract_params"]
 
@@ -217,7 +208,7 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
         first = self._first_step(steps, request)
         guided = is_guided(scale) or bool(guidance.perturbed_layers)
         check_guidance_batching(request.guidance_batching, guided)
-        self._check_step_cache(request, steps - first)
+        caching = self._step_caching(request, steps - first)
         pictures = read_pictures(request.image, "image", self._shortest_side)
         mask = None if request.mask_image is None else read_mask(request.mask_image, pictures[0])
         size = self._size(request.height, request.width, request.binning, request.latents, pictures)
@@ -248,12 +239,12 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
             # Without a mask nothing is kept. The program is that of inpainting, so that both are the same to the bit.
             known = Known(jnp.ones((1, *start.shape[1:3], 1), jnp.float32), start, start)
         inputs = Inputs(positive, negative, control, known)
-        denoiser = self._denoiser(watch, schedule, start, inputs, guidance, first, request)
+        denoiser = self._denoiser(watch, schedule, start, inputs, guidance, first, request, caching)
         options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar}
         progress = self._run(denoiser, start, start_index=first, **options)
         report = None
-        if request.step_cache is not None:
-            report = self._step_cache_report(request, denoiser, start, progress, first)
+        if caching is not None:
+            report = caching.report(denoiser, start, progress, progress.memory, first)
         del denoiser  # it holds the weights, which would stay in memory with it
         self._leave(TRANSFORMER)
         self._leave(CONTROLNET)
@@ -363,19 +354,18 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
         guidance: Guidance,
         first: int,
         request: TextToImageRequest,
+        caching: StepCaching | None,
     ) -> Denoiser:
         """The steps, compiled once for all numbers of steps (up to the next power of two), scales and thresholds."""
-        network, layers, caches = self._network(), guidance.perturbed_layers, request.step_cache is not None
+        network, layers, caches = self._network(), guidance.perturbed_layers, caching is not None
         parts = 1 + (inputs.negative is not None) + bool(layers)
         tables: tuple = guidance.tables(schedule)
         memory: Any = ()
-        if caches:
-            steps, config = schedule.num_inference_steps, self.transformer.config
-            tables = (*tables, np.full(steps, request.step_cache, np.float32), required_steps(first, steps))
-            tokens = start.shape[1] * start.shape[2] // config.patch_size**2
-            shape = (parts * start.shape[0], tokens, config.inner_dim)
-            memory = empty_memory(shape, self.transformer.dtype, steps)
-            memory = memory._replace(**pad_steps(steps, {"computed": memory.computed, "changes": memory.changes}))
+        if caching is not None:
+            steps = schedule.num_inference_steps
+            tables = (*tables, *caching.tables(first, steps))
+            shape = network.token_shape((parts * start.shape[0], *start.shape[1:]))
+            memory = memory_before(shape, self.transformer.dtype, steps)
         params = self._network_params(), self._runtime_lora
         name = f"the transformer for latents {'x'.join(map(str, start.shape))}"
 
@@ -404,41 +394,14 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
         watch.compiled(program)
         return denoiser
 
-    def _check_step_cache(self, request: TextToImageRequest, steps_taken: int) -> None:
-        if request.step_cache is None:
-            if request.step_cache_error:
-                raise UserError(
-                    "step_cache_error would not be used without step_cache; set a threshold or leave it out"
-                )
-            return
-        check_step_cache(request.step_cache, steps_taken)
-        if request.guidance_batching == "split":
-            raise UserError(
-                "step_cache with guidance_batching split is not allowed: steps are skipped for prompt and negative "
-                "prompt together; leave one of them out"
-            )
-        if self._network().controlnet is not None:
+    def _step_caching(self, request: TextToImageRequest, steps_taken: int) -> StepCaching | None:
+        asked = (request.step_cache, request.step_cache_error, steps_taken, request.guidance_batching)
+        caching = StepCaching.asked_for(*asked)
+        if caching is not None and self._network().controlnet is not None:
             raise UserError(
                 "step_cache with a ControlNet is not allowed: what it adds changes at every step; leave step_cache out"
             )
-
-    def _step_cache_report(
-        self,
-        request: TextToImageRequest,
-        denoiser: Denoiser,
-        start: Float[Array, "B H W C"],
-        progress: Progress,
-        first: int,
-    ) -> StepCacheReport:
-        """What was skipped, printed; with the error against the same run at threshold 0, if that is asked for."""
-        stop = int(progress.next_step)
-        report = StepCacheReport.of(float(request.step_cache), progress.memory, first, stop)
-        if request.step_cache_error:
-            full = denoiser.with_tables(_without_threshold)(denoiser.begin(start), first, stop)
-            error = latents_error(progress.state.latents, full.state.latents)
-            report = dataclasses.replace(report, error=error)
-        print(report if request.step_cache_error else f"{report} (step_cache_error measures it)")
-        return report
+        return caching
 
 
 class Inputs(NamedTuple):
@@ -480,7 +443,6 @@ def _step_velocity(network: Network, layers: tuple[int, ...], split: bool, cache
     def cached(params, inputs, step, latents, memory):
         weights, lora = params
         scale, pag_scale, threshold, required = step.numbers
-        cache = StepCache(memory.signal, memory.residual, memory.accumulated, threshold, required)
         velocity, cache, decision = guided_velocity(
             network,
             weights,
@@ -492,18 +454,11 @@ def _step_velocity(network: Network, layers: tuple[int, ...], split: bool, cache
             layers,
             pag_scale,
             lora=lora,
-            step_cache=cache,
+            step_cache=cache_of(memory, threshold, required),
         )
-        computed = memory.computed.at[step.index].set(decision.compute)
-        changes = memory.changes.at[step.index].set(decision.change)
-        return velocity, StepCacheMemory(cache.signal, cache.residual, cache.accumulated, computed, changes)
+        return velocity, memory_after(memory, step, cache, decision)
 
     return cached if caches else plain
-
-
-def _without_threshold(tables: tuple) -> tuple:
-    """The tables of a run in which every step is computed, by the same program."""
-    return (*tables[:2], jnp.zeros_like(tables[2]), tables[3])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -43,6 +43,8 @@ class SanaVideoPipeline(VideoPipeline):
         max_sequence_length: int | None = None,
         complex_human_instruction: Sequence[str] | None = None,
         guidance_batching: GuidanceBatching = "auto",
+        step_cache: float | None = None,
+        step_cache_error: bool = False,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         progress_bar: bool = False,
@@ -75,6 +77,11 @@ class SanaVideoPipeline(VideoPipeline):
                 none.
             guidance_batching: ``"batched"`` runs prompt and negative prompt as one batch, ``"split"`` one after another
                 in less memory; ``"auto"`` splits where the one batch does not fit into the device's free memory.
+            step_cache: skips steps at which the network's input changes little: a threshold from 0, which skips none;
+                see ``sana_jax.diffusion.step_caching``. Tokens are kept from step to step, 6 bytes for each of their
+                channels in bfloat16. None is off.
+            step_cache_error: measures the error of that, by taking every step as well; it is printed, and in the
+                result's ``step_cache``.
             output_type: ``"pil"``; ``"np"``, (B, F, H, W, 1 or 3) in [0, 1]; or ``"latent"``, (B, C, T, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (B, C, T, h, w)}) after every step;
                 if it returns False, sampling ends there.
@@ -99,12 +106,9 @@ class SanaVideoPipeline(VideoPipeline):
         watch.end("text")
 
         start = self._noise(request.latents, conditions[0].embeds.shape[0], frames, size, request.seed)
-        denoiser = self._denoiser(watch, schedule, start, conditions, scale, request)
-        options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar}
-        state = self._run(denoiser, start, **options).state
-        del denoiser  # it holds the weights, which would stay in memory with it
+        latents = self._denoise(watch, schedule, start, conditions, scale, request)
         self._leave(TRANSFORMER)
         watch.end("denoise")
-        videos = self._videos(state.latents, size, request.output_type)
+        videos = self._videos(latents, size, request.output_type)
         watch.end("decode")
         return self._result(watch, videos, size)

@@ -16,6 +16,7 @@ from sana_jax.autoencoders.base import latent_frames, pixel_frames
 from sana_jax.compilation import Program
 from sana_jax.diffusion.guidance import ProjectedGuidance
 from sana_jax.diffusion.samplers import SCM, LongSanaSampler, Schedule
+from sana_jax.diffusion.step_caching import StepCacheReport
 from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoTransformer
 from sana_jax.pipelines.base import OutputType, SamplingPipeline, Size, StepEndCallback, Stopwatch
@@ -29,6 +30,7 @@ from sana_jax.pipelines.denoising import (
     check_guidance_batching,
     fitting_program,
 )
+from sana_jax.pipelines.prompt_schedule import refuse_schedule
 from sana_jax.pipelines.prompts import encode_negative, encode_positive
 from sana_jax.pipelines.residency import AUTOENCODER
 from sana_jax.pipelines.resolution import Binning, resize_and_crop, video_size_to_sample
@@ -41,6 +43,8 @@ from sana_jax.pipelines.sampling_function import (
     projected_velocity,
     scale_in_interval,
 )
+from sana_jax.pipelines.step_caching import StepCaching, cache_of, memory_after, memory_before
+from sana_jax.videos import is_real
 
 DEFAULT_FRAMES, DEFAULT_FPS = 81, 16.0
 
@@ -58,6 +62,7 @@ class SanaVideoPipelineOutput:
         device_bytes: what the transformer's program holds on the device; None where that is not known.
         seconds: of each stage: text, encode, denoise (without compiling), decode.
         sampled_size: height and width in pixels that were sampled, before cropping to what was asked for.
+        step_cache: what step caching did; None where it was not asked for.
     """
 
     frames: Any
@@ -67,6 +72,7 @@ class SanaVideoPipelineOutput:
     device_bytes: int | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sampled_size: tuple[int, int] | None = None
+    step_cache: StepCacheReport | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +100,8 @@ class VideoRequest:
     max_sequence_length: int | None = None
     complex_human_instruction: Sequence[str] | None = None
     guidance_batching: GuidanceBatching = "auto"
+    step_cache: float | None = None
+    step_cache_error: bool = False
     output_type: OutputType = "pil"
     callback_on_step_end: StepEndCallback | None = None
     progress_bar: bool = False
@@ -126,6 +134,7 @@ class VideoPipeline(SamplingPipeline):
     # -- what a call asks for ------------------------------------------------------------------------------------
 
     def _steps_and_scale(self, request: VideoRequest) -> tuple[int, float]:
+        refuse_schedule(request.prompt, self.class_name)
         defaults = self.defaults
         steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
         scale = float(defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale)
@@ -143,7 +152,11 @@ class VideoPipeline(SamplingPipeline):
         if request.guidance_interval is not None:
             scale_in_interval(scale, 0.0, request.guidance_interval)  # refuses a bad one before any work
         check_guidance_batching(request.guidance_batching, is_guided(scale))
+        self._step_caching(request, steps)
         return steps, scale
+
+    def _step_caching(self, request: VideoRequest, steps: int) -> StepCaching | None:
+        return StepCaching.asked_for(request.step_cache, request.step_cache_error, steps, request.guidance_batching)
 
     def _prompts(self, request: VideoRequest) -> str | Sequence[str] | None:
         """The prompts with the motion score that SANA-Video's training wrote behind them."""
@@ -151,7 +164,7 @@ class VideoPipeline(SamplingPipeline):
         if score is None:
             return request.prompt
         if not isinstance(score, int | np.integer) or isinstance(score, bool) or not 0 <= score <= 1000:
-            raise UserError(f"motion_score {score!r} is not allowed; choose a whole number from 0: 30 is usual")
+            raise UserError(f"motion_score {score!r} is not allowed; choose a whole number from 0 to 1000: 30 is usual")
         if request.prompt is None:
             raise UserError("motion_score would not be used, since embeddings are given; leave it out")
         texts = [request.prompt] if isinstance(request.prompt, str) else list(request.prompt)
@@ -203,7 +216,14 @@ class VideoPipeline(SamplingPipeline):
             frames = DEFAULT_FRAMES if self.defaults.frames is None else self.defaults.frames
         return latent_frames(int(frames), factor)
 
-    def _video_size(self, height: int | None, width: int | None, binning: Binning | None, latents: Any = None) -> Size:
+    def _video_size(
+        self,
+        height: int | None,
+        width: int | None,
+        binning: Binning | None,
+        latents: Any = None,
+        say: Callable[[str], None] = print,
+    ) -> Size:
         """The size asked for (by the arguments, the latents or the defaults), and the one sampled."""
         config, factor = self.transformer.config, self.autoencoder.spatial_factor
         if latents is not None:
@@ -216,27 +236,52 @@ class VideoPipeline(SamplingPipeline):
         check_multiple("height", sampled[0], factor * config.patch_size[1])
         check_multiple("width", sampled[1], factor * config.patch_size[2])
         if sampled != (height, width):
-            print(
+            say(
                 f"sampling {sampled[0]}x{sampled[1]} pixels, the trained size nearest in shape to {height}x{width}, to "
                 "which the frames are scaled and cropped (binning off samples the size itself)"
             )
         return Size((height, width), sampled)
 
-    def _noise(self, latents: Any, count: int, frames: int, size: Size, seed: int) -> Float[Array, "B T H W C"]:
-        """Unit normal starting noise: the given latents, or drawn from the seed."""
+    def _check_latents(self, latents: Any, count: int, frames: int, size: Size) -> tuple[int, int, int, int]:
+        """The shape (C, T, h, w) of one video's latents; raises ``UserError`` for latents of another."""
         factor = self.autoencoder.spatial_factor
         height, width = size.sampled
         shape = (self.autoencoder.latent_channels, frames, height // factor, width // factor)
-        if latents is None:
-            latents = initial_latents(seed, count, shape)
-        elif np.shape(latents) != (count, *shape):
+        if latents is not None and np.shape(latents) != (count, *shape):
             raise UserError(
                 f"latents of shape {np.shape(latents)}; {count} videos of {height}x{width} need {(count, *shape)}, in "
                 "the order (B, C, T, h, w): give latents of that shape"
             )
+        return shape
+
+    def _noise(self, latents: Any, count: int, frames: int, size: Size, seed: int) -> Float[Array, "B T H W C"]:
+        """Unit normal starting noise: the given latents, or drawn from the seed."""
+        shape = self._check_latents(latents, count, frames, size)
+        if latents is None:
+            latents = initial_latents(seed, count, shape)
         return jnp.moveaxis(jnp.asarray(latents, jnp.float32), 1, -1)
 
     # -- the network's program -----------------------------------------------------------------------------------
+
+    def _denoise(
+        self,
+        watch: Stopwatch,
+        schedule: Schedule,
+        start: Float[Array, "B T H W C"],
+        conditions: tuple[Encoded, Encoded | None],
+        scale: float,
+        request: VideoRequest,
+        given: Any = None,
+        whole: Callable[[Array], Array] | None = None,
+    ) -> Float[Array, "B T H W C"]:
+        """The latents after the last step; ``given`` is the network's, and ``whole`` as in ``_run``."""
+        denoiser = self._denoiser(watch, schedule, start, conditions, scale, request, given)
+        options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
+        progress = self._run(denoiser, start, **options)
+        caching = self._step_caching(request, schedule.num_inference_steps)
+        if caching is not None:
+            watch.step_cache = caching.report(denoiser, start, progress, progress.memory[1], 0)
+        return progress.state.latents
 
     def _denoiser(
         self,
@@ -253,27 +298,38 @@ class VideoPipeline(SamplingPipeline):
         scales = [scale] * schedule.num_inference_steps
         if interval is not None:
             scales = [scale_in_interval(scale, float(sigma), interval) for sigma in schedule.sigmas[:-1]]
-        guided = conditions[1] is not None
-        params = self.params, self._runtime_lora
+        guided, steps = conditions[1] is not None, schedule.num_inference_steps
+        caching, params = self._step_caching(request, steps), (self.params, self._runtime_lora)
         shape = list(start.shape)
         shape[1] += start_frames(given)
         network = self._network(shape[1])
         name = f"the transformer for latents {'x'.join(map(str, shape))}"
+        tables: Any = np.asarray(scales, np.float32)
+        memory: Any = () if settings is None else jnp.zeros_like(start)
+        if caching is not None:
+            tokens = network.token_shape(((1 + guided) * shape[0], *shape[1:]))
+            tables = (tables, *caching.tables(0, steps))
+            memory = (memory, memory_before(tokens, self.transformer.dtype, steps))
 
         def compiled(split: bool) -> tuple[Program, Denoiser]:
             denoising = Denoising(
-                ("video", settings, split),
+                ("video", settings, split, caching is not None),
                 self.sampler,
                 schedule,
-                _step_velocity(network, settings, split),
+                _step_velocity(network, settings, split, caching is not None),
                 (*conditions, given),
-                np.asarray(scales, np.float32),
-                () if settings is None else jnp.zeros_like(start),
+                tables,
+                memory,
             )
             return denoising.compiled(self.programs, name, params, start, network)
 
         program, denoiser = fitting_program(
-            request.guidance_batching, guided, compiled, params, budget=self._sampling_budget
+            request.guidance_batching,
+            guided,
+            compiled,
+            params,
+            may_split=caching is None,
+            budget=self._sampling_budget,
         )
         self._check_budget(program, start.shape[0])
         watch.compiled(program)
@@ -306,6 +362,7 @@ class VideoPipeline(SamplingPipeline):
             watch.device_bytes,
             dict(watch.seconds),
             size.sampled,
+            watch.step_cache,
         )
 
 
@@ -314,44 +371,30 @@ def start_frames(given: Any) -> int:
     return 0 if given is None else jax.tree.leaves(given)[0].shape[1]
 
 
-def _step_velocity(network: Any, settings: ProjectedGuidance | None, split: bool) -> StepVelocity:
+def _step_velocity(network: Any, settings: ProjectedGuidance | None, split: bool, caches: bool) -> StepVelocity:
     """The guided velocity as the compiled steps call it; projected guidance remembers a sum from step to step."""
 
+    def guided(params, inputs, step, latents, scale, running, step_cache):
+        """The velocity, the sum, and what step caching adds."""
+        (weights, lora), (positive, negative, given) = params, inputs
+        own = (network, weights, latents, step.timestep)
+        options = {"lora": lora, "split": split, "step_cache": step_cache}
+        if settings is None:
+            result = guided_velocity(*own, positive, negative, scale, control=given, **options)
+            velocity, *rest = result if step_cache is not None else (result,)
+            return velocity, running, *rest
+        return projected_velocity(*own, step.sigma, positive, negative, scale, settings, running, given, **options)
+
     def plain(params, inputs, step, latents, memory):
-        (weights, lora), (positive, negative, given) = params, inputs
-        velocity = guided_velocity(
-            network,
-            weights,
-            latents,
-            step.timestep,
-            positive,
-            negative,
-            step.numbers,
-            control=given,
-            lora=lora,
-            split=split,
-        )
-        return velocity, memory
+        return guided(params, inputs, step, latents, step.numbers, memory, None)
 
-    def projected(params, inputs, step, latents, memory):
-        (weights, lora), (positive, negative, given) = params, inputs
-        return projected_velocity(
-            network,
-            weights,
-            latents,
-            step.timestep,
-            step.sigma,
-            positive,
-            negative,
-            step.numbers,
-            settings,
-            memory,
-            given,
-            lora,
-            split,
-        )
+    def cached(params, inputs, step, latents, memory):
+        (scale, threshold, required), (running, kept) = step.numbers, memory
+        cache = cache_of(kept, threshold, required)
+        velocity, running, *decided = guided(params, inputs, step, latents, scale, running, cache)
+        return velocity, (running, memory_after(kept, step, *decided))
 
-    return plain if settings is None else projected
+    return cached if caches else plain
 
 
 def frames_of_seconds(seconds: float, fps: float, temporal_factor: int, say: Callable[[str], None] = print) -> int:
@@ -362,8 +405,9 @@ def frames_of_seconds(seconds: float, fps: float, temporal_factor: int, say: Cal
     Raises:
         UserError: a time that is not above 0.
     """
-    if not (isinstance(seconds, int | float) and math.isfinite(seconds) and seconds > 0):
+    if not (is_real(seconds) and math.isfinite(seconds) and seconds > 0):
         raise UserError(f"seconds {seconds!r} is not allowed; choose more than 0")
+    seconds = float(seconds)
     blocks = max(0, round(seconds * fps / temporal_factor))
     frames = 1 + temporal_factor * blocks
     say(f"{seconds:g} seconds at {fps:g} frames per second: {frames} frames (1 + {temporal_factor} x {blocks})")

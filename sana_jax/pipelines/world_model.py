@@ -17,10 +17,12 @@ from sana_jax.camera import ActionScheme
 from sana_jax.diffusion.samplers import FlowEuler, Schedule
 from sana_jax.diffusion.samplers.world_model import chunk_starts
 from sana_jax.diffusion.samplers.world_refiner import SINK_FRAMES
+from sana_jax.diffusion.step_caching import StepCacheReport
 from sana_jax.errors import UserError
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.base import OutputType, Size, StepEndCallback, Stopwatch
 from sana_jax.pipelines.checks import check_finite, check_multiple
+from sana_jax.pipelines.denoising import GuidanceBatching
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency, leave
 from sana_jax.pipelines.resumed_folder import digest
@@ -53,6 +55,7 @@ class SanaWMPipelineOutput:
         device_bytes: what the transformer's program holds on the device; None where that is not known.
         seconds: of each stage: text, encode, denoise (without compiling), decode or refine.
         sampled_size: height and width in pixels.
+        step_cache: what step caching did; None where it was not asked for, or nothing was sampled.
     """
 
     frames: Any
@@ -65,6 +68,7 @@ class SanaWMPipelineOutput:
     device_bytes: int | None = None
     seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     sampled_size: tuple[int, int] | None = None
+    step_cache: StepCacheReport | None = None
 
 
 class _Asked(NamedTuple):
@@ -170,6 +174,9 @@ class SanaWMPipeline(VideoPipeline):
         chi_prompt: Sequence[str] | None = None,
         refine: SanaWMRefiner | None = None,
         refiner_options: Mapping[str, Any] | None = None,
+        guidance_batching: GuidanceBatching = "auto",
+        step_cache: float | None = None,
+        step_cache_error: bool = False,
         output_type: OutputType = "pil",
         callback_on_step_end: StepEndCallback | None = None,
         progress_bar: bool = False,
@@ -206,6 +213,9 @@ class SanaWMPipeline(VideoPipeline):
             refine: the second stage, which refines the latents and draws the frames. The first of them, which anchor
                 it, are left out.
             refiner_options: further arguments of its call, such as ``seed``, ``checkpoint_dir`` or ``noise``.
+            guidance_batching: as in ``SanaVideoPipeline``.
+            step_cache: as in ``SanaVideoPipeline``.
+            step_cache_error: as in ``SanaVideoPipeline``.
             output_type: ``"pil"``; ``"np"``, (1, F, H, W, 3) in [0, 1]; or ``"latent"``, (1, C, T, h, w).
             callback_on_step_end: called as (pipeline, step, timestep, {"latents": (1, C, T, h, w)}) after every step;
                 if it returns False, sampling ends there.
@@ -229,6 +239,9 @@ class SanaWMPipeline(VideoPipeline):
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
             complex_human_instruction=instruction_lines(chi_prompt, prompt_embeds),
+            guidance_batching=guidance_batching,
+            step_cache=step_cache,
+            step_cache_error=step_cache_error,
             output_type=output_type,
             callback_on_step_end=callback_on_step_end,
             progress_bar=progress_bar,
@@ -264,7 +277,8 @@ class SanaWMPipeline(VideoPipeline):
         shown = _shown_poses(asked.poses, frames, request.output_type, refined, asked.options, factor)
         seconds = sum(seconds for stage, seconds in watch.seconds.items() if stage != "text")
         timing = (watch.compile_seconds, seconds, watch.device_bytes, dict(watch.seconds))
-        return SanaWMPipelineOutput(frames, shown, latents, refined, asked.fps, *timing, asked.size.sampled)
+        size = asked.size.sampled
+        return SanaWMPipelineOutput(frames, shown, latents, refined, asked.fps, *timing, size, watch.step_cache)
 
     def _first_stage_kept(self, watch: Stopwatch, asked: _Asked) -> Float[Array, "1 T H W C"]:
         """The first stage's latents: beside the refiner's blocks, where an earlier call has left them, or sampled.
@@ -284,11 +298,15 @@ class SanaWMPipeline(VideoPipeline):
         }
         if self.causal_blocks is not None:
             settings["causal_blocks"] = list(self.causal_blocks)
+        if request.step_cache is not None:
+            settings["step_cache"] = float(request.step_cache)
         kept = FirstStage(folder, settings, asked.options.get("say", print))
         latents = kept.load(shape)
         if latents is None:
             latents = self._first_stage(watch, asked)
             kept.save(latents)
+        elif request.step_cache is not None:
+            print("step cache: no step was taken now, so none was skipped and no error measured")
         return jnp.asarray(latents)
 
     def _first_stage(self, watch: Stopwatch, asked: _Asked) -> Float[Array, "1 T H W C"]:
@@ -399,13 +417,11 @@ class SanaWMPipeline(VideoPipeline):
         request: VideoRequest,
     ) -> Float[Array, "1 N H W C"]:
         """The latents behind the given frames, clean."""
-        denoiser = self._denoiser(watch, schedule, start, conditions, scale, request, given)
 
         def whole(latents: Array) -> Array:
             return jnp.concatenate([given.frames, latents], axis=1)
 
-        options = {"callback": request.callback_on_step_end, "progress_bar": request.progress_bar, "whole": whole}
-        return self._run(denoiser, start, **options).state.latents
+        return self._denoise(watch, schedule, start, conditions, scale, request, given, whole)
 
     def _network(self, frames: int) -> WorldNetwork:
         starts = None if self.causal_blocks is None else chunk_starts(frames, *self.causal_blocks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 
 from kernels.typing import Array, Float, Int, PyTree
 from sana_jax.diffusion.samplers.world_model import BlockVelocity
+from sana_jax.diffusion.step_caching import Decision, StepCache
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.sampling_function import Encoded, transformer_variables
@@ -48,8 +50,11 @@ class WorldNetwork(NamedTuple):
         identity: None = None,
         given: WorldGiven | None = None,
         lora: PyTree | None = None,
-    ) -> Float[Array, "B N H W C"]:
+        step_cache: StepCache | None = None,
+    ) -> Float[Array, "B N H W C"] | tuple[Float[Array, "B N H W C"], StepCache, Decision]:
         """The velocity of the frames behind the given ones, in float32.
+
+        With ``step_cache`` also the next step's, and what was decided.
 
         The network sees the given frames at timestep 0. ``given`` is for the batch, or for a part of it that is
         repeated, as guidance does. ``identity`` is not for world models.
@@ -70,8 +75,17 @@ class WorldNetwork(NamedTuple):
             given.camera_conditions,
             given.chunk_plucker,
             block_starts=self.block_starts,
+            step_cache=step_cache,
         )
-        return output[:, start:].astype(jnp.float32)
+        if step_cache is None:
+            return output[:, start:].astype(jnp.float32)
+        velocity, step_cache, decision = output
+        return velocity[:, start:].astype(jnp.float32), step_cache, decision
+
+    def token_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """(B, N, D) of the tokens of latents (B, T, H, W, C), those that are given included."""
+        config = self.transformer.config
+        return shape[0], math.prod(n // own for n, own in zip(shape[1:4], config.patch_size)), config.hidden_size
 
 
 def trained_blocks(trained_from: BaseModelFile | None) -> tuple[int, str] | None:

@@ -561,7 +561,8 @@ class SanaWMRefiner:
 
     def _run(self, name: str, what: Any, function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Any:
         """Runs a function in the program for these shapes, compiled once."""
-        program = self.programs.get(name, what, function, *arguments, donate=donate)
+        networks = self.transformer, self.connectors  # all that the functions close over, but for what ``what`` says
+        program = self.programs.get(name, what, function, *arguments, donate=donate, identity=networks)
         self.compile_seconds += program.seconds
         if program.device_bytes is not None and what in ("refine", (STREAMED_BLOCK, ROTATED)):
             beside = 0 if self.streamed is None else self.streamed.weights.bytes_beside_a_block

@@ -20,6 +20,7 @@ from sana_jax.errors import UserError
 from sana_jax.models.sana_wm import init_state
 from sana_jax.models.sana_wm_state import SanaWMState, cache_frames, state_bytes
 from sana_jax.pipelines.base import OutputType, Size
+from sana_jax.pipelines.decoding import check_decodes_blocks, stream_blocks
 from sana_jax.pipelines.growing_output import check_frames_in_memory, check_output_arguments
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
 from sana_jax.pipelines.residency import Residency
@@ -45,7 +46,6 @@ from sana_jax.pipelines.world_stream_run import (
 )
 from sana_jax.videos import check_fps, check_video_path
 
-_STREAMING_CONTEXT = 1  # latent frames that are decoded again before a block, for decoders that are not causal
 # of the refiner's call, what is not its user's to say here
 _NOT_OPTIONS = ("self", "latents", "fps", "output_type", "checkpoint_dir", "callback_on_block_end", "say")
 
@@ -85,22 +85,13 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
             )
             steps = {"guidance_scale": 1.0, "num_inference_steps": sampler.num_inference_steps}
             model = dataclasses.replace(model, sampler=sampler, defaults=dataclasses.replace(model.defaults, **steps))
-        if not _decodes_blocks(model.autoencoder) and hasattr(model.autoencoder, "streaming_context"):
-            model.autoencoder.streaming_context = _STREAMING_CONTEXT
-            print(
-                f"{model.path}: the decoder is not causal; every block is decoded with {_STREAMING_CONTEXT} latent "
-                "frame before it again, which comes close to the whole video's frames"
-            )
+        stream_blocks(model.autoencoder, model.path)
         return super()._from_model(model, residency, **networks)
 
     def check_components(self) -> None:
         """Raises ``UserError`` for another sampler, a decoder that needs the whole video, or networks one at a time."""
         super().check_components()
-        if not _decodes_blocks(self.autoencoder):
-            raise UserError(
-                f"{self.class_name} with the autoencoder {type(self.autoencoder).__name__}, which decodes whole videos "
-                "alone; allowed is one that is causal, or LTX2VideoAutoencoder with streaming_context=1 or 2: set it"
-            )
+        check_decodes_blocks(self.autoencoder, self.class_name)
         _check_residency(self.residency, "the transformer")
 
     def _check_sampler(self) -> None:
@@ -340,7 +331,7 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
             return generate_block(velocity, state, noise, schedule, given)
 
         name = f"{len(arguments[5].timesteps)} steps of the transformer for {_chunk_name(arguments[3], arguments[4])}"
-        return self.programs.get(name, "streamed chunk", run, *arguments)
+        return self.programs.get(name, "streamed chunk", run, *arguments, identity=transformer)
 
     def read_program(self, arguments: tuple) -> Program:
         """(params, lora, state, latents, conditions, camera, plucker, first frame) -> the state after the chunk.
@@ -353,18 +344,12 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
             return read_block(block_velocity(transformer, params, lora, *inputs), state, latents)
 
         name = f"the transformer's reading of {_chunk_name(arguments[3], None)}"
-        return self.programs.get(name, "streamed reading", run, *arguments, donate=(2,))
+        return self.programs.get(name, "streamed reading", run, *arguments, donate=(2,), identity=transformer)
 
 
 def _chunk_name(latents: Array, given: Array | None) -> str:
     first = "" if given is None else ", beginning with the picture"
     return f"chunks of latents {'x'.join(map(str, latents.shape))}{first}"
-
-
-def _decodes_blocks(autoencoder: Any) -> bool:
-    """Whether an autoencoder decodes frames as they come."""
-    causal = getattr(getattr(autoencoder, "config", None), "decoder_causal", True)
-    return hasattr(autoencoder, "decode_frames") and (causal or getattr(autoencoder, "streaming_context", 0) > 0)
 
 
 def _check_residency(residency: Residency, what: str) -> None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,9 +22,17 @@ import numpy as np
 
 from kernels.typing import Array, Float
 from sana_jax.errors import UserError
-from sana_jax.pipelines.resumed_folder import check_manifest, load_block, save_block, write_manifest
+from sana_jax.pipelines.resumed_folder import (
+    check_manifest,
+    check_no_other_files,
+    load_block,
+    remove_own_files,
+    save_block,
+    write_manifest,
+)
 
 _MANIFEST = "manifest.json"
+_OWN_FILES = (_MANIFEST, "latents-*.npy", "refined-*.npy")
 _ADVICE = "the video is there as far as it has come: make room on the disk and go on with --resume (resume=True)"
 
 
@@ -52,6 +59,7 @@ class StreamFolder:
                 f"{self.path} is there from a video that was not finished; go on with it with --resume (resume=True), "
                 "remove the folder, or name another output"
             )
+        check_no_other_files(self.path, _OWN_FILES)
         self.remove()  # of a video that ended within its first block
         try:
             write_manifest(self.path / _MANIFEST, self._settings)
@@ -90,8 +98,8 @@ class StreamFolder:
         save_block(self._file(kind, block), latents, _ADVICE)
 
     def remove(self) -> None:
-        """Removes the folder: the video is finished."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        """Removes what the run has left: the video is finished."""
+        remove_own_files(self.path, _OWN_FILES, self._say)
 
     def _file(self, kind: str, block: int) -> pathlib.Path:
         return self.path / f"{kind}-{block:05d}.npy"

@@ -276,6 +276,7 @@ def _whole_program(
         abstract_tree(params),
         jax.ShapeDtypeStruct((batch, length), jnp.int32),
         say=say,
+        identity=gemma,
     )
 
 
@@ -292,6 +293,7 @@ def _layer_by_layer_program(
         jax.ShapeDtypeStruct((batch, length, config.hidden_size), dtype),
         jax.ShapeDtypeStruct((), jnp.bool_),
         say=say,
+        identity=layer,
     )
     embed = jax.jit(lambda table, ids: embed_tokens(config, table, ids, dtype))
     finish = jax.jit(lambda own, x: norm.apply({"params": own}, x))

@@ -196,6 +196,7 @@ def _whole_program(
         integers,
         integers,
         say=say,
+        identity=(gemma, total),
     )
 
 
@@ -223,6 +224,7 @@ def _layer_by_layer_program(
         jax.ShapeDtypeStruct((), jnp.bool_),
         jax.ShapeDtypeStruct((), jnp.int32),
         say=say,
+        identity=(layer, total),
     )
     embed = jax.jit(lambda table, ids: embed_tokens(config, table, ids, dtype))
     finish = jax.jit(

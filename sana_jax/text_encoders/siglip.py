@@ -116,7 +116,7 @@ class SiglipTextEncoder:
 
         name = f"the text tower for {size} text{'s' if size > 1 else ''}"
         shape = jax.ShapeDtypeStruct((size, ids.shape[1]), jnp.int32)
-        program = compile_ahead(name, jax.jit(run), params, shape, say=self.say)
+        program = compile_ahead(name, jax.jit(run), params, shape, say=self.say, identity=network)
         vectors = []
         for begin in range(0, len(ids), size):
             part = ids[begin : begin + size]

@@ -82,8 +82,15 @@ def test_what_changes_the_program_changes_the_key(store, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(executables.importlib.metadata, "version", lambda name: "0.0")
         keys.add(key())
-    assert len(keys) == 8
+    with jax.set_mesh(jax.sharding.Mesh(np.asarray(jax.devices()[:1]), ("encoders",))):
+        keys.add(key())
+    assert len(keys) == 9
     assert key() in keys
+
+
+def test_programs_of_several_devices_are_not_kept(store):
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("data",))):
+        assert store.key("f", ({"x": X},)) is None
 
 
 def test_a_change_of_the_source_that_changes_no_program_repeats_tracing_alone(store, monkeypatch):

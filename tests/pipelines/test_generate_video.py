@@ -166,6 +166,11 @@ def test_an_image_model_makes_no_films(run, tmp_path, capsys, words, part):
     assert part in error_of(capsys, "--model", run.directory, "--prompt", "a handwritten seven", *output, *words)
 
 
+def test_times_in_a_prompt_are_refused_before_weights_are_looked_at(run, tmp_path, capsys):
+    words = ("--model", run.directory, "--prompt", "0s: a seven", "2s: a one", "--output", tmp_path / "a.png")
+    assert "prompts of SanaPipeline do not change on the way" in error_of(capsys, *words)
+
+
 def test_without_pyav(video_model, tmp_path, capsys, monkeypatch):
     """It is asked for before anything is computed."""
     monkeypatch.setitem(sys.modules, "av", None)

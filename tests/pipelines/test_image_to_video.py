@@ -8,6 +8,7 @@ from PIL import Image
 
 from sana_jax import SanaImageToVideoPipeline
 from sana_jax.errors import UserError
+from sana_jax.pipelines import resolution
 from sana_jax.pipelines.image_inputs import to_network_range
 from sana_jax.pipelines.image_to_video import fit_picture
 from sana_jax.pipelines.video_base import VideoRequest
@@ -77,6 +78,24 @@ def test_without_a_size_the_image_says_which(pipe, capsys, shape, expected):
     assert capsys.readouterr().out == line
     assert pipe._size_for(VideoRequest(height=480, width=832), [image]).sampled == (480, 832)
     assert pipe._size_for(VideoRequest(binning="off"), [image]).sampled == (480, 832)
+
+
+def test_an_image_of_the_result_s_shape_is_not_cropped(pipe, monkeypatch, capsys):
+    """At a size that is not trained the middle of what is sampled is kept; there the image lies, whole."""
+    monkeypatch.setitem(resolution.VIDEO_BINS, 30, (resolution.Bin(0.5, 32, 64),))
+    image, seen = picture(32, 50), []
+    size = pipe._size_for(VideoRequest(height=32, width=50), [image])
+    assert size == ((32, 50), (32, 64))
+    monkeypatch.setattr(pipe.autoencoder, "encode", lambda videos: seen.append(videos) or videos)
+    options = {name: OPTIONS[name] for name in ("max_sequence_length", "complex_human_instruction", "frames")}
+    monkeypatch.setattr(pipe, "_noise", lambda *_: pytest.fail("seen"))
+    with pytest.raises(pytest.fail.Exception, match="seen"):
+        pipe(image, PROMPT, height=32, width=50, **options)
+    (videos,) = seen
+    shown = np.asarray(videos)[0]
+    assert shown.shape == (1, 32, 64, 3)
+    np.testing.assert_array_equal(resolution.resize_and_crop(shown, 32, 50)[0], to_network_range(image, 32, 50)[0])
+    assert "cropped, half on each side" not in capsys.readouterr().out
 
 
 def test_an_image_of_another_shape_is_cropped_or_refused(capsys):

@@ -20,11 +20,21 @@ from sana_jax import LongSanaVideoPipeline, SanaPipeline, SanaVideoPipeline, gen
 from sana_jax.diffusion.samplers import FlowEuler, LongSanaSampler
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.models.sana_video import init_state
+from sana_jax.pipelines import resolution, resumed_folder
 from sana_jax.pipelines.long_video_run import _START, _STEPS
 from sana_jax.pipelines.long_video_state import ResumeFolder
-from sana_jax.pipelines.prompt_schedule import PromptSwitch, parse_prompts, prompts_of_blocks
+from sana_jax.pipelines.opening import OpenModel
+from sana_jax.pipelines.prompt_schedule import (
+    BlockPrompts,
+    PromptSwitch,
+    parse_prompts,
+    prompts_of_blocks,
+    refuse_schedule,
+)
+from sana_jax.pipelines.world_stream_folder import StreamFolder
 from sana_jax.videos import count_frames, read_video
 from tests.pipelines.tiny_long_model import BLOCK, PROMPT, as_longsana, tiny_pipeline
+from tests.pipelines.tiny_world import tiny_autoencoder
 
 SWITCHES = [(0, "a handwritten zero"), (1.75, "a handwritten seven")]
 ROOT = pathlib.Path(__file__).parents[2]
@@ -180,6 +190,7 @@ def test_prompts_with_times():
         (["0s: a", "0.4s: b"], "fall into one block .block 1, from 0 s"),
         (["0s: a", "1s: "], "the prompt at 1 s is empty"),
         ([(0, "a"), 3], "prompt 3 is not allowed"),
+        (5, "prompt 5 is not allowed"),
         (None, "prompt and prompt_embeds: neither given"),
         ("", "the prompt at 0 s is empty"),
     ],
@@ -238,7 +249,6 @@ def test_going_on_with_other_settings_is_refused(pipe, tmp_path):
         ({"seed": 1}, "seed 0 there and 1 here"),
         ({"frames": 16}, "frames 13 there and 16 here"),
         ({"num_cached_blocks": 1}, "num_cached_blocks None there and 1 here"),
-        ({"prompt": "a handwritten one"}, "prompts .*seven.* there and .*one.* here"),
         ({"fps": 8.0}, "fps 4.0 there and 8.0 here"),
     ]:
         with pytest.raises(UserError, match=part):
@@ -246,6 +256,126 @@ def test_going_on_with_other_settings_is_refused(pipe, tmp_path):
     (path.with_name("a.mp4.resume") / "state.npz").write_bytes(b"nothing")
     with pytest.raises(UserError, match="is damaged"):
         pipe(PROMPT, frames=13, output_path=path, resume=True)
+
+
+def test_a_callback_steers_and_what_was_killed_then_goes_on_alike(pipe, tmp_path, monkeypatch, capsys):
+    """Killed in the first block with the callback's prompt, which is noted as soon as it is known."""
+    planned, options = [(0, "a handwritten zero"), (2.5, PROMPT)], {"frames": 13, "seed": 2}
+
+    def steer(pipeline, block, values):
+        return "a handwritten one" if block == 0 else None
+
+    straight = pipe(planned, **options, output_path=tmp_path / "straight.mp4", callback_on_block_end=steer)
+    assert "from 1 s (block 2), as the callback says: 'a handwritten one'" in capsys.readouterr().out
+    assert straight.prompts == ((0, "a handwritten zero"), (1, "a handwritten one"), (2.5, PROMPT))
+    steered = latents(pipe, planned, **options, callback_on_block_end=steer)
+    np.testing.assert_array_equal(steered, latents(pipe, straight.prompts, **options))
+    assert np.abs(steered - latents(pipe, planned, **options))[:, :, 4:7].max() > 1e-3
+
+    program, calls, path = pipe.block_program, itertools.count(), tmp_path / "a.mp4"
+
+    def killed(watch, arguments):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return program(watch, arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pipe, "block_program", killed)
+        with pytest.raises(KeyboardInterrupt):
+            pipe(planned, **options, output_path=path, callback_on_block_end=steer)
+    resumed = pipe(planned, **options, output_path=path, resume=True)
+    assert "of the earlier call's callback: 'a handwritten one' from 1 s (block 2)" in capsys.readouterr().out
+    assert resumed.prompts == straight.prompts
+    np.testing.assert_array_equal(read_video(path).frames, read_video(straight.path).frames)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.mp4", "straight.mp4"]
+
+
+def test_prompts_of_what_is_not_made_yet_may_change(pipe, tmp_path, capsys):
+    path, zero, later = tmp_path / "a.mp4", "a handwritten zero", [(0, "a handwritten zero"), (1.75, PROMPT)]
+    pipe(zero, frames=13, output_path=path, callback_on_block_end=stop_after(2))
+    for prompt, part in [(PROMPT, r"at 0 s \(block 1\)"), ([(0, zero), (1, PROMPT)], r"at 1 s \(block 2\)")]:
+        said = f"what begins {part} was made with the prompt '{zero}', and .*seven.*may change from 1.75 s .block 3"
+        with pytest.raises(UserError, match=said) as caught:
+            pipe(prompt, frames=13, output_path=path, resume=True)
+        assert "\n" not in str(caught.value)
+    capsys.readouterr()
+    pipe(later, frames=13, output_path=path, resume=True)
+    line = f"prompts have changed: '{PROMPT}' from 1.75 s (block 3) in place of '{zero}'\n"
+    assert line in capsys.readouterr().out
+    straight = pipe(later, frames=13, output_path=tmp_path / "straight.mp4")
+    np.testing.assert_array_equal(read_video(path).frames, read_video(straight.path).frames)
+
+
+@pytest.mark.parametrize(
+    ("answer", "part"),
+    [
+        ({"latents": 3}, "returned a value of type dict, .*allowed are None, False to stop"),
+        (" ", "the callback's prompt is empty"),
+        ("2s: a handwritten one", "begins with a time, and it acts from the next block on"),
+        ("a fox", "'fox', which this model has not been trained on"),
+    ],
+)
+def test_answers_of_a_callback_that_are_refused(pipe, answer, part):
+    with pytest.raises(UserError, match=part):
+        latents(pipe, callback_on_block_end=lambda *_: answer)
+
+
+def test_answers_that_nothing_is_made_of(pipe, capsys):
+    embeds, mask = pipe.text_encoder.encode([PROMPT])
+    with pytest.raises(UserError, match="returned a prompt, and the video has prompt_embeds"):
+        latents(pipe, None, prompt_embeds=embeds, prompt_attention_mask=mask, callback_on_block_end=lambda *_: PROMPT)
+    latents(pipe, frames=7, callback_on_block_end=lambda pipeline, block, values: "a zero" if block else None)
+    assert "'a zero', which the callback returned after the last block, is not used" in capsys.readouterr().out
+    latents(pipe, frames=7, callback_on_block_end=stop_after(1))
+    assert "ended by the callback after 4 frames" in capsys.readouterr().out  # without a file it is not to be resumed
+
+
+@pytest.mark.parametrize("kind", [ResumeFolder, StreamFolder])
+def test_files_of_others_are_never_removed(tmp_path, kind):
+    said: list[str] = []
+    folder = kind(tmp_path / "a.mp4", {"seed": 1}, said.append)
+    folder.path.mkdir()
+    for name in (".latents-00000.npy.7.tmp", "notes.txt"):
+        (folder.path / name).write_text("")
+    with pytest.raises(UserError, match=r"files that no video of this kind has left, notes.txt: move them away"):
+        folder.begin()
+    folder.remove()
+    assert [path.name for path in folder.path.iterdir()] == ["notes.txt"]
+    assert "stays, since it has files that are not of this video" in said[0]
+
+
+def test_what_a_video_left_in_its_first_block_is_removed(tmp_path):
+    folder = ResumeFolder(tmp_path / "a.mp4", {"seed": 1})
+    folder.path.mkdir()
+    for name in (".state.npz.7.tmp", "latents-00000.npy", "prompts.json"):
+        (folder.path / name).write_text("")
+    folder.begin()
+    assert not folder.path.exists()
+    folder.path.write_text("")
+    with pytest.raises(UserError, match="is a file, and a folder is needed there"):
+        folder.begin()
+
+
+def test_going_on_elsewhere_is_said(tmp_path, monkeypatch):
+    said: list[str] = []
+    folder, state = ResumeFolder(tmp_path / "a.mp4", {"seed": 1}, said.append), {"a": jnp.ones(3)}
+    folder.save(0, np.zeros((1, 2, 3, 3, 4)), state)
+    folder.load(state)
+    assert not said
+    monkeypatch.setattr(resumed_folder, "computing_device", lambda: "another device, jax 9")
+    folder.load(state)
+    (line,) = said
+    assert re.search("comes from .*cpu.* and goes on on another device, jax 9: later blocks will not be the same", line)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"planned": [[1, "a"]], "given": []}', '{"planned": 3, "given": []}'])
+def test_noted_prompts_that_are_damaged(tmp_path, text):
+    folder = ResumeFolder(tmp_path / "a.mp4", {})
+    folder.save_prompts(BlockPrompts(((0, "a"), (3, "b")), ((3, "c"),)))
+    assert folder.load_prompts().runs(range(5)) == [(0, "a"), (3, "c")]
+    (folder.path / "prompts.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        folder.load_prompts()
 
 
 def test_a_state_in_bfloat16_comes_back(tmp_path):
@@ -277,6 +407,8 @@ def test_a_state_in_bfloat16_comes_back(tmp_path):
         ({"fps": 0}, "fps 0"),
         ({"seed": -1}, "seed -1"),
         ({"latents": np.zeros((2, 1, 10, 8, 8))}, "latents of 2 videos"),
+        ({"latents": np.zeros((1, 3, 10, 8, 8))}, r"1 videos of 8x8 need \(1, 1, 10, 8, 8\)"),
+        ({"latents": np.zeros((1, 1, 10, 8, 8)), "height": 16}, r"1 videos of 16x8 need \(1, 1, 10, 16, 8\)"),
         ({"latents": np.full((1, 1, 10, 8, 8), np.nan)}, "block 1 of 3 gave values that are not finite"),
         ({"output_path": "a.mp4"}, "output_type 'latent' would not be used"),
         ({"output_path": "a.gif", "output_type": None}, "frames come one after another"),
@@ -302,6 +434,37 @@ def test_components_that_are_refused(pipe):
         LongSanaVideoPipeline(*parts, pipe.sampler, *rest, residency="one_at_a_time")
     with pytest.raises(UserError, match="allowed are DPMSolver and FlowEuler"):
         SanaVideoPipeline(*parts, pipe.sampler, *rest)
+    with pytest.raises(UserError, match="LTX2VideoAutoencoder, which decodes whole videos alone"):
+        LongSanaVideoPipeline(*parts, pipe.sampler, pipe.text_encoder, tiny_autoencoder(causal=False), pipe.defaults)
+
+
+def test_a_decoder_that_is_not_causal_decodes_blocks_with_what_was_before(pipe, capsys):
+    """As the published decoder of LTX-2: seen by a model's opening, not after the first block."""
+    autoencoder = tiny_autoencoder(causal=False)
+    model = OpenModel(
+        pathlib.Path("there"), pipe.transformer, pipe.transformer_weights, pipe.sampler, pipe.text_encoder, autoencoder,
+        pipe.defaults,
+    )  # fmt: skip
+    assert LongSanaVideoPipeline._from_model(model, "all").autoencoder.streaming_context == 1
+    assert "there: the decoder is not causal; every block is decoded with 1 latent frame" in capsys.readouterr().out
+
+
+def test_times_in_prompts_are_not_words_elsewhere():
+    for prompt in ("0s: a fox sleeps", ["0s: a fox sleeps", "10s: it wakes up"], (" 0.0 s : a fox",)):
+        with pytest.raises(UserError, match="begins with a time, and prompts of SanaPipeline do not change") as caught:
+            refuse_schedule(prompt, "SanaPipeline")
+        assert "\n" not in str(caught.value)
+    for prompt in ("1920s: a jazz band", "a fox", ["a: b", "0s: c"], None, [], 5):
+        refuse_schedule(prompt, "SanaPipeline")
+
+
+def test_the_size_that_is_sampled_is_said_where_all_is_said(pipe, monkeypatch, capsys):
+    said: list[str] = []
+    monkeypatch.setitem(resolution.VIDEO_BINS, 8, (resolution.Bin(1.0, 8, 8),))
+    monkeypatch.setitem(resolution._VIDEO_TOKENS, 8, 2)
+    pipe._plan(None, None, 7, (8, 10), None, None, None, None, said.append)
+    assert said[0].startswith("sampling 8x8 pixels, the trained size nearest in shape to 8x10")
+    assert capsys.readouterr().out == ""
 
 
 # -- a model's directory, and the command line ------------------------------------------------------------------------
@@ -403,6 +566,13 @@ def test_mistakes_on_the_command_line(model, tmp_path, capsys, more, part):
     assert error.count("\n") == 1
     assert re.search(part, error), error
     assert not list(tmp_path.iterdir())
+
+
+def test_a_budget_of_memory_keeps_the_networks_that_every_block_needs(model, capsys):
+    """The whole decoder with its state takes 9 GB at 480x832, its tiles with theirs 7 GB."""
+    pipe = LongSanaVideoPipeline.from_pretrained(model, memory="9g")
+    assert (pipe.residency, pipe.autoencoder.tiling) == ("text_encoder_freed", True)
+    assert "blocks of up to 17 frames of 480x832 pixels" in capsys.readouterr().out
 
 
 def test_an_option_of_long_videos_is_refused_elsewhere(video_model, tmp_path, capsys):

@@ -118,7 +118,8 @@ def test_frames_of_seconds(capsys):
     assert frames_of_seconds(5, 16, 4) == 81
     assert capsys.readouterr().out == "5 seconds at 16 frames per second: 81 frames (1 + 4 x 20)\n"
     assert [frames_of_seconds(seconds, 16, 4, say=lambda _: None) for seconds in (60, 0.01, 0.3)] == [961, 1, 5]
-    for wrong in (0, -1, math.nan):
+    assert frames_of_seconds(np.float32(5), np.int64(16), 4, say=lambda _: None) == 81
+    for wrong in (0, -1, math.nan, True, "5"):
         with pytest.raises(UserError, match="seconds"):
             frames_of_seconds(wrong, 16, 4)
 
@@ -157,6 +158,9 @@ def test_guidance_in_an_interval(pipe):
         ({"guidance_interval": (0.8, 0.2)}, "guidance interval"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt 0"),
         ({"motion_score": 2.5}, "motion_score 2.5"),
+        ({"motion_score": 1001}, "motion_score 1001 is not allowed; choose a whole number from 0 to 1000"),
+        ({"prompt": 5}, "prompt 5 is not allowed; allowed is a text, or a list"),
+        ({"prompt": ["0s: a bird", "10s: a red panda"]}, "'0s: a bird' begins with a time, and prompts of SanaVideo"),
         ({"motion_score": 30, **EMBEDDED}, "motion_score would not be used"),
         ({"latents": np.zeros((1, 4, 4, 8))}, r"shape \(1, 4, 4, 8\).*\(B, C, T, h, w\)"),
         ({"latents": np.zeros((1, *SHAPE)), "frames": 9}, "frames 9 for latents of 2 latent frames, which are 5"),

@@ -70,6 +70,17 @@ def test_odd_sizes_and_gray(tmp_path, capsys):
     as_given = videos.as_bytes(clip(2))
     as_pictures = [videos._to_picture(frame) for frame in as_given]
     np.testing.assert_array_equal(videos.as_bytes(as_pictures), as_given)
+    for frames, part in [([as_given[0], as_given[0, 1:]], r"shapes \(47, 64, 3\), \(48, 64, 3\)"), ([], "none")]:
+        with pytest.raises(UserError, match=f"frames of the .*{part}; allowed is one frame or more, all of one size"):
+            videos.as_bytes(frames)
+
+
+def test_frames_per_second_of_numpy():
+    for fps in (np.int64(16), np.float32(16), 16):
+        assert type(videos.check_fps(fps)) is float
+    for wrong in (True, "16", np.float64("nan"), np.int64(0)):
+        with pytest.raises(UserError, match=r"choose 0\.1 to 240 frames per second"):
+            videos.check_fps(wrong)
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "frames"])

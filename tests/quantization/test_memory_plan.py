@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from sana_jax.autoencoders.tiling import Tiles
 from sana_jax.compilation import Program
+from sana_jax.diffusion.samplers import LongSanaSampler
 from sana_jax.errors import UserError
 from sana_jax.generate import GenerateConfig
 from sana_jax.generate_memory import memory_budget
 from sana_jax.models.sana import SanaConfig, SanaTransformer
-from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer
+from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer, state_bytes
 from sana_jax.models.sana_wm import SanaWMConfig, SanaWMTransformer
 from sana_jax.pipelines.denoising import fitting_program
 from sana_jax.pipelines.memory_plan import USABLE, MemoryBudget, Work, choose_plan, parse_memory, work_of
@@ -82,6 +84,57 @@ def test_a_budget_that_cannot_be_met_is_refused_with_the_least_that_can():
     assert _plan(f"{least:g}g", transformer=10 * GB).fits
     with pytest.raises(UserError, match="is not enough"):
         _plan(f"{least - 0.1:g}g", transformer=10 * GB)
+
+
+GROWING = WORK._replace(grows=True, state=GB, tiled_state=2 * GB, network_state=GB // 4, samples=1)
+
+
+@pytest.mark.parametrize(
+    ("budget", "tiling", "formats"),
+    [
+        ("12.3g", None, {}),
+        ("11.6g", True, {}),
+        ("10g", True, {"text_encoder": "int8"}),
+        ("8.6g", True, {"text_encoder": "int8", "transformer": "int8"}),
+        ("8.2g", True, {"text_encoder": "int8", "transformer": "nvfp4"}),
+    ],
+)
+def test_a_video_that_grows_keeps_what_every_block_needs(budget, tiling, formats):
+    """Text encoder 5 GB, transformer 3, autoencoder 1; whole decoding takes 6 GB and tiles 1 beside their states."""
+    plan = choose_plan(parse_memory(budget), _networks(2.5 * GB, 1.5 * GB), "text_encoder_freed", GROWING)
+    assert (plan.residency, plan.tiling, plan.guidance_batching) == ("text_encoder_freed", tiling, "auto")
+    assert {name: one.format for name, one in plan.quantization.items()} == formats
+    assert plan.fits
+    if not formats:
+        held = 2.25 * GB if tiling else 1.25 * GB
+        assert {one.name: one.total for one in plan.stages} == {
+            "text": 10 * GB, "denoise": 6 * GB + held, "decode": (5 if tiling else 10) * GB + held
+        }  # fmt: skip
+        # neither the autoencoder's weights nor its state are the sampling program's
+        assert plan.budget - plan.for_sampling == GB + held - GB // 4
+
+
+def test_a_video_that_grows_and_no_budget_that_is_enough():
+    networks = _networks(2.5 * GB, 1.5 * GB)
+    with pytest.raises(UserError, match="with the text encoder freed, quantised and in tiles") as caught:
+        choose_plan(parse_memory("5g"), networks, "text_encoder_freed", GROWING)
+    least = str(caught.value).rsplit(" ", 1)[1]
+    assert choose_plan(parse_memory(least), networks, "text_encoder_freed", GROWING).fits
+
+
+def test_the_work_of_a_video_that_grows():
+    """Its first block at its longest, whatever the video's length; states of the decoder, its tiles and the network."""
+    config = SanaVideoConfig(num_layers=2, sample_size=8)
+    model = _model("AutoencoderKLWan", SamplingDefaults(height=480, width=832), SanaVideoTransformer(config))
+    model.sampler = LongSanaSampler(block_frames=10)
+    model.autoencoder.tiles = Tiles((256, 256), (192, 192))
+    work, words = work_of(model, MemoryBudget("1g", guidance_scale=1.0, frames=961))
+    assert words.startswith("blocks of up to 73 frames of 480x832 pixels with ")
+    assert work.state == pytest.approx(3.8e9, rel=0.01)
+    assert work.state + work.decode == pytest.approx(9e9, rel=0.01)
+    assert work.tiled_state == 9500 * (256 + 256 + 96) * (4 * 256 + 64)
+    assert work.tile == pytest.approx(0.9e9, rel=0.03)
+    assert work.network_state == state_bytes(config, (30, 52)).total
 
 
 @pytest.mark.parametrize("text", ["24", "lots", "-3g", "0g", "12m"])
