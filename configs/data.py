@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -65,6 +66,10 @@ class ImageDataConfig:
 
     def __post_init__(self):
         _require("clip-temperature", self.clip_temperature, self.clip_temperature > 0, "above 0")
+        for name in ("clip_threshold", "clip_temperature"):
+            value, own = getattr(self, name), getattr(ImageDataConfig, name)
+            read = self.caption_choice == "clipscore" or value == own
+            _require(name.replace("_", "-"), value, read, f"{own} where --data.caption-choice is not clipscore")
         _require("resolution", self.resolution, self.resolution is None or self.resolution >= 1, "1 or more")
         _require("crops", self.crops, self.crops >= 1, "1 or more")
         _require("crops", self.crops, self.crops == 1 or self.crop == "random", "1 where --data.crop is center")
@@ -128,10 +133,15 @@ class VideoDataConfig(ImageDataConfig):
     motion_score: str | None = None
     """Appended to captions as ' motion score: N.': a number for all clips, or the name of the data's column that holds
     each video's. None: captions stay as they are."""
+    filters: tuple[str, ...] = ()
+    """Which videos, or latents of zip files, take part by their scores: each name=low:high, where name is a column of
+    the data and either bound may be left out, as in unimatch=1:30 or dover=0.5:."""
     joint_interval: int = 0
     """Every so many steps the batch has pictures, as clips of one frame, instead of clips; 0 for clips alone."""
     joint_pictures: str | None = None
     """Where those pictures are: a folder, a manifest, tar files or a dataset on disk."""
+    joint_batch_size: int | None = None
+    """How many pictures such a batch has, a multiple of --batch-size; None: as many as a batch of clips."""
     joint_caption: str | None = None
     """One caption for every such picture instead of its own, as --data.caption is for clips."""
     joint_cache: str | None = None
@@ -167,6 +177,34 @@ class VideoDataConfig(ImageDataConfig):
         _require("joint-interval", every, not every or frames > 1, "0 for clips of one frame, which are pictures")
         cache = self.joint_cache
         _require("joint-cache", cache, cache is None or bool(every), "none without --data.joint-pictures")
+        rows = self.joint_batch_size
+        _require("joint-batch-size", rows, rows is None or bool(every), "none without --data.joint-pictures")
+        _require("joint-batch-size", rows, rows is None or rows >= 1, "1 or more, a multiple of --batch-size")
+        self.score_limits()
+        some, chosen = " ".join(self.filters), self.path is not None or self.cache is None
+        _require("filters", some, chosen or not some, "none where --data.cache is taken as it is, without --data.path")
+
+    def score_limits(self) -> dict[str, tuple[float, float]]:
+        """``filters`` by the name of the score: the least and the greatest value.
+
+        Raises:
+            UserError: not name=low:high, or a name that comes twice.
+        """
+        found: dict[str, tuple[float, float]] = {}
+        for text in self.filters:
+            name, _, bounds = text.partition("=")
+            low, colon, high = bounds.partition(":")
+            try:
+                limits = float(low or -math.inf), float(high or math.inf)
+            except ValueError:
+                limits = (math.nan, math.nan)
+            if not name or not colon or name in found or not limits[0] <= limits[1]:
+                raise UserError(
+                    f"--data.filters {text} is not allowed; allowed is name=low:high with each name once and either "
+                    "bound left out or not, as in dover=0.5: or unimatch=1:30: change it"
+                )
+            found[name] = limits
+        return found
 
     def pictures(self) -> ClipPicturesConfig | None:
         """The pictures that are trained beside the clips; None where there are none."""

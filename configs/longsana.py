@@ -69,7 +69,7 @@ class ChunkCausalConfig:
     same_timestep_prob: float = 0.0
     """Share of batches in which all blocks of a clip have one level."""
     image_to_video: bool = False
-    """Keep the first latent frame nearly or wholly clean, as where a picture is given."""
+    """Keep the first latent frame nearly or wholly clean, as where a picture is given; no loss falls on it."""
     noise_multiplier: float = 0.0
     """Then its level is uniform below this share of all levels; 0 leaves it clean."""
 

@@ -29,10 +29,12 @@ class PromptsDataConfig:
     clip_fps: float = 16.0
     """Frames per second of these videos, in previews and of the run's directory."""
     motion_score: int | None = None
-    """Appended to the generator's prompts as ' motion score: N.'. None: prompts stay as they are."""
+    """Appended to the prompts as ' motion score: N.'; 10 in the published recipe. None: prompts stay as they are."""
     real_motion_score: int | None = None
-    """Appended to the prompts as the real score is told them, and to those alone: the published recipe does so. None:
-    the real score is told what the generator is told."""
+    """Another one for the real score alone, appended to its prompts instead. None: it is told what the generator and
+    the fake score are told, as in the published recipe."""
+    negative_prompt: str = ""
+    """What the real score's unconditional branch is told: what videos should not be. Empty: no text."""
     cache: str | None = None
     """Folder of the encoded prompts; None: beside the run."""
 

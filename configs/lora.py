@@ -57,12 +57,17 @@ def lora_warnings(learning_rate: float | None, transformer: SanaConfig) -> list[
         lines.append(
             f"warning: with --optimizer.learning-rate {learning_rate:g} a LoRA {effect}; usual are 1e-5 to 1e-3"
         )
-    if getattr(transformer, "guidance_embeds", False):
-        lines.append(
-            "warning: the base model is distilled to few steps (SANA-Sprint); diffusion loss on a distilled model is "
-            "experimental and may undo the distillation: prefer a LoRA on SANA or SANA-1.5"
-        )
-    return lines
+    return [*lines, *distilled_warnings(transformer)]
+
+
+def distilled_warnings(transformer: SanaConfig) -> list[str]:
+    """What a user should know before training a model of this shape on, a line each."""
+    if not getattr(transformer, "guidance_embeds", False):
+        return []
+    return [
+        "warning: the base model is distilled to few steps (SANA-Sprint); diffusion loss on a distilled model is "
+        "experimental and may undo the distillation: prefer SANA or SANA-1.5"
+    ]
 
 
 def _require(option: str, value, condition: bool, allowed: str) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from configs.checks import require
+from configs.data import ImageDataConfig
 
 
 @dataclass(frozen=True)
@@ -26,10 +27,18 @@ class PriorConfig:
     """Sampling steps with which the base model draws them."""
 
     def __post_init__(self):
-        given = self.path is not None or self.pictures != type(self).pictures or self.weight != type(self).weight
+        given = any(getattr(self, entry.name) != entry.default for entry in fields(self) if entry.name != "caption")
         caption = self.caption
         require("prior.caption", caption, caption is not None or not given, "a text, where other --prior options are")
         require("prior.caption", repr(caption), caption is None or bool(caption.strip()), "a text that is not empty")
         require("prior.pictures", self.pictures, self.pictures >= 1, "1 or more")
         require("prior.weight", self.weight, 0 < self.weight < math.inf, "above 0")
         require("prior.num-inference-steps", self.num_inference_steps, self.num_inference_steps >= 1, "1 or more")
+
+
+@dataclass(frozen=True)
+class ClassPicturesConfig(ImageDataConfig):
+    """Pictures of the class, which are cut to the sizes of the subject's."""
+
+    sizes: tuple[tuple[int, int, int], ...] = ()
+    """(height, width, pictures of the subject) of each size."""

@@ -7,6 +7,7 @@ A nested field ``group.field`` is the option ``--group.field``. Presets (``confi
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -40,6 +41,9 @@ class ComputeConfig:
     scan_blocks: bool = True
     """Compile one block and scan it; False unrolls the blocks, which compiles for longer: for debugging, and for small
     networks on a CPU, where the scan's copies take a third of a step."""
+    emulate_fp16_saturation: bool = False
+    """Clip linear attention to ±65504 as float16 does, for base models that were trained in it and need that, such as
+    Sana_1600M_1024px_diffusers; what is trained from one needs it in sampling as well."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,9 @@ class FlowConfig:
     """Scale of the mode density; 1.29 in its paper."""
     caption_dropout: float = 0.1
     """Share of captions replaced by the encoding of no text, which classifier-free guidance needs."""
+    embedded_guidance: float | None = None
+    """The guidance scale that a distilled base model (SANA-Sprint), which has it for an input, is told. None takes the
+    one that it is sampled with by default; for other models, which have no such input."""
 
     @property
     def sampling_shift(self) -> float | None:
@@ -335,8 +342,30 @@ class RunConfig:
             share, shift = self.flow.image_to_video, self.flow.sampling_flow_shift
             _require("flow.image-to-video", share, 0 <= share <= 1, "0 to 1")
             _require("flow.sampling-flow-shift", shift, shift is None or shift > 0, "above 0")
+        self._check_unread()
         self._check_kind()
         self._check_longsana()
+
+    def _check_unread(self) -> None:
+        """What a run of this kind would not read is left alone."""
+        variant, named = self.model_variant, self.model is not None or self.encoders is not None
+        _require("model-variant", variant, variant is None or named, "None without --model or --encoders")
+        emulates = self.compute.emulate_fp16_saturation
+        allowed = "False without --model, whose weights may need it"
+        _require("compute.emulate-fp16-saturation", emulates, not emulates or self.model is not None, allowed)
+        told, network = self.flow.embedded_guidance, self.transformer
+        if network is not None and self.sprint is None:
+            distilled = getattr(network, "guidance_embeds", False)
+            allowed = "a scale of 0 or more for a network that has it for an input" if distilled else _NO_INPUT
+            good = told is None if not distilled else told is not None and 0 <= told < math.inf
+            _require("flow.embedded-guidance", told, good, allowed)
+        if self.sprint is None:
+            return
+        unread = FlowConfig(flow_shift=None)
+        for entry in dataclasses.fields(self.flow):
+            value, alone = getattr(self.flow, entry.name), getattr(unread, entry.name)
+            allowed = f"{alone} for Sprint, which reads none of --flow but has levels of its own (--sprint)"
+            _require(f"flow.{entry.name.replace('_', '-')}", value, value == alone, allowed)
 
     @property
     def trains_a_world(self) -> bool:
@@ -363,13 +392,14 @@ class RunConfig:
 
     def _check_few_steps(self) -> None:
         """Previews of distilled models are drawn with their own sampler, LongSANA's in its own steps, unguided."""
-        wanted = "scm" if self.sprint else None
+        distilled = self.sprint or getattr(self.transformer, "guidance_embeds", False)
+        wanted = "scm" if distilled else None
         if self.few_steps is not None:
             wanted = "world_stream" if self.few_steps.is_world else "longsana"
         sampler = self.preview.sampler
         fits = sampler == wanted if wanted else sampler not in ("scm", "longsana", "world_stream")
         names = {
-            "scm": "scm for Sprint training",
+            "scm": "scm for SANA-Sprint",
             "longsana": "longsana for ODE initialisation and self-forcing",
             "world_stream": "world_stream for ODE initialisation and self-forcing of SANA-WM",
         }
@@ -397,6 +427,9 @@ class RunConfig:
         _require("data", "trajectories", isinstance(data, TrajectoriesDataConfig) == (self.ode is not None), allowed)
         prompts = isinstance(data, PromptsDataConfig) and self.self_forcing is None
         _require("data", "prompts without videos", not prompts, "self-forcing (--self-forcing)")
+        rows, size = getattr(data, "joint_batch_size", None), self.batch_size
+        allowed = f"a multiple of --batch-size {size}, as {4 * size}"
+        _require("data.joint-batch-size", rows, rows is None or rows % size == 0, allowed)
         if isinstance(self.chunk_causal, ChunkCausalConfig):
             share, instead = self.flow.image_to_video, "0 with --chunk-causal; set --chunk-causal.image-to-video"
             _require("flow.image-to-video", share, share == 0, instead)
@@ -407,6 +440,9 @@ class RunConfig:
         stream = self.self_forcing.stream
         parts, one = self.accumulation, "1 with --self-forcing.stream, whose windows follow one another"
         _require("accumulation", parts, stream is None or parts == 1, one)
+        negative = getattr(data, "negative_prompt", "")
+        allowed = "none with --self-forcing.guidance 0, which has no unconditional branch"
+        _require("data.negative-prompt", repr(negative), not negative or self.self_forcing.guidance > 0, allowed)
 
     def _check_few_step_network(self) -> None:
         """LongSANA's settings are for video models, and SANA-WM's for world models, which need a camera."""
@@ -479,34 +515,9 @@ _WORLD_DATA = MovingCameraDataConfig | WorldDataConfig
 _FOR_LONGSANA = TrajectoriesDataConfig | PromptsDataConfig
 
 
+_NO_INPUT = "None for a network that has no such input, as all but SANA-Sprint's"
+
+
 def _require(option: str, value, condition: bool, allowed: str) -> None:
     if not condition:
         raise UserError(f"--{option} {value} is not allowed; allowed is {allowed}: change it, or leave it out")
-
-
-# What a resumed run may change: how it is run and watched, not what it computes.
-CHANGEABLE_ON_RESUME = (
-    *("steps", "run_dir", "device", "nonfinite", "max_nonfinite"),
-    *("mesh", "checkpoint", "preview", "validation", "logging", "distributed"),
-)
-
-
-def differing_fields(one: RunConfig, other: RunConfig) -> dict[str, tuple]:
-    """Options outside ``CHANGEABLE_ON_RESUME`` in which two runs differ, with both values."""
-    first, second = (flatten(dataclasses.asdict(config)) for config in (one, other))
-    return {
-        name: (first.get(name), second.get(name))
-        for name in {**first, **second}
-        if first.get(name) != second.get(name) and name.split(".")[0] not in CHANGEABLE_ON_RESUME
-    }
-
-
-def flatten(values: dict, prefix: str = "") -> dict:
-    """Nested dictionaries as one dictionary with dotted names."""
-    flat = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from configs.checks import require
 from configs.data import VideoDataConfig
-from sana_jax.errors import UserError
 
 _NOT_FOR_WORLDS = ("flip", "joint_interval")
 # What is said of how clips are cut out of videos: not for latents that are there already.
@@ -37,9 +35,6 @@ class WorldDataConfig(VideoDataConfig):
     NeRF)."""
     field_of_view: float | None = None
     """Degrees that the cameras span across, where the data has no intrinsics."""
-    filters: tuple[str, ...] = ()
-    """Which latents of zip files take part: each name=low:high, where name is a score of the data's and either bound
-    may be left out, as in dover=0.5: or unimatch=1:30."""
     short_clips: Literal["skip", "pad"] = "skip"
     """Latents of zip files that are shorter than clip_frames: leave them out, or fill them up with frames that are not
     counted."""
@@ -57,13 +52,10 @@ class WorldDataConfig(VideoDataConfig):
         require("data.field-of-view", angle, angle is None or 0 < angle < 180, "above 0 and below 180 degrees")
         require("data.pose-column", repr(self.pose_column), bool(self.pose_column.strip()), "the name of a column")
         latents = self.format == "zip_latents"
-        some = " ".join(self.filters)
-        require("data.filters", some, latents or not some, "none but for --data.format zip_latents")
         short = self.short_clips
         require("data.short-clips", short, latents or short == "skip", "skip but for --data.format zip_latents")
         if latents:
             self._check_latents()
-        self.score_limits()
 
     def _check_latents(self) -> None:
         """Latents of zip files are clips already."""
@@ -74,25 +66,3 @@ class WorldDataConfig(VideoDataConfig):
             require(
                 option, value, value == standard[name], "nothing with --data.format zip_latents, whose clips are cut"
             )
-
-    def score_limits(self) -> dict[str, tuple[float, float]]:
-        """``filters`` by the name of the score: the least and the greatest value.
-
-        Raises:
-            UserError: not name=low:high, or a name that comes twice.
-        """
-        found: dict[str, tuple[float, float]] = {}
-        for text in self.filters:
-            name, _, bounds = text.partition("=")
-            low, colon, high = bounds.partition(":")
-            try:
-                limits = float(low or -math.inf), float(high or math.inf)
-            except ValueError:
-                limits = (math.nan, math.nan)
-            if not name or not colon or name in found or not limits[0] <= limits[1]:
-                raise UserError(
-                    f"--data.filters {text} is not allowed; allowed is name=low:high with each name once and either "
-                    "bound left out or not, as in dover=0.5: or unimatch=1:30: change it"
-                )
-            found[name] = limits
-        return found

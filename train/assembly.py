@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
-import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from configs.data import ImageDataConfig, MovingDigitsDataConfig, VideoDataConfig
+from configs.data import MovingDigitsDataConfig, VideoDataConfig
 from configs.longsana_data import PromptsDataConfig, TrajectoriesDataConfig
 from configs.moving_camera import MovingCameraDataConfig
 from configs.schema import DigitsDataConfig, RunConfig
@@ -24,21 +20,19 @@ from sana_jax.autoencoders.base import pixel_frames
 from sana_jax.errors import UserError
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import WORLD_PIPELINE, WORLD_STREAM
-from sana_jax.pipelines.opening import find_model
-from sana_jax.pipelines.text_to_image import SanaPipeline
 from sana_jax.text_encoders import TextEncoder
-from train.base_model import BaseModel, absolute, open_base_model, open_encoders, settle
+from train.base_model import BaseModel, absolute, open_base_model, open_encoders, refuse_distilled, settle
 from train.batch import FRAME_VALID
-from train.data import CachedData, Dataset, DigitsData
+from train.data import Dataset, DigitsData
 from train.data.conditions import KINDS
-from train.data.prior import WithPrior, draw_prior_pictures
-from train.data.video.joint import JointData
+from train.data.pinned import DATA
 from train.data.video.moving_camera import MovingCameraData
 from train.data.video.moving_digits import MovingDigitsData
-from train.distributed import on_first_process
 from train.longsana_data import open_prompts_data, open_trajectories
-from train.precompute import precompute
+from train.objectives.flow_matching import FlowMatching
 from train.preemption import StopRequest
+from train.prepared_data import open_prepared
+from train.prior_data import open_with_prior
 from train.recipes import DataShapes, Recipe, make_recipe
 from train.video_data import open_video_data
 from train.world_data import open_world_data
@@ -68,7 +62,7 @@ class TrainingData(Dataset, Protocol):
         ...
 
     def null_encoding(self) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
-        """The encoding of no text."""
+        """The encoding of no text, or of the negative prompt where the data has one."""
         ...
 
     def describe(self) -> str:
@@ -156,6 +150,8 @@ def open_base(config: RunConfig) -> tuple[RunConfig, BaseModel | None]:
             "published or converted model, or a training run such as runs/digits)"
         )
     base = None if config.model is None else open_base_model(config.model, config.model_variant)
+    if base is not None:
+        refuse_distilled(config, base.pipeline)
     return settle(config, base), base
 
 
@@ -201,20 +197,17 @@ def assemble(
         recipe = make_recipe(config, _data_shapes(config, dataset, dataset.autoencoder))
         return RunParts(config, base, dataset, recipe, dataset.text_encoder, dataset.autoencoder)
     encoders = base or open_encoders(config)
+    _check_settings(config)
     if config.trains_on_clips:
         return _on_videos(config, base, encoders, say, stop)
-    directory = on_first_process(lambda: precompute(config, encoders.parts, say=say, stop=stop))
-    if directory is None:
-        return None
-    dataset = CachedData(directory, config.data)
-    if config.prior is not None and config.prior.caption is not None:
-        with_class = _class_configuration(config)
-        directory = on_first_process(lambda: _prepare_class(with_class, base, say, stop))
-        if directory is None:
-            return None
-        dataset = WithPrior(dataset, CachedData(directory, with_class.data), config.prior.weight)
     recipe = make_recipe(config)
-    _check_conditions(recipe.conditions, dataset)
+    declared = {condition.partition("=")[0] for condition in config.data.conditions}
+    _check_conditions(recipe.conditions, declared)
+    dataset = open_prepared(config, encoders.parts, DATA, say, stop)
+    if dataset is not None and config.prior is not None and config.prior.caption is not None:
+        dataset = open_with_prior(config, base, dataset, say, stop)
+    if dataset is None:
+        return None
     return RunParts(config, base, dataset, recipe, encoders.parts.text_encoder, encoders.parts.autoencoder, encoders)
 
 
@@ -240,7 +233,7 @@ def _on_videos(
         return None
     recipe = make_recipe(config, _data_shapes(config, dataset, model.autoencoder))
     if isinstance(config.data, VideoDataConfig):
-        _check_conditions(recipe.conditions, dataset)
+        _check_conditions(recipe.conditions, set(dataset.condition_shapes(dataset.preview_shape)) - {FRAME_VALID})
     return RunParts(config, base, dataset, recipe, model.text_encoder, model.autoencoder, encoders)
 
 
@@ -266,9 +259,25 @@ def _data_shapes(config: RunConfig, dataset: TrainingData, autoencoder: VideoAut
     return DataShapes(batch, autoencoder)
 
 
-def _check_conditions(wanted: Sequence[str], dataset: CachedData | JointData | WithPrior) -> None:
+def _check_settings(config: RunConfig) -> None:
+    """Raises ``UserError`` for what only training would find wrong, before the data is prepared, which takes long."""
+    if config.sprint is None and config.few_steps is None:  # which have noise levels of their own
+        _ = FlowMatching(None, config.flow, None, None).density
+    if getattr(config.data, "validation_share", None) == 0:
+        refuse_nothing_held_out(config)
+
+
+def refuse_nothing_held_out(config: RunConfig) -> None:
+    """Raises ``UserError`` where a run that keeps no samples from training is to measure their loss."""
+    if config.validation.every:
+        raise UserError(
+            f"--validation.every {config.validation.every}: no samples are kept from training; hold some out with "
+            "--data.validation-share 0.05, or leave --validation.every at 0"
+        )
+
+
+def _check_conditions(wanted: Sequence[str], there: set[str]) -> None:
     """Raises ``UserError`` unless the data has just the conditions that the recipe reads."""
-    there = set(dataset.condition_shapes(dataset.preview_shape)) - {FRAME_VALID}
     if missing := sorted(set(wanted) - there):
         raise UserError(
             f"the network reads the condition {missing[0]}, which the data does not have; declare it with "
@@ -279,40 +288,3 @@ def _check_conditions(wanted: Sequence[str], dataset: CachedData | JointData | W
             f"--data.conditions declares {unused[0]}, which nothing in this run reads; leave it out, or choose a "
             "preset that does: controlnet, siglip_zoom_lora"
         )
-
-
-def _class_configuration(config: RunConfig) -> RunConfig:
-    """The run's configuration with the pictures of the subject's class for data."""
-    prior, data = config.prior, config.data
-    path = prior.path or os.path.join(os.path.dirname(config.run_dir), f"class-{slug(prior.caption)}")
-    cache = None if data.cache is None else f"{data.cache}-class"
-    data = ImageDataConfig(
-        path=path,
-        caption=prior.caption,
-        resolution=data.resolution,
-        aspect_buckets=data.aspect_buckets,
-        latent_dtype=data.latent_dtype,
-        cache=cache,
-    )
-    return dataclasses.replace(config, data=data)
-
-
-def _prepare_class(config: RunConfig, base: BaseModel, say: Callable[[str], None], stop: StopRequest) -> Path | None:
-    """Draws what is missing of the class's pictures with the base model, and makes their cache."""
-    prior, pipeline = config.prior, None
-
-    def draw(caption: str, seed: int):
-        nonlocal pipeline
-        if pipeline is None:
-            pipeline = SanaPipeline.from_pretrained(find_model(base.name), variant=base.variant)
-        drawn = pipeline(caption, seed=seed, num_inference_steps=prior.num_inference_steps, progress_bar=False)
-        return drawn.images[0]
-
-    draw_prior_pictures(Path(config.data.path), prior.caption, prior.pictures, draw, say)
-    del pipeline  # its weights are not needed beside the training's own
-    return precompute(config, base.parts, say=say, stop=stop)
-
-
-def slug(text: str) -> str:
-    """A text as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "pictures"

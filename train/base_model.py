@@ -11,11 +11,18 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from configs.schema import RunConfig, VideoFlowConfig
+from configs.schema import FlowConfig, PreviewConfig, RunConfig, VideoFlowConfig
 from kernels.typing import PyTree
+from sana_jax.diffusion.samplers import SCM
 from sana_jax.errors import UserError
 from sana_jax.pipelines.families import TransformerConfig, abstract_params, make_transformer
-from sana_jax.pipelines.model_directory import ModelDirectory, pipeline_of, read_model_directory
+from sana_jax.pipelines.model_directory import (
+    GROWING_PIPELINES,
+    WORLD_STREAM,
+    ModelDirectory,
+    pipeline_of,
+    read_model_directory,
+)
 from sana_jax.pipelines.opening import find_model, model_weights_id, open_transformer_weights
 from sana_jax.weights.components import Resident
 from train.networks import sharding_rules
@@ -57,6 +64,21 @@ def abstract_transformer(config: TransformerConfig, mesh: Mesh | AbstractMesh, d
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
+
+
+def in_dtype(params: PyTree, dtype: str) -> PyTree:
+    """Parameters, or their shapes, in a dtype and where they were; None stays None.
+
+    Arrays are let go of one after another, so that they are freed if nothing else holds them.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    del params
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            leaves[index] = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype), sharding=leaf.sharding)
+        elif leaf.dtype != jnp.dtype(dtype):
+            leaves[index] = jax.device_put(leaf.astype(dtype), leaf.sharding)
+    return jax.tree.unflatten(structure, leaves)
 
 
 def open_base_model(name: str, variant: str | None = None) -> BaseModel:
@@ -108,6 +130,26 @@ def open_encoders(config: RunConfig) -> BaseModel:
     return found
 
 
+def refuse_distilled(config: RunConfig, pipeline: str) -> None:
+    """Stops where a run would start from a few-step generator that takes the model's place.
+
+    Such a generator has no velocity of the data at every noise level, which flow matching goes on from and a score
+    network is. ODE initialisation alone may go on with one.
+
+    Raises:
+        UserError: with what to name instead.
+    """
+    if pipeline not in GROWING_PIPELINES or config.ode is not None:
+        return
+    instead = f"name the {'SANA-WM' if pipeline == WORLD_STREAM else 'SANA-Video'} that it was distilled from"
+    if config.self_forcing is not None:
+        instead += ", and this one with --self-forcing.generator"
+    raise UserError(
+        f"--model {config.model} is a generator of a few steps ({pipeline}), and the preset {config.preset} starts "
+        f"from a model that knows all noise levels; {instead}"
+    )
+
+
 def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
     """The configuration with what it left open taken from its base model.
 
@@ -122,6 +164,7 @@ def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
                 "--model DIRECTORY (a published or converted model, or a training run such as runs/digits)"
             )
         return config
+    contract_notice(config, base)
     network = base.parts.transformer_config
     if config.sprint is not None:
         network = dataclasses.replace(network, guidance_embeds=True)  # the student's
@@ -136,12 +179,61 @@ def settle(config: RunConfig, base: BaseModel | None) -> RunConfig:
     preview = config.preview
     if preview.guidance_scale is None:
         preview = dataclasses.replace(preview, guidance_scale=base.parts.defaults.guidance_scale)
-    if config.few_steps is not None:  # which has levels of its own
+    if config.few_steps is not None or config.sprint is not None:  # which have levels of their own
         return dataclasses.replace(config, transformer=network, preview=preview)
     flow = dataclasses.replace(config.flow, flow_shift=shift)
+    if getattr(network, "guidance_embeds", False):
+        flow, preview = _of_a_distilled_model(config, flow, preview, base)
     if isinstance(flow, VideoFlowConfig) and flow.sampling_flow_shift is None:
         flow = dataclasses.replace(flow, sampling_flow_shift=own_shift)
     return dataclasses.replace(config, transformer=network, flow=flow, preview=preview)
+
+
+def _of_a_distilled_model(
+    config: RunConfig, flow: FlowConfig, preview: PreviewConfig, base: BaseModel
+) -> tuple[FlowConfig, PreviewConfig]:
+    """What training a SANA-Sprint on takes over from it: the guidance scale that it is told, and how it is sampled.
+
+    Raises:
+        UserError: settings that such a model has no use for.
+    """
+    defaults, sigma_data = base.parts.defaults, getattr(base.parts.sampler, "sigma_data", SCM.sigma_data)
+    unknown = {
+        "ControlNet": config.controlnet,
+        "--tokens": config.tokens,
+        "--prior.caption": None if config.prior is None else config.prior.caption,
+    }
+    if asked := [name for name, value in unknown.items() if value is not None]:
+        raise UserError(
+            f"--model {config.model} is distilled to few steps (SANA-Sprint), for which there is no {asked[0]}; choose "
+            "SANA or SANA-1.5"
+        )
+    if sigma_data != SCM.sigma_data:
+        raise UserError(
+            f"--model {config.model} is sampled with sigma_data {sigma_data}; training goes on from SANA-Sprint models "
+            f"of {SCM.sigma_data} alone: name another, or distil it anew with the preset sprint"
+        )
+    if flow.embedded_guidance is None:
+        flow = dataclasses.replace(flow, embedded_guidance=defaults.guidance_scale)
+    if preview.sampler == PreviewConfig.sampler:
+        steps = preview.num_inference_steps
+        if steps == PreviewConfig.num_inference_steps:
+            steps = getattr(defaults, "num_inference_steps", steps)
+        preview = dataclasses.replace(preview, sampler="scm", num_inference_steps=steps)
+    return flow, preview
+
+
+def contract_notice(config: RunConfig, base: BaseModel | None) -> str | None:
+    """A line that the user should see about the base model's weights in the run's dtype; None where there is none.
+
+    Raises:
+        UserError: these weights draw broken pictures in that dtype, and would be trained on from there.
+    """
+    compute, contract = config.compute, None if base is None else base.parts.contract
+    if contract is None:
+        return None
+    option = "--compute.emulate-fp16-saturation"
+    return contract.check(compute.dtype, compute.emulate_fp16_saturation, option)
 
 
 def absolute(name: str) -> str:

@@ -40,7 +40,14 @@ from train.evaluation.comparison_plan import (
     slug,
 )
 from train.evaluation.comparison_results import frames_of_one_size, write_results
-from train.evaluation.drawing import NO_PICTURE, Opener, is_training_run, read_prompts, remove_temporaries
+from train.evaluation.drawing import (
+    NO_PICTURE,
+    Opener,
+    as_trained,
+    is_training_run,
+    read_prompts,
+    remove_temporaries,
+)
 from train.preview_clips import clip_table, write_moving
 
 _PREVIEW = re.compile(r"step_(\d+)\.png")
@@ -130,18 +137,17 @@ def _draw_checkpoint(
     column = pictures[0].column
     run = is_training_run(column.directory)
     started = time.perf_counter()
-    pipeline = opener.open(
-        GenerateConfig(
-            model=str(column.directory),
-            prompt=(pictures[0].prompt,),
-            output=NO_PICTURE,
-            variant=config.variant,
-            dtype=config.dtype,
-            low_memory=config.low_memory,
-            weights=config.weights if run else "auto",
-            checkpoint_step=column.checkpoint_step,
-        )
+    request = GenerateConfig(
+        model=str(column.directory),
+        prompt=(pictures[0].prompt,),
+        output=NO_PICTURE,
+        variant=config.variant,
+        dtype=config.dtype,
+        low_memory=config.low_memory,
+        weights=config.weights if run else "auto",
+        checkpoint_step=column.checkpoint_step,
     )
+    pipeline = opener.open(as_trained(request))
     own = pipeline.get_active_adapters()  # of a run that has trained a LoRA
     if files := list(dict.fromkeys(p.column.lora for p in pictures if p.column.lora is not None)):
         pipeline.load_lora_weights(files, adapter_name=files, weights=[0.0] * len(files))
@@ -175,6 +181,7 @@ def _draw(config: CompareConfig, opener: Opener, pipeline: ImagePipeline, pictur
         lora=lora,
         variant=config.variant,
     )
+    request = as_trained(request)
     result = opener.draw(pipeline, request, [picture.prompt], negative_prompt=config.negative_prompt)
     settings = {
         "prompt": picture.prompt,

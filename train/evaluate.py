@@ -36,11 +36,19 @@ from sana_jax.pipelines.opening import find_model
 from train.data.digits import DigitsData, load_images
 from train.evaluation import digits as digits_metric
 from train.evaluation.distances import fit_gaussian, frechet_distance, kernel_distance
-from train.evaluation.drawing import NO_PICTURE, Opener, check_draws_from_text, is_training_run, read_prompts
+from train.evaluation.drawing import (
+    NO_PICTURE,
+    Opener,
+    as_trained,
+    check_draws_from_text,
+    is_training_run,
+    read_prompts,
+)
 from train.evaluation.features import FeatureFunction, load_features
 from train.evaluation.record import append_record, describe_device, make_record
 from train.evaluation.reference import (
     DIGITS,
+    PICTURES,
     FolderPictures,
     Reference,
     captions_beside,
@@ -55,6 +63,7 @@ from train.run_directory import CONFIG_NAME, read_config
 PROG = "python -m train.evaluate"
 Metric = Literal["fid", "kid", "similarity", "diversity", "digits", "score"]
 _ALL_DIGITS = tuple(range(10))
+_KEPT = "{:06d}.png"  # names of kept pictures
 _ENCODED_TOGETHER = 256  # prompts, 2.8 MB each at 300 tokens of 2304
 # option -> the metrics that read it
 _READ_BY = {
@@ -314,7 +323,9 @@ def _draw_samples(
         variant=config.variant,
         dtype=config.dtype,
     )
-    opener = Opener()
+    if config.keep is not None:
+        _clear_kept(Path(config.keep))
+    opener, request = Opener(), as_trained(request)
     pipeline = opener.open(request)
     groups = np.sort(np.arange(config.samples) % len(source.prompts))
     features, arrays, vectors = [], [], []
@@ -332,7 +343,7 @@ def _draw_samples(
             for offset, picture in enumerate(pictures):
                 prompt = source.prompts[groups[first + offset]]
                 metadata = {"prompt": prompt, **picture_settings(request, pipeline), "number": first + offset}
-                save_png(Path(config.keep) / f"{first + offset:06d}.png", picture, metadata=metadata)
+                save_png(Path(config.keep) / _KEPT.format(first + offset), picture, metadata=metadata)
     print(f"drew {config.samples} pictures in {time.perf_counter() - started:.1f} s, compiling included")
     settings = {
         **picture_settings(request, pipeline),
@@ -345,6 +356,41 @@ def _draw_samples(
     }
     joined = (np.concatenate(parts) if parts else None for parts in (features, arrays, vectors))
     return Samples(*joined, [source.prompts[group] for group in groups], groups, settings)
+
+
+def _clear_kept(folder: Path) -> None:
+    """Removes the pictures that an earlier command kept, so that those of this one are all that is measured there.
+
+    Raises:
+        UserError: there are pictures that none has kept.
+    """
+    if not folder.is_dir():
+        return
+    kept, others = [], []
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
+        (kept if path.parent == folder and _is_kept(path) else others).append(path)
+    if others:
+        raise UserError(
+            f"--keep {folder} has pictures that are not of an evaluation, such as {others[0]}; name a folder that is "
+            "new, empty or of an earlier --keep, so that it can be measured"
+        )
+    for path in kept:
+        path.unlink()
+    if kept:
+        print(f"--keep {folder}: removed {len(kept)} pictures of an earlier evaluation")
+
+
+def _is_kept(path: Path) -> bool:
+    """Whether a picture is one that ``--keep`` has written: it has its number in its name and inside."""
+    from PIL import Image
+
+    if not path.stem.isdecimal() or path.name != _KEPT.format(int(path.stem)):
+        return False
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get("number") == str(int(path.stem))
+    except OSError:
+        return False
 
 
 def _batches(

@@ -99,16 +99,25 @@ def open_prompts_data(
 def _prepare(
     config: RunConfig, model: ModelDirectory, prompts: Sequence[str], say: Say, stop: StopRequest | None
 ) -> Path | None:
-    """Completes the cache of the encoded prompts, with motion scores; its directory, or None if asked to stop."""
+    """Completes the cache of the encoded prompts, with motion scores, and of the negative prompt.
+
+    Returns:
+        Its directory; None if asked to stop.
+    """
     data = config.data
     wanted = texts_of(prompts, data.motion_score)
     if data.real_motion_score is not None:
         wanted += texts_of(prompts, data.real_motion_score)
-    return prepare_prompts(config, model, wanted, say, stop)
+    return prepare_prompts(config, model, wanted, say, stop, data.negative_prompt)
 
 
 def prepare_prompts(
-    config: RunConfig, model: ModelDirectory, texts: Sequence[str], say: Say, stop: StopRequest | None
+    config: RunConfig,
+    model: ModelDirectory,
+    texts: Sequence[str],
+    say: Say,
+    stop: StopRequest | None,
+    negative_prompt: str = "",
 ) -> Path | None:
     """Completes a cache of encoded prompts alone: of these texts and of the previews' prompts.
 
@@ -118,6 +127,7 @@ def prepare_prompts(
         texts: what is wanted.
         say: prints a line.
         stop: a request to stop.
+        negative_prompt: which is encoded as what videos should not be; empty for none.
 
     Returns:
         The cache's directory; None if a request to stop came meanwhile.
@@ -133,7 +143,7 @@ def prepare_prompts(
         count = len(wanted) - len(missing)
         say(f"cache: {directory}: {len(wanted):,} distinct prompts, {count:,} of them there")
         try:
-            add_prompts(cache, encoder, missing, say, stop)
+            add_prompts(cache, encoder, missing, say, stop, negative_prompt)
         except StoppedError:
             say(f"stopped by {stop.signal.name}; what was finished is kept in {directory}, the same command continues")
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from kernels.typing import PyTree
 from train.objectives.longsana.networks import Captions
 from train.objectives.longsana.self_forcing import SelfForcing
 from train.objectives.longsana.streaming import Stream, StreamingSelfForcing
+from train.objectives.longsana.windows import Windows
 from train.phases import Phase, PhaseOptimizers, make_phase_optimizers, make_phase_step, optimizer_beside, steps_of
 from train.step import StepFunction
 
@@ -61,16 +61,20 @@ class SelfForcingSteps:
     settings: SelfForcingConfig
     config: RunConfig
 
-    def optimizers(self, trained: PyTree) -> PhaseOptimizers:
+    def optimizers(self, trained: PyTree, windows: Windows | None = None) -> PhaseOptimizers:
         """One for the generator and one for the fake score; schedules count the steps of their own kind.
+
+        Args:
+            trained: the tree of parameters, or its shapes.
+            windows: of a video; None for training on whole videos.
 
         Raises:
             UserError: settings that do not fit the parameters.
         """
-        cycle = self.settings.cycle
+        kinds = self.settings.cycle if windows is None else windows.kinds_of_steps(self.settings.cycle)
         beside = optimizer_beside(self.config.optimizer, self.settings.critic_learning_rate)
         options = {"generator": self.config.optimizer, "critic": beside}
-        phases = [Phase(name, PARTS[name], options[name], steps_of(self.config, cycle, name)) for name in PARTS]
+        phases = [Phase(name, PARTS[name], options[name], steps_of(self.config, kinds, name)) for name in PARTS]
         return make_phase_optimizers(phases, trained)
 
     def on_whole_videos(self, losses: SelfForcing, optimizers: PhaseOptimizers) -> tuple[StepFunction, ...]:
@@ -93,9 +97,8 @@ class SelfForcingSteps:
             for phase in optimizers.phases
             for first in (True, False)
         }
-        cycle, windows = self.settings.cycle, streaming.windows
-        period = math.lcm(len(cycle), windows.count)
-        return tuple(made[cycle[step % len(cycle)], windows.is_first(step)] for step in range(period))
+        kinds = streaming.windows.kinds_of_steps(self.settings.cycle)
+        return tuple(made[kind, streaming.windows.is_first(step)] for step, kind in enumerate(kinds))
 
     def _on_window(
         self, streaming: StreamingSelfForcing, phase: Phase, optimizers: PhaseOptimizers, first: bool

@@ -38,25 +38,28 @@ from sana_jax.host_memory import keep_freed_memory
 from sana_jax.weights.components import Resident
 from train import run_directory
 from train.assembly import RunParts, assemble, open_base, open_start
-from train.base_model import BaseModel
+from train.base_model import BaseModel, contract_notice, in_dtype
 from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
+from train.data.loader import batch_rows, own_rows
 from train.distributed import describe_processes, join_processes
 from train.fake_score_start import FAKE, FakeScoreStart, open_fake_score_start
 from train.longsana_step import STREAM
 from train.memory import advice_when_memory_ends
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.optimizers import learning_rate_schedule, warmup_steps
+from train.phases import schedules_of
 from train.plan import needed_and_choices, print_plan
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.publishing import publish
-from train.recipes import make_recipe
+from train.recipes import Recipe, make_recipe
 from train.sharding import batch_sharding, check_batch, local_rows, make_mesh, replicated, to_global
 from train.state import TrainState, parameter_count, sampled_params
 from train.state_plan import StatePlan, plan_state
 from train.step import StepMetrics
+from train.trained_table import trained_count, trained_table
 from train.validation import Validator
 
 PROG = "python -m train.main"
@@ -80,6 +83,7 @@ def read_command_line(argv: Sequence[str]) -> RunConfig:
         run_directory.require_checkpoint(Path(run_dir))
         # Which processes there are belongs to a start, not to the run: other hosts may continue it.
         saved = dataclasses.replace(saved, run_dir=run_dir, distributed=DistributedConfig())
+        saved = run_directory.located(saved, Path(run_dir))
         config = parse(RunConfig, argv, default=saved, prog=f"{PROG} --resume {run_dir}")
         if config.run_dir != run_dir:
             raise UserError(
@@ -95,7 +99,18 @@ def read_command_line(argv: Sequence[str]) -> RunConfig:
         raise UserError(
             f"--preset {config.preset}: the preset is the first word, not an option: {PROG} {config.preset}"
         )
+    _check_average(config, load_preset(name))
     return config
+
+
+def _check_average(config: RunConfig, preset: RunConfig) -> None:
+    """Raises ``UserError`` for settings of a moving average that the run does not keep, other than its preset's."""
+    kept = config.ema.enabled and config.optimizer.name != "schedule_free_adamw"
+    for name, value in () if kept else to_dict(config.ema).items():
+        if name != "enabled" and value != getattr(preset.ema, name):
+            why = "--optimizer.name schedule_free_adamw, which keeps an average of its own"
+            why = why if config.ema.enabled else "--ema.no-enabled"
+            raise UserError(f"--ema.{name} {value} would not be used with {why}; leave it out")
 
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -118,19 +133,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
 
 
 def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
-    # ---- devices and mesh --------------------------------------------------------------------------------------------
-    prefer_device(config.device)
-    join_processes(config.distributed)
-    stop.listen()  # joining gives SIGTERM to JAX
-    choose_device(config.device)
-    cache = enable_compilation_cache()
-    say = _print_line if jax.process_index() == 0 else (lambda line: None)
-    mesh = make_mesh(config.mesh)
-    held.enter_context(jax.set_mesh(mesh))
-    check_batch(config.batch_size, config.accumulation, mesh)
-    run_directory.check_writable(config)
-    say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")
-    say(f"run: {config.preset}, {config.steps} steps of {config.batch_size} in {config.run_dir}; compiled code {cache}")
+    mesh, say = _set_up(config, stop, held)
 
     # ---- what is trained, on what ------------------------------------------------------------------------------------
     rows_sharding = batch_sharding(mesh)
@@ -139,11 +142,12 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     continuing = run_directory.claim(config, base)
     if continuing:
         held.enter_context(run_directory.hold(config))
-    base_weights = None if base is None else base.abstract_weights(mesh, config.compute.dtype)
     begun = run_directory.has_checkpoint(Path(config.run_dir))
+    outline = make_recipe(config)
+    base_weights = _weights_to_read(config, outline, base, mesh, begun)
     start, fake = (None, None) if begun else (open_start(config), open_fake_score_start(config))
     # Layers and patterns that are not there are found before the pictures are prepared, which may take hours.
-    plan = plan_state(config, make_recipe(config), base_weights, mesh)
+    plan = plan_state(config, outline, base_weights, mesh)
     parts = assemble(config, base, say, stop)
     if parts is None:
         return exit_status(stop.signal)
@@ -155,7 +159,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     run_directory.check_parts(parts)
 
     # ---- model and state ---------------------------------------------------------------------------------------------
-    frozen = recipe.frozen(base_weights, mesh)
+    frozen = recipe.frozen(in_dtype(base_weights, config.compute.dtype), mesh)
     _say_what_is_trained(parts, plan, base_weights, mesh, say)
     previewer, validator = Previewer(parts, mesh, stop.writing), Validator(parts, mesh)
     store = _open_store(config)
@@ -182,7 +186,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
         if continuing:
             say(f"{config.run_dir} has no checkpoint yet: starting at step 0")
         state = _first_state(plan, base_weights, weights, start, fake, say)
-    frozen = recipe.frozen(weights.params, mesh) if recipe.keeps_base else None
+    frozen = recipe.frozen(in_dtype(weights.take(), config.compute.dtype), mesh) if recipe.keeps_base else None
     if weights is not None and not recipe.keeps_base:
         weights.free()
     with stop.writing:
@@ -194,11 +198,41 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     def train_step(state: TrainState, batch: Batch, step: int) -> tuple[TrainState, StepMetrics]:
         return train_steps[batch.latents.shape[1:], step % kinds](state, frozen, batch)
 
+    def to_devices(batch: Batch) -> Batch:
+        total = config.batch_size * (len(batch.latents) // (rows[1] - rows[0]))  # more where there are pictures
+        return to_global(batch, rows_sharding, total, own_rows(rows, config.batch_size, total).start)
+
     previewer.frozen = run.frozen = frozen
     with store:
-        status = run.loop(state, train_step, lambda batch: to_global(batch, rows_sharding, config.batch_size, rows[0]))
+        status = run.loop(state, train_step, to_devices)
     stop.nothing_to_lose = True
     return status
+
+
+def _set_up(config: RunConfig, stop: StopRequest, held: ExitStack) -> tuple[Mesh, Callable[[str], None]]:
+    """Devices, processes and their mesh, and what prints lines."""
+    prefer_device(config.device)
+    join_processes(config.distributed)
+    stop.listen()  # joining gives SIGTERM to JAX
+    choose_device(config.device)
+    cache = enable_compilation_cache()
+    say = _print_line if jax.process_index() == 0 else (lambda line: None)
+    mesh = make_mesh(config.mesh)
+    held.enter_context(jax.set_mesh(mesh))
+    check_batch(config.batch_size, config.accumulation, mesh)
+    run_directory.check_writable(config)
+    say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")
+    say(f"run: {config.preset}, {config.steps} steps of {config.batch_size} in {config.run_dir}; compiled code {cache}")
+    return mesh, say
+
+
+def _weights_to_read(
+    config: RunConfig, recipe: Recipe, base: BaseModel | None, mesh: Mesh, begun: bool
+) -> PyTree | None:
+    """Shapes of the base model's parameters: float32 where the trained ones begin as these, so that no bit is lost, and
+    the compute dtype where they only stay beside them."""
+    dtype = "float32" if recipe.copies_base and not begun else config.compute.dtype
+    return None if base is None else base.abstract_weights(mesh, dtype)
 
 
 def _compile_steps(
@@ -211,12 +245,13 @@ def _compile_steps(
     functions = parts.recipe.step_functions(config, plan.optimizer, null_encoding)
     distinct = list(dict.fromkeys(functions))
     for shape, indices in dataset.buckets.items():
-        batch = dataset.batch(np.full(config.batch_size, indices[0]), np.zeros((config.batch_size, 2)))
+        rows = batch_rows(dataset, shape, config.batch_size)
+        batch = dataset.batch(np.full(rows, indices[0]), np.zeros((rows, 2)))
         batch = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding), batch)
         programs = {}
         for number, function in enumerate(distinct):
             which = "the train step" if len(distinct) == 1 else f"train step {number + 1} of {len(distinct)}"
-            name = f"{which} for latents {'x'.join(map(str, (config.batch_size, *shape)))}"
+            name = f"{which} for latents {'x'.join(map(str, (rows, *shape)))}"
             jitted = jax.jit(function, donate_argnums=0, out_shardings=shardings)
             programs[function] = compile_ahead(name, jitted, plan.abstract, frozen, batch, say=say)
         compiled |= {(shape, kind): programs[function] for kind, function in enumerate(functions)}
@@ -253,25 +288,33 @@ def _say_what_is_trained(
     """The lines of a run's start about the model."""
     config, optimizer = parts.config, parts.config.optimizer
     say(_model_line(config, plan, base))
-    for line in parts.recipe.notes(optimizer.learning_rate, base):
+    for notice in (contract_notice(config, parts.base), run_directory.computed_otherwise(config)):
+        if notice is not None:
+            say(notice)
+    schedules = schedules_of(plan.optimizer, config)
+    for line in (*parts.recipe.notes(optimizer.learning_rate, base), *trained_table(schedules, plan.abstract.params)):
         say(line)
-    if (warmup := warmup_steps(optimizer, config.steps)) != optimizer.warmup_steps:
-        say(f"warm-up: {warmup} steps, not {optimizer.warmup_steps}, since the run has {config.steps} steps")
+    for name, _, options, steps in schedules:
+        if (warmup := warmup_steps(options, steps)) != options.warmup_steps:
+            whose = "the run has" if name is None else f"of the run's {config.steps} the {name} has"
+            say(f"warm-up: {warmup} steps, not {options.warmup_steps}, since {whose} {steps} steps")
     if plan.whole and mesh.size > 1:
         say(f"sharding: {len(plan.whole)} parameters stay whole where no axis divides them: {plan.whole[0]} ...")
 
 
 def _model_line(config: RunConfig, plan: StatePlan, base: PyTree | None) -> str:
-    params = plan.abstract.params
-    count = parameter_count({name: tree for name, tree in params.items() if name != STREAM})
+    params = {name: tree for name, tree in plan.abstract.params.items() if name != STREAM}
+    count, trained = parameter_count(params), trained_count(schedules_of(plan.optimizer, config), params)
     computed = f"computed in {config.compute.dtype}, remat {config.compute.remat}"
     blocks = f"{config.transformer.num_layers} blocks"
     if base is None:
-        return f"model: {count:,} parameters in {blocks}, {computed}"
+        share = "" if trained == count else f", of them {trained:,} trained"
+        return f"model: {count:,} parameters in {blocks}{share}, {computed}"
     whole = parameter_count(base)
-    share = "" if count == whole else f", of them {count:,} trained ({100 * count / whole:.2f} % of the base model's)"
+    some = f", of them {trained:,} trained ({100 * trained / whole:.2f} % of the base model's)"
+    share = "" if trained == whole else some
     if count > whole:
-        share = f"; {count:,} trained, a copy of them included"
+        share = f"; {trained:,} trained, a copy of them included"
     return f"model: {config.model}, {whole:,} parameters in {blocks}{share}, {computed}"
 
 
@@ -296,7 +339,7 @@ class Run:
         self.unchecked: list[tuple[int, StepMetrics]] = []
         self.kind = "clips" if self.config.trains_on_clips else "images"
         self.samples_per_second: list[float] = []
-        self.waited = 0.0  # seconds for data, since the last row
+        self.waited, self.samples = 0.0, 0  # seconds for data, and what was trained on, since the last row
 
     def loop(self, state: TrainState, train_step, to_devices) -> int:
         """Steps to the end, or to a request to stop; returns the exit status."""
@@ -315,6 +358,7 @@ class Run:
                 batch = next(self.loader)
                 self.waited += time.perf_counter() - asked
                 batch = to_devices(batch)
+                self.samples += len(batch.latents)
                 self.stop.nothing_to_lose = False
                 state, metrics = train_step(state, batch, step)
                 step += 1
@@ -373,9 +417,9 @@ class Run:
 
     def row(self, step: int, window: list[StepMetrics], seconds: float, validation: dict[str, float]) -> None:
         """Writes and shows a row, with the validation losses where they were measured."""
-        values = summarise(window, len(window) * self.config.batch_size, seconds, self.kind)
+        values = summarise(window, self.samples, seconds, self.kind)
         values |= validation | {"data_wait_share": self.waited / seconds}
-        self.waited = 0.0
+        self.waited, self.samples = 0.0, 0
         self.writer.write(step, values)
         self.progress.row(step, values)
         if validation:
@@ -465,6 +509,7 @@ class Run:
             control = f" --image PICTURE --action w-{self.parts.frames - 1}"
         elif self.parts.recipe.kind == "lora":
             control = "".join(f" --condition {name}=VALUE" for name in self.parts.recipe.conditions)
+        control += " --emulate-fp16-saturation" if config.compute.emulate_fp16_saturation else ""
         what, out = ("clips", "clip.gif") if config.trains_on_clips else ("pictures", "picture.png")
         out = "clip.mp4" if config.few_steps is not None else out  # which grows block by block
         self.say(
@@ -489,15 +534,18 @@ def _restore(
     restored = store.restore(plan.abstract.params, plan.abstract.ema, plan.abstract.opt_state)
     loader.restore(restored.data_position)
     say(f"resumed at step {restored.step} of {config.steps}")
-    steps_then = restored.config["steps"]
-    then, now = (
-        float(learning_rate_schedule(config.optimizer, steps)(restored.step)) for steps in (steps_then, config.steps)
-    )
-    if then != now:
-        say(
-            f"--steps {config.steps} instead of {steps_then} stretches the {config.optimizer.schedule} schedule: the "
-            f"learning rate here is {now:.3g}, where it would have been {then:.3g}"
-        )
+    before = dataclasses.replace(config, steps=restored.config["steps"])
+    recipe = make_recipe(config)
+    made = (plan.optimizer, recipe.optimizer(before, plan.abstract.params))
+    for new, old in zip(*(schedules_of(*each) for each in zip(made, (config, before)))):
+        done = restored.step * new.steps // config.steps  # of this kind
+        now, then = (float(learning_rate_schedule(new.options, each.steps)(done)) for each in (new, old))
+        if then != now:
+            whose = "" if new.name is None else f" of the {new.name}"
+            say(
+                f"--steps {config.steps} instead of {before.steps} stretches the {new.options.schedule} schedule: the "
+                f"learning rate{whose} here is {now:.3g}, where it would have been {then:.3g}"
+            )
     step = jax.device_put(jnp.asarray(restored.step, jnp.int32), plan.abstract.step.sharding)
     return TrainState(step, restored.params, restored.ema, restored.opt_state)
 

@@ -64,7 +64,15 @@ from train.data.encoding import encode_prompts, latent_dtype, prompt_dtype
 from train.data.numbered_shards import NumberedShards, Wanted
 from train.data.progress import Meter, Moments
 from train.data.prompt_lists import read_prompts
-from train.data.prompt_records import PromptRecords, free, null_record, text_record
+from train.data.prompt_records import (
+    PromptRecords,
+    free,
+    negative_name,
+    negative_record,
+    null_record,
+    text_record,
+)
+from train.data.prompts import texts_of
 from train.data.trajectories import TIMESTEPS, encoders_identity
 from train.data.video.moving_digits import MovingDigitsData
 from train.objectives.longsana.ode import TRAJECTORY, teacher_levels, teacher_trajectory
@@ -93,6 +101,11 @@ class MakeTrajectoriesConfig:
     prompts: str | None = None
     """A text file with one prompt per line, or a manifest (jsonl, csv) with captions; None: the captions that the
     teacher was trained on, where these are moving digits'."""
+    motion_score: int | None = None
+    """Appended to the prompts as ' motion score: N.', as the teacher is told them and the student will be; 10 in
+    LongSANA's published recipe. None: prompts stay as they are. Not for world models."""
+    negative_prompt: str = ""
+    """What the teacher's unconditional branch is told: what videos should not be. Empty: no text."""
     data: str | None = None
     """Of a world model: the cache of clips with the camera's path, or zip files of latents, of which first frames,
     paths and captions are taken; None: the clips that the teacher was trained on, where these are made in memory."""
@@ -150,6 +163,8 @@ class MakeTrajectoriesConfig:
         scale = self.guidance_scale
         _require("guidance_scale", scale, scale is None or 0 <= scale < math.inf, "0 or more")
         _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
+        score = self.motion_score
+        _require("motion_score", score, score is None or 0 <= score <= 1000, "a whole number from 0 to 1000, as 10")
         steps = self.timesteps
         falls = all(later < earlier for earlier, later in itertools.pairwise(steps))
         within = bool(steps) and steps[0] <= 1000 and steps[-1] > 0
@@ -210,6 +225,7 @@ class Teacher(NamedTuple):
         pipeline, (height, width) = self.pipeline, self.size
         own = {} if self.clips is None else {**self.clips.identity, "teacher.block_starts": self._starts}
         own |= {"trajectories.snap": True} if config.snap else {}
+        own |= {"trajectories.negative_prompt": config.negative_prompt} if config.negative_prompt.strip() else {}
         return CacheIdentity(
             {
                 **own,
@@ -282,8 +298,14 @@ def open_teacher(config: MakeTrajectoriesConfig, directory: Path, say: Say = pri
         UserError: it is no video model, or its videos can't have this size or number of frames.
         CheckpointError: its weights are missing or damaged.
     """
-    if pipeline_of(directory) == WORLD_PIPELINE:
-        return _open_world(config, directory, say)
+    teacher = (_open_world if pipeline_of(directory) == WORLD_PIPELINE else _open_video)(config, directory, say)
+    read = is_guided(teacher.guidance_scale) or not config.negative_prompt.strip()
+    _require("negative_prompt", repr(config.negative_prompt), read, "none without guidance: a scale of 1 or below")
+    return teacher
+
+
+def _open_video(config: MakeTrajectoriesConfig, directory: Path, say: Say) -> Teacher:
+    """A SANA-Video model."""
     for name in ("data", "num_clips", "block_frames"):
         _require(name, getattr(config, name), getattr(config, name) is None, "it for a world model (SANA-WM) alone")
     refuse_zip_options(config.zip_options)
@@ -305,7 +327,7 @@ def open_teacher(config: MakeTrajectoriesConfig, directory: Path, say: Say = pri
 
 def _open_world(config: MakeTrajectoriesConfig, directory: Path, say: Say) -> Teacher:
     """A world model and the clips of which its trajectories are made."""
-    for name in ("prompts", "height", "width"):
+    for name in ("prompts", "motion_score", "height", "width"):
         _require(name, getattr(config, name), getattr(config, name) is None, "none for a world model: clips have it")
     model = read_model_directory(directory, WORLD_PIPELINE)
     pipeline = SanaWMPipeline.from_pretrained(directory, weights=config.weights)
@@ -339,14 +361,14 @@ def captions_of(
     if clips is not None:
         return clips.captions * config.per_caption
     if config.prompts is not None:
-        return read_prompts(config.prompts, "--prompts", say) * config.per_caption
+        return texts_of(read_prompts(config.prompts, "--prompts", say), config.motion_score) * config.per_caption
     data = read_config(directory).data if (directory / CONFIG_NAME).is_file() else None
     if not isinstance(data, MovingDigitsDataConfig):
         raise UserError(
             f"--prompts is missing: {config.model} is no run on moving digits, whose captions could be taken; name a "
             "text file with one prompt per line"
         )
-    return MovingDigitsData(data).captions * config.per_caption
+    return texts_of(MovingDigitsData(data).captions, config.motion_score) * config.per_caption
 
 
 def make_trajectories(
@@ -403,7 +425,8 @@ class _Work:
         wanted = [Wanted((_key(index), VARIANT), _digest(text)) for index, text in enumerate(self.captions)]
         self.shards = NumberedShards(self.cache, LATENTS, wanted, size * batches)
         texts = sorted(dict.fromkeys(self.captions), key=lambda text: (len(text), text))
-        names = [NULL_PROMPT, *(("text", text) for text in texts)]
+        self.negative = negative_name(self.config.negative_prompt)
+        names = [*dict.fromkeys((NULL_PROMPT, self.negative)), *(("text", text) for text in texts)]
         self.prompts = NumberedShards(self.cache, PROMPTS, list(map(Wanted, names)), PROMPTS_IN_SHARD)
 
     def plan(self) -> None:
@@ -440,9 +463,10 @@ class _Work:
     def _encoded(self, number: int, meter: Meter) -> Iterator[dict[str, np.ndarray]]:
         encoder = self.teacher.model.text_encoder
         names = [wanted.name for wanted in self.prompts.part(number)]
-        if names[0] == NULL_PROMPT:
-            yield null_record(encoder)
-            meter.advance(1)
+        for name in names:
+            if name in (NULL_PROMPT, self.negative):
+                yield null_record(encoder) if name == NULL_PROMPT else negative_record(encoder, name[1])
+                meter.advance(1)
         done: dict[str, dict[str, np.ndarray]] = {}
         texts = [text for kind, text in names if kind == "text"]
         # short texts first, which is the order of the records
@@ -499,7 +523,8 @@ class _Work:
         indices = np.arange(start, start + self.config.batch_size)
         texts = [self.captions[index % len(self.captions)] for index in indices]
         guided = is_guided(self.teacher.guidance_scale)
-        positive, negative = prompts.encode(texts), prompts.null_encoding() if guided else None
+        positive = prompts.encode(texts)
+        negative = prompts.negative_encoding(self.config.negative_prompt) if guided else None
         as_arrays = [None if each is None else Encoded(*map(jnp.asarray, each)) for each in (positive, negative)]
         clips = self.teacher.clips
         given = None if clips is None else jax.tree.map(jnp.asarray, clips.given(indices))

@@ -31,6 +31,7 @@ class LoraCard:
         steps: optimizer steps that it was trained for.
         data: one line on the data: "12 pictures with captions, 1024 px".
         prompt: the trigger or class prompt that it was trained on; None where each sample had a caption of its own.
+        example: a caption to try it with, where there is no such prompt.
         license: of the base model, as its contract has it, which the LoRA is under as well; None if not known.
         pipeline: the pipeline that it is for, of the same name in diffusers and here.
         preview: a picture beside the card, by its path from there; None for none.
@@ -42,6 +43,7 @@ class LoraCard:
     steps: int
     data: str
     prompt: str | None = None
+    example: str | None = None
     license: str | None = None
     pipeline: str = "SanaPipeline"
     preview: str | None = None
@@ -78,13 +80,13 @@ def model_card(card: LoraCard, title: str) -> str:
     """The card's text, Markdown after a header that the Hub reads."""
     prompt = _line(card.prompt) if card.prompt else None
     lines = ["---", *_front_matter(card, prompt), "---", "", f"# {_line(title)}", ""]
-    lines += [f"A LoRA for **{_base_name(card)}**, trained with sana_jax.", ""]
+    lines += [f"A LoRA for **{base_name(card.base_model)}**, trained with sana_jax.", ""]
     if card.preview is not None:
         lines += [f"![Samples](<{card.preview}>)", ""]
     if prompt is not None:
         lines += [f"Prompt that it was trained on: `{prompt.replace('`', chr(39))}`", ""]
     rows = {
-        "Base model": _base_name(card),
+        "Base model": base_name(card.base_model),
         "Rank": card.lora.rank,
         "Alpha": f"{card.lora.rank if card.lora.alpha is None else card.lora.alpha:g} (scale {card.lora.scale:g})",
         "Dropout": f"{card.lora.dropout:g}",
@@ -95,7 +97,7 @@ def model_card(card: LoraCard, title: str) -> str:
     }
     lines += ["| | |", "|---|---|"]
     lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items()]
-    lines += ["", "## Use it", "", *_usage(card, prompt), "", "## Licence", "", _licence(card), ""]
+    lines += ["", "## Use it", "", *_usage(card, _to_try(card)), "", "## Licence", "", _licence(card), ""]
     return "\n".join(lines)
 
 
@@ -114,8 +116,13 @@ def _front_matter(card: LoraCard, prompt: str | None) -> list[str]:
     if prompt is not None:
         lines += [f"instance_prompt: {_yaml(prompt)}"]
     if card.preview is not None:
-        lines += ["widget:", f"- text: {_yaml(prompt or '')}", f"  output: {{url: {_yaml(card.preview)}}}"]
+        lines += ["widget:", f"- text: {_yaml(_to_try(card) or '')}", f"  output: {{url: {_yaml(card.preview)}}}"]
     return lines
+
+
+def _to_try(card: LoraCard) -> str | None:
+    """A prompt to try the LoRA with."""
+    return _line(card.prompt or card.example or "") or None
 
 
 def _usage(card: LoraCard, prompt: str | None) -> list[str]:
@@ -169,8 +176,9 @@ def _licence(card: LoraCard) -> str:
     return f"{_line(card.license)}, as the base model."
 
 
-def _base_name(card: LoraCard) -> str:
-    return card.base_model if _is_hub_name(card.base_model) else Path(card.base_model).name or card.base_model
+def base_name(model: str) -> str:
+    """A model's name on the Hub, or that of its directory alone: what others may read of where it lies here."""
+    return model if _is_hub_name(model) else Path(model).name or Path(model).absolute().name
 
 
 def _is_hub_name(name: str) -> bool:

@@ -11,15 +11,19 @@ from sana_jax.models.context_parallel import split_where_possible
 from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.models.sana_wm import SanaWMConfig
 from sana_jax.models.sharding_rules import SANA, SANA_VIDEO, SANA_WM, Rule
-from sana_jax.pipelines.families import Transformer, TransformerConfig, family_of
+from sana_jax.pipelines.families import Transformer, TransformerConfig, make_transformer
 from sana_jax.pipelines.sampling_function import transformer_variables
 from train.batch import CAMERA, FRAME_VALID, PLUCKER, Batch
 
 
 def make_network(config: TransformerConfig, compute: ComputeConfig) -> Transformer:
-    """The transformer of a configuration, computed as a run computes it."""
-    network = family_of(config).transformer
-    return network(config, jnp.dtype(compute.dtype), remat=compute.remat, scan_blocks=compute.scan_blocks)
+    """The transformer of a configuration, computed as a run computes it.
+
+    Raises:
+        UserError: float16's saturation for a video model, none of which was trained with it.
+    """
+    network = make_transformer(config, jnp.dtype(compute.dtype), compute.emulate_fp16_saturation)
+    return network.clone(remat=compute.remat, scan_blocks=compute.scan_blocks)
 
 
 def sharding_rules(config: TransformerConfig) -> tuple[Rule, ...]:
@@ -45,6 +49,7 @@ def predicted_velocity(
     lora: PyTree | None = None,
     tokens: ConditionTokens | None = None,
     block_starts: tuple[int, ...] | None = None,
+    guidance_scale: float | None = None,
 ) -> Float[Array, "B *X C"]:
     """What a transformer predicts for a batch's captions and, of a world model, its camera.
 
@@ -58,6 +63,7 @@ def predicted_velocity(
         lora: beside the parameters; None for none.
         tokens: condition tokens, for models of pictures; None for none.
         block_starts: first latent frame of every causal block, for video and world models; None: bidirectional.
+        guidance_scale: what SANA-Sprint's network is told; None for networks that have no such input.
     """
     config = transformer.config
     variables = transformer_variables(params, lora)
@@ -79,6 +85,9 @@ def predicted_velocity(
     more = {} if tokens is None else {"condition_tokens": tokens}
     if block_starts is not None:
         more["block_starts"] = block_starts
+    if guidance_scale is not None:
+        scale = 1e-3  # its times are noise levels from 0 to 1
+        more["guidance"] = jnp.full(noisy.shape[0], guidance_scale * config.guidance_embeds_scale)
     return transformer.apply(
         variables,
         noisy,

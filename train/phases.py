@@ -18,7 +18,7 @@ from configs.schema import OptimizerConfig, RunConfig
 from kernels.typing import Array, Int, PyTree
 from train.batch import Batch
 from train.objectives.base import PhaseLosses
-from train.optimizers import kept, learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
+from train.optimizers import evaluation_params, kept, learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
 from train.sharding import batch_stays_cut
 from train.state import TrainState
 from train.step import StepFunction, StepMetrics, accumulate, moving_average, sigma_bins, take_update
@@ -47,8 +47,11 @@ def part(trained: PyTree, names: tuple[str, ...]) -> PyTree:
 
 
 def steps_of(config: RunConfig, cycle: Sequence[str], name: str) -> int:
-    """How many steps of a kind a run has whose kinds follow one another as ``cycle`` says, rounded up."""
-    return -(-config.steps * cycle.count(name) // len(cycle))
+    """How many steps of a kind a run has whose kinds follow one another as ``cycle`` says: its share of them, rounded
+    up, or more where the last cycle is cut short and begins with them."""
+    whole, rest = divmod(config.steps, len(cycle))
+    exact = whole * cycle.count(name) + cycle[:rest].count(name)
+    return max(exact, -(-config.steps * cycle.count(name) // len(cycle)))
 
 
 def optimizer_beside(options: OptimizerConfig, learning_rate: float | None) -> OptimizerConfig:
@@ -82,6 +85,29 @@ def make_phase_optimizers(phases: Sequence[Phase], trained: PyTree) -> PhaseOpti
     """
     made = {phase.name: make_optimizer(phase.options, phase.steps, part(trained, phase.parts)) for phase in phases}
     return PhaseOptimizers(tuple(phases), made)
+
+
+class Schedule(NamedTuple):
+    """One optimizer of a run: its settings, and how many steps of its kind the run has.
+
+    Attributes:
+        name: of the kind of step; None where there is but one.
+        parts: names of the trees that it updates; None for all.
+        options: of the optimizer.
+        steps: of its kind; the learning rate's schedule ends there.
+    """
+
+    name: str | None
+    parts: tuple[str, ...] | None
+    options: OptimizerConfig
+    steps: int
+
+
+def schedules_of(optimizer: Any, config: RunConfig) -> tuple[Schedule, ...]:
+    """The optimizers of a run, by what ``Recipe.optimizer`` has made."""
+    if not isinstance(optimizer, PhaseOptimizers):
+        return (Schedule(None, None, config.optimizer, config.steps),)
+    return tuple(Schedule(phase.name, phase.parts, phase.options, phase.steps) for phase in optimizer.phases)
 
 
 # (trained, frozen, batch, draws, step) -> (losses, what ``replaced`` is given)
@@ -137,7 +163,11 @@ def make_phase_step(
         params = {**others, **taken.params}
         ema = state.ema
         if ema is not None and averaged:
-            moved = moving_average(config.ema, ema, part(params, averaged), state.step, state.step // steps_per_update)
+            if phase.options.name == "schedule_free_adamw":
+                moved = part(evaluation_params(taken.opt_state, taken.params), averaged)  # which is an average already
+            else:
+                updates = state.step // steps_per_update
+                moved = moving_average(config.ema, ema, part(params, averaged), state.step, updates)
             ema = kept(taken.finite, moved, ema)
         bins = sigma_bins(losses.sigma, config.logging.sigma_bins)
         metrics = StepMetrics(

@@ -37,6 +37,7 @@ from configs.world_data import WorldDataConfig
 from kernels.typing import PyTree
 from sana_jax.autoencoders.base import latent_frames
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
+from sana_jax.contract import Contract, contract_of
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
@@ -48,7 +49,7 @@ from sana_jax.pipelines.families import FAMILIES, IMAGE_TRANSFORMER, Transformer
 from sana_jax.pipelines.model_directory import pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
 from train.assembly import RunParts, made_clips
-from train.base_model import abstract_transformer, settle
+from train.base_model import abstract_transformer, refuse_distilled, settle
 from train.batch import CAMERA, PLUCKER, Batch
 from train.data.buckets import size_table
 from train.data.digits import DigitsData
@@ -60,10 +61,12 @@ from train.memory import Choice, Memory, compiled_bytes, fixed_memory, traced_ac
 from train.objectives.flow_matching import FlowMatching
 from train.objectives.longsana.ode import TRAJECTORY
 from train.optimizers import stop_frozen
+from train.phases import schedules_of
 from train.recipes import Recipe, make_recipe
 from train.sharding import AXES, BATCH_AXES, batch_sharding, check_batch, make_mesh, replicated
 from train.state import parameter_count
 from train.state_plan import StatePlan, plan_state
+from train.trained_table import trained_count, trained_table
 
 # Of the published models: pixels per latent, tokens of a prompt, and the dtype that a cache keeps prompts in.
 _FACTOR, _PROMPT_TOKENS, _PROMPT_DTYPE = 32, 300, "bfloat16"
@@ -90,6 +93,8 @@ class ModelShapes(NamedTuple):
     prompt_dtype: str
     temporal_factor: int | None = None
     """Frames per latent frame; None for models of pictures."""
+    contract: Contract | None = None
+    """What the base model's weights need of the computation; None where that is not known."""
 
 
 class PlannedRun(NamedTuple):
@@ -143,7 +148,10 @@ def settled(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
         return settle(config, None), model
     # Neither sampler nor sampling defaults change the step.
     parts = types.SimpleNamespace(
-        transformer_config=model.network, sampler=None, defaults=types.SimpleNamespace(guidance_scale=4.5)
+        transformer_config=model.network,
+        sampler=None,
+        defaults=types.SimpleNamespace(guidance_scale=4.5),
+        contract=model.contract,
     )
     return settle(config, types.SimpleNamespace(parts=parts)), model
 
@@ -168,10 +176,14 @@ def _model_shapes(config: RunConfig) -> ModelShapes:
     known = {**PUBLISHED_TRANSFORMERS, **PUBLISHED_VIDEO_TRANSFORMERS, **PUBLISHED_WORLD_TRANSFORMERS}
     published = known.get(name.rpartition("/")[2])
     if published is not None and not Path(name).exists():
-        return _published(published.config, published.config)
+        contract = contract_of(published.config, names=[name], stored={})
+        return _published(published.config, published.config)._replace(contract=contract)
     directory = find_model(name, config.model_variant)
+    pipeline = pipeline_of(directory)
+    if config.model is not None:
+        refuse_distilled(config, pipeline)
     try:
-        parts = read_model_directory(directory, pipeline_of(directory))
+        parts = read_model_directory(directory, pipeline)
     except FileNotFoundError:  # without weights or tokenizer the network's shape is enough
         path = directory / "transformer" / "config.json"
         if not path.is_file():
@@ -183,7 +195,8 @@ def _model_shapes(config: RunConfig) -> ModelShapes:
     encoder = parts.text_encoder
     dtype = jnp.dtype(getattr(encoder, "dtype", jnp.float32)).name
     temporal = getattr(parts.autoencoder, "temporal_factor", None)
-    return ModelShapes(parts.transformer_config, parts.autoencoder.spatial_factor, encoder.max_length, dtype, temporal)
+    factor, tokens = parts.autoencoder.spatial_factor, encoder.max_length
+    return ModelShapes(parts.transformer_config, factor, tokens, dtype, temporal, parts.contract)
 
 
 def _digits(config: RunConfig) -> DigitsData | MovingDigitsData | MovingCameraData | None:
@@ -385,7 +398,8 @@ def needed_and_choices(
     """What a run's compiled steps need on each device, None where there are none yet, and what would need less."""
     dtype = jnp.dtype(getattr(parts.text_encoder, "dtype", jnp.float32)).name
     network = None if parts.base is None else parts.base.parts.transformer_config
-    model = ModelShapes(network, parts.autoencoder.spatial_factor, parts.text_encoder.max_length, dtype)
+    factor, temporal = parts.autoencoder.spatial_factor, getattr(parts.autoencoder, "temporal_factor", None)
+    model = ModelShapes(network, factor, parts.text_encoder.max_length, dtype, temporal)
     run, needed = planned_run(parts.config, model, mesh), [compiled_bytes(step) for step in compiled]
     if not needed or None in needed:
         return None, choices(run, None)
@@ -414,7 +428,7 @@ def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh |
             yield f"--optimizer.name {name}", "another optimizer", change(config, optimizer=optimizer), mesh
     if config.ema.enabled and config.optimizer.name != "schedule_free_adamw":
         ema = change(config.ema, enabled=False)
-        yield "--no-ema.enabled", "samples are drawn with the last weights", change(config, ema=ema), mesh
+        yield "--ema.no-enabled", "samples are drawn with the last weights", change(config, ema=ema), mesh
     if run.recipe.kind == "whole" and config.model is not None and config.few_steps is None:
         ema = change(config.ema, enabled=False)
         lora = change(config, lora=LoraConfig(), ema=ema)
@@ -476,15 +490,18 @@ def print_plan(config: RunConfig, words: Sequence[str], say: Callable[[str], Non
 def report(run: PlannedRun, measured: Memory | None, changes: list[Choice], device: jax.Device) -> list[str]:
     """The lines of a plan."""
     memory, config = measured or estimated_memory(run), run.config
+    schedules, params = schedules_of(run.state.optimizer, config), run.state.abstract.params
+    trained, every = trained_count(schedules, params), parameter_count(params)
     lines = [
-        f"{config.preset}: {parameter_count(run.state.abstract.params):,} trained parameters; on each of "
-        f"{run.mesh.size} devices ({device.device_kind}), {run.rows} of {config.batch_size} samples at once:"
+        *trained_table(schedules, params),
+        f"{config.preset}: {trained:,} trained parameters; on each of "
+        f"{run.mesh.size} devices ({device.device_kind}), {run.rows} of {config.batch_size} samples at once:",
     ]
     if memory is None:
         return [*lines, "this backend reports no memory, and there is no estimate for this recipe"]
     origin = "estimated" if measured is None else "measured by compiling"
     names = {
-        "parameters": "trained parameters",
+        "parameters": "trained parameters" if trained == every else f"parameters, {every - trained:,} of them frozen",
         "frozen": "base model, frozen",
         "optimizer": f"state of {config.optimizer.name}",
         "average": "moving average",

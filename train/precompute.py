@@ -31,9 +31,10 @@ from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.pipelines.model_directory import ModelDirectory
 from train.data.cache import CacheIdentity, CacheWriter, read_identity
-from train.data.cache_plan import cache_directory, cache_identity, is_for_videos
+from train.data.cache_plan import cache_directory, cache_identity, is_for_videos, variants
 from train.data.conditions import Encoders, make_conditions
 from train.data.encoding import ClipEncoder, PictureEncoder
+from train.data.pinned import holds
 from train.data.prompt_records import free
 from train.data.shard_filler import StoppedError
 from train.data.source import open_source
@@ -72,6 +73,22 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
             if directory is None:
                 return exit_status(stop.signal)
             print(f"the cache is ready: {directory}; training takes it with --data.{option} {directory}", flush=True)
+        if config.prior is not None and config.prior.caption is not None:
+            return _prepare_class(config, directory, stop)
+    return 0
+
+
+def _prepare_class(config: RunConfig, subject: Path, stop: StopRequest) -> int:
+    """Draws and prepares DreamBooth's class as training would; returns the exit status."""
+    from train.base_model import open_base_model
+    from train.data.cached import CachedData
+    from train.prior_data import open_with_prior
+
+    base = open_base_model(config.model, config.model_variant)
+    both = open_with_prior(config, base, CachedData(subject, config.data), _print_line, stop)
+    if both is None:
+        return exit_status(stop.signal)
+    print(f"the class is ready: {both.prior.directory}; training with the same options finds it there", flush=True)
     return 0
 
 
@@ -113,15 +130,45 @@ def precompute(
         return _precompute(config, model, say, stop, thorough)
 
 
+def already_prepared(config: RunConfig, model: ModelDirectory, pins: Path | None, say: Say = print) -> Path | None:
+    """The cache that has all samples that a run began with, and its preview prompts; the data is not looked at.
+
+    Args:
+        config: of the run.
+        model: as for ``precompute``.
+        pins: the run's list of samples; None for a run that begins.
+        say: prints a line.
+
+    Returns:
+        The cache's directory; None where something is missing, which ``precompute`` makes.
+
+    Raises:
+        CheckpointError: the list is damaged.
+        UserError: settings of the data that are not allowed.
+    """
+    if pins is None:
+        return None
+    _, _, encoder = _kind_of_run(config.data, model)
+    identity = cache_identity(config.data, model, _conditions(config.data, model, encoder, say))
+    directory = cache_directory(config, identity)
+    if not holds(directory, identity, pins, config.preview.prompts, variants(config.data)):
+        return None
+    say(f"data: the run goes on with the samples that it began with ({pins}), all of them in the cache {directory}")
+    return directory
+
+
+def _conditions(data: ImageDataConfig, model: ModelDirectory, encoder: PictureEncoder, say: Say) -> tuple:
+    """What a record has beside its latents."""
+    conditions = make_conditions(data.conditions, Encoders(encoder, model.autoencoder.image_channels, say))
+    return (*conditions, *path_conditions(data)) if isinstance(data, WorldDataConfig) else conditions
+
+
 def _precompute(
     config: RunConfig, model: ModelDirectory, say: Say, stop: StopRequest | None, thorough: bool
 ) -> Path | None:
     data = config.data
     runs, opens, encoder = _kind_of_run(data, model)
-    channels = model.autoencoder.image_channels
-    conditions = make_conditions(data.conditions, Encoders(encoder, channels, say))
-    if isinstance(data, WorldDataConfig):
-        conditions = (*conditions, *path_conditions(data))
+    conditions = _conditions(data, model, encoder, say)
     identity = cache_identity(data, model, conditions)
     directory = cache_directory(config, identity)
     if data.path is None:

@@ -14,13 +14,17 @@ from typing import Any, ClassVar, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from configs.data import ImageDataConfig
+from configs.prior import ClassPicturesConfig
 from configs.schema import RunConfig
 from sana_jax.compilation import readable_bytes
 from sana_jax.errors import UserError
 from sana_jax.pipelines.model_directory import ModelDirectory
-from train.data.buckets import Bucket, assign_buckets
+from sana_jax.pipelines.resolution import Bin
+from train.data.buckets import Bucket, BucketPlan, assign_buckets, spread_over
 from train.data.cache import LATENTS, PROMPTS, SAMPLES_FILE, CacheWriter, Name
 from train.data.cache_plan import signature, table_of, variants, view_of
+from train.data.captions import CaptionRule, caption_weights
 from train.data.check_picture import draw_check_picture
 from train.data.conditions import Condition, Sample, View
 from train.data.decoding import BadPicture, decode_picture
@@ -35,11 +39,13 @@ from train.data.progress import Meter, Moments
 from train.data.prompt_records import add_prompts, free
 from train.data.shard_filler import ShardFiller
 from train.data.source import IndexedSource, Problem, Record, refuse_too_many_bad
+from train.data.splits import split
 from train.preemption import StopRequest
 
 # Batches of pictures that are read and cut ahead of the one that is being encoded.
 BATCHES_AHEAD = 2
 FEATURES_AT_ONCE = 64
+_THREADS = 8  # that look at files: they wait for the disk
 
 Say = Callable[[str], None]
 
@@ -92,16 +98,19 @@ class PictureRun:
         """Finds out what is there, what is missing, and whether there is room for it; says so."""
         data, model = self.config.data, self.model
         records = self._usable_records()
+        _refuse_what_training_would(records, data)
+        self._check_widths(records)
         table = table_of(data, model)
         pictures = [record for record in records if record.size is not None]
-        sizes = assign_buckets(
-            [record.size for record in pictures], table, minimum=self.config.batch_size, rare=data.rare_buckets
-        )
+        sizes = self._assigned([record.size for record in pictures], table)
         for line in sizes.lines if pictures else ():
             self.say(f"data: {line}")
         for record, index in zip(pictures, sizes.bucket_of):
-            self.bucket_of[record.key] = bucket = sizes.buckets[index]
-            self.signature_of[record.key] = signature(record, bucket, self.conditions)
+            self.bucket_of[record.key] = sizes.buckets[index]
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="stamps") as pool:
+            for record, stamps in zip(records, pool.map(self._stamps, records)):
+                bucket = self.bucket_of.get(record.key)
+                self.signature_of[record.key] = signature(record, bucket, self.conditions, stamps)
         present = self.cache.present(LATENTS)
         self.items = self._missing_items(pictures, present)
         self.features = self._missing_features([record for record in records if record.size is None], present)
@@ -126,6 +135,43 @@ class PictureRun:
                 f"{self.source.name} has no {self.many} that can be used; python -m train.inspect_data says why"
             )
         return records
+
+    def _check_widths(self, records: Sequence[Record]) -> None:
+        """Raises ``UserError`` where encoders of tokens are for vectors of another size than the data has."""
+        encoders = {} if self.config.tokens is None else self.config.tokens.encoders
+        for condition in self.conditions:
+            encoder = encoders.get(condition.name)
+            found = None if encoder is None else self._width(condition, records)
+            if encoder is not None and found != encoder.width:
+                wanted = "a number" if encoder.width is None else f"a vector of {encoder.width} numbers"
+                there = "no vector" if found is None else f"a vector of {found} numbers"
+                mend = f"--tokens.{condition.name}.kind vector --tokens.{condition.name}.width {found}"
+                mend = mend if found else f"--data.conditions {condition.name}=vector, or =siglip:DIRECTORY"
+                raise UserError(
+                    f"--tokens.{condition.name} reads {wanted}, and the data's {condition.name} is {there}; set {mend}"
+                )
+
+    def _width(self, condition: Condition, records: Sequence[Record]) -> int | None:
+        """Of the first vector that can be read."""
+        for record in records:
+            try:
+                return condition.width(self.source, record)
+            except BadPicture:  # named where it is encoded
+                continue
+        return None
+
+    def _stamps(self, record: Record) -> dict[str, str]:
+        """Of the files that conditions read."""
+        read = (condition.name for condition in self.conditions if condition.reads_file(record))
+        return {name: self.source.stamp(record, name) for name in read}
+
+    def _assigned(self, sizes: Sequence[tuple[int, int]], table: Sequence[Bin]) -> BucketPlan:
+        """The size of each picture."""
+        data, batch_size = self.config.data, self.config.batch_size
+        if isinstance(data, ClassPicturesConfig):
+            shares = {Bucket(height, width): count for height, width, count in data.sizes}
+            return spread_over(sizes, shares, minimum=batch_size)
+        return assign_buckets(sizes, table, minimum=batch_size, rare=data.rare_buckets)
 
     def _missing_items(self, records: Sequence[Record], present: Mapping[Name, str]) -> list[Item]:
         """What is to be encoded, by size; within a size in the data's order, what failed before at the end."""
@@ -153,8 +199,6 @@ class PictureRun:
             f"data: {len(records):,} samples have latents of their own, which are taken as they are; nothing says "
             "whether this model's autoencoder has made and scaled them. Encoded captions beside them are not read"
         )
-        for record in records:
-            self.signature_of[record.key] = signature(record, None, self.conditions)
         items = (Item(record, "center", View(0, 0), self.signature_of[record.key]) for record in records)
         return [item for item in items if present.get(item.name) != item.signature]
 
@@ -418,6 +462,15 @@ class PictureRun:
                 "group": record.group,
                 "variants": sorted(there),
             }
+
+
+def _refuse_what_training_would(records: Sequence[Record], data: ImageDataConfig) -> None:
+    """Raises ``UserError`` for a split or a choice of captions that is not possible, before hours are spent."""
+    split(records, data.validation_share)
+    rule = CaptionRule.of(data)
+    of_kinds = {tuple(caption.kind for caption in record.captions): record.captions for record in records}
+    for captions in of_kinds.values():
+        caption_weights(captions, rule)
 
 
 def _some(names: set[str]) -> str:

@@ -32,6 +32,14 @@ class PathCondition:
         """Videos without a path are left out before."""
         return None
 
+    def reads_file(self, record: Record) -> bool:
+        """The path's stamp is in the record."""
+        return False
+
+    def width(self, source: WorldSource, record: Record) -> int | None:
+        """It is no vector."""
+        return None
+
     def prepare(self, sample: Sample) -> np.ndarray:
         """``WorldRun`` makes it with the clip."""
         raise NotImplementedError

@@ -54,7 +54,7 @@ class Previewer:
         if self._parts.recipe.conditions:
             source, indices = self._examples
             return [source.caption_of(index) for index in indices]
-        return self._parts.dataset.captions[: preview.captions]
+        return self._parts.dataset.captions[: preview.captions] or [""]  # pictures may have none
 
     @cached_property
     def _examples(self) -> tuple[Any, list[int]]:
@@ -114,6 +114,9 @@ class Previewer:
     def compile(self, abstract_params: PyTree, frozen: PyTree | None, say: Callable[[str], None]) -> None:
         """Compiles sampling ahead of time; ``frozen`` as shapes."""
         preview, dataset = self._config.preview, self._parts.dataset
+        if late := [step for step in preview.at if step > self._config.steps]:
+            words = ", ".join(map(str, late))
+            say(f"previews: none at {words} (--preview.at), since the run has {self._config.steps} steps")
         rows = preview.per_caption * len(self.captions)
         *sizes, channels = dataset.preview_shape
         everywhere = replicated(self._mesh)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 
 import jax
@@ -14,7 +15,8 @@ from sana_jax.nn.linear import LORA
 from sana_jax.pipelines.conditions import describe_encoder
 from sana_jax.pipelines.families import abstract_params, make_transformer, rules_of
 from train.assembly import RunParts
-from train.model_card import LoraCard, write_model_card
+from train.data.prior import WithPrior
+from train.model_card import LoraCard, base_name, write_model_card
 
 
 def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = None) -> Path | None:
@@ -39,7 +41,7 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         return None
     abstract = abstract_params(make_transformer(config.transformer))
     run_dir = Path(config.run_dir)
-    notes = {"base_model": config.model, "steps": step, "targets": list(lora.targets)}
+    notes = {"base_model": base_name(config.model), "steps": step, "targets": list(lora.targets)}
     save_lora_weights(
         run_dir,
         tree[LORA],
@@ -64,12 +66,16 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         save_condition_tokens(run_dir, saved)
         described = "; ".join(describe_encoder(name, saved) for name in saved.encoders.encoders)
         facts["condition tokens"] = f"{described}; for sana_jax, from the condition_tokens files beside the LoRA"
+    prompt, template = _prompt_and_template(getattr(config.data, "caption", None))
+    if template is not None:
+        facts["captions"] = f"each sample's own, by the template `{template}`"
     card = LoraCard(
         base_model=config.model,
         lora=lora,
         steps=step,
-        data=f"{len(parts.dataset):,} {'pictures' if parts.frames is None else 'clips'}",
-        prompt=getattr(config.data, "caption", None),
+        data=_describe_data(parts),
+        prompt=prompt,
+        example=next(iter(parts.dataset.captions), None),
         license=parts.base.parts.defaults.license,
         pipeline=parts.pipeline,
         preview=None if preview is None else str(preview.relative_to(run_dir)),
@@ -77,6 +83,22 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
     )
     write_model_card(run_dir, card)
     return run_dir / FILE_NAME
+
+
+def _describe_data(parts: RunParts) -> str:
+    """How much a run was trained on; of DreamBooth subject and class apart."""
+    kind, dataset = "pictures" if parts.frames is None else "clips", parts.dataset
+    if isinstance(dataset, WithPrior):
+        return f"{len(dataset.subject):,} {kind}, and {len(dataset.prior):,} of their class"
+    return f"{len(dataset):,} {kind}"
+
+
+def _prompt_and_template(caption: str | None) -> tuple[str | None, str | None]:
+    """The one prompt of all samples, or what makes each its own, with names in braces; None for what there is not."""
+    if caption is None:
+        return None, None
+    names = [name for _, name, _, _ in string.Formatter().parse(caption) if name is not None]
+    return (None, caption) if names else (caption.format(), None)
 
 
 def _on_host(tree: PyTree) -> PyTree:

@@ -4,6 +4,7 @@
 
     config.json          the run's configuration
     metrics.jsonl        a row of numbers every few steps
+    data.jsonl           the samples that it began with and goes on with (class.jsonl, pictures.jsonl: further ones)
     samples/             previews
     checkpoints/<step>/  training states
     tensorboard/         events
@@ -14,15 +15,18 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
-from configs.schema import RunConfig, differing_fields
+from configs.changes import COMPUTED_OTHERWISE, all_differences, differing_fields, with_absolute_places
+from configs.schema import RunConfig
 from configs.serialization import from_dict, to_dict
 from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
@@ -31,7 +35,9 @@ from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import SamplingDefaults, check_fit, write_model_directory
 from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
 from train.assembly import RunParts
-from train.base_model import BaseModel
+from train.base_model import BaseModel, open_encoders
+from train.data.pinned import CLASS, DATA, PICTURES, write_pins
+from train.model_card import NAME as CARD_NAME
 
 CONFIG_NAME = "config.json"
 # What else a run puts into its directory. None of it may be there before a run is.
@@ -42,6 +48,9 @@ NAMES = (
     "tensorboard",
     "model_index.json",
     "base_model.json",
+    DATA,
+    CLASS,
+    PICTURES,
     "pytorch_lora_weights.safetensors",
     "condition_tokens.safetensors",
     "condition_tokens.json",
@@ -50,6 +59,13 @@ NAMES = (
     "text_encoder",
     "vae",
 )
+
+# The list of samples (``train.data.pinned``) that says whether what an option names is what it was.
+_LISTS = {
+    **dict.fromkeys(("data.path", "data.cache"), DATA),
+    **dict.fromkeys(("data.joint_pictures", "data.joint_cache"), PICTURES),
+    "prior.path": CLASS,
+}
 
 
 def read_config(run_dir: Path) -> RunConfig:
@@ -71,6 +87,37 @@ def read_config(run_dir: Path) -> RunConfig:
     if not isinstance(values, dict):
         raise UserError(f"{path} holds a {type(values).__name__}, not a JSON object; mend it or start a new run")
     return from_dict(RunConfig, values, str(path))
+
+
+def located(config: RunConfig, run_dir: Path) -> RunConfig:
+    """The configuration of an existing run with its model where it is now: it may have moved, with the run or without.
+
+    Raises:
+        UserError: ``base_model.json`` is damaged.
+    """
+    option = "encoders" if config.model is None else "model"
+    name, trained_from = getattr(config, option), BaseModelFile.read(run_dir)
+    if name is None or trained_from is None or Path(name).exists():
+        return config
+    try:
+        return dataclasses.replace(config, **{option: trained_from.locate(run_dir)})
+    except FileNotFoundError:  # which opening it says, unless the command line names another place
+        return config
+
+
+def computed_otherwise(config: RunConfig) -> str | None:
+    """A line about what a run computes in another order than it began with; None where there is nothing."""
+    if not has_checkpoint(Path(config.run_dir)):
+        return None
+    changed = all_differences(read_config(Path(config.run_dir)), config)
+    shown = [
+        f"--{name.replace('_', '-')} {new} instead of {old}"
+        for name, (old, new) in changed.items()
+        if name in COMPUTED_OTHERWISE
+    ]
+    if not shown:
+        return None
+    return f"{', '.join(shown)}: the same steps in another order, which changes their last digits"
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -97,13 +144,18 @@ def claim(config: RunConfig, base: BaseModel | None = None) -> bool:
     check_writable(config)
     run_dir = Path(config.run_dir)
     if not (run_dir / CONFIG_NAME).exists():
-        if found := [name for name in NAMES if (run_dir / name).exists()]:
+        names = NAMES if config.lora is None else (*NAMES, CARD_NAME)
+        if found := [name for name in names if (run_dir / name).exists()]:
             raise UserError(
                 f"--run-dir {run_dir} holds {', '.join(found)} but no {CONFIG_NAME}, so it is not a run, and training "
                 "would overwrite it; name a directory that is new or holds this run"
             )
         return False
+    trained_from = BaseModelFile.read(run_dir)
+    if not has_checkpoint(run_dir):  # it begins anew, whatever it was to be
+        return True
     differences = differing_fields(read_config(run_dir), config)
+    differences = {name: values for name, values in differences.items() if not _has_moved(name, config, base)}
     if differences:
         shown = "; ".join(f"{name} {old!r} there, {new!r} here" for name, (old, new) in list(differences.items())[:3])
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
@@ -112,10 +164,22 @@ def claim(config: RunConfig, base: BaseModel | None = None) -> bool:
             f"run as it is with --resume {run_dir}"
         )
     _check_newest_checkpoint(run_dir / "checkpoints")
-    trained_from = BaseModelFile.read(run_dir)
     if trained_from is not None and trained_from.kind != "whole":  # what is trained whole began there and left it
         trained_from.check(base.weights_id, run_dir)
     return True
+
+
+def _has_moved(name: str, config: RunConfig, base: BaseModel | None) -> bool:
+    """Whether an option that differs names the same thing in another place: a model by its weights; data by the list of
+    samples that the run began with, which are looked for there."""
+    run_dir = Path(config.run_dir)
+    if name in _LISTS:
+        return (run_dir / _LISTS[name]).is_file()
+    trained_from = BaseModelFile.read(run_dir)
+    if trained_from is None or name not in ("model", "encoders") or getattr(config, name) is None:
+        return False
+    found = base if name == "model" else open_encoders(config)
+    return found is not None and found.weights_id == trained_from.weights_id
 
 
 @contextlib.contextmanager
@@ -190,6 +254,8 @@ def run_sampler(config: RunConfig) -> Sampler:
         return make_sampler(config.preview.sampler, sigma_data=config.sprint.sigma_data)
     if config.few_steps is not None:
         return config.few_steps.sampler
+    if config.preview.sampler == "scm":  # of a distilled base model
+        return make_sampler("scm")
     return make_sampler(config.preview.sampler, flow_shift=config.flow.sampling_shift)
 
 
@@ -197,6 +263,17 @@ def check_parts(parts: RunParts) -> None:
     """Raises ``UserError`` if the network, the data's encoders and the sampler do not make a model."""
     check_fit(parts.config.transformer, parts.text_encoder, parts.autoencoder)
     run_sampler(parts.config)
+
+
+def _forget_another_beginning(config: RunConfig) -> None:
+    """Removes what a run of another configuration has left that ended before its first checkpoint."""
+    run_dir = Path(config.run_dir)
+    if has_checkpoint(run_dir) or not (run_dir / CONFIG_NAME).exists():
+        return
+    if differing_fields(read_config(run_dir), config):
+        shutil.rmtree(run_dir / "samples", ignore_errors=True)
+        for name in ("metrics.jsonl", "base_model.json"):
+            (run_dir / name).unlink(missing_ok=True)
 
 
 def write(parts: RunParts) -> None:
@@ -211,9 +288,10 @@ def write(parts: RunParts) -> None:
     run_dir = Path(config.run_dir)
     height, width = parts.size
     try:
+        _forget_another_beginning(config)
         # first of all, since it says whose directory this is
         with atomic_file(run_dir / CONFIG_NAME) as file:
-            file.write((json.dumps(to_dict(config), indent=2) + "\n").encode())
+            file.write((json.dumps(to_dict(with_absolute_places(config)), indent=2) + "\n").encode())
         write_model_directory(
             run_dir,
             transformer_config=config.transformer,
@@ -232,5 +310,6 @@ def write(parts: RunParts) -> None:
             pipeline=parts.pipeline,
             trained_from=parts.trained_from,
         )
+        write_pins(parts.dataset, run_dir)
     except OSError as error:
         raise _unwritable(run_dir, error) from error

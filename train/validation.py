@@ -12,8 +12,7 @@ from jax.sharding import Mesh
 
 from kernels.typing import Array, Float, Int, PyTree
 from sana_jax.compilation import compile_ahead
-from sana_jax.errors import UserError
-from train.assembly import RunParts
+from train.assembly import RunParts, refuse_nothing_held_out
 from train.batch import Batch
 from train.data.loader import Shape
 from train.evaluation.validation_loss import validation_losses
@@ -45,10 +44,7 @@ class Validator:
         self._data = parts.dataset.validation if self._config.every else None
         self._compiled: dict[Shape, jax.stages.Compiled] = {}
         if self._config.every and self._data is None:
-            raise UserError(
-                f"--validation.every {self._config.every}: no samples are kept from training; hold some out with "
-                "--data.validation-share 0.05, or leave --validation.every at 0"
-            )
+            refuse_nothing_held_out(parts.config)
 
     def due(self, step: int) -> bool:
         """Whether the loss is measured after this step."""

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from configs.schema import RunConfig
 from sana_jax.pipelines.model_directory import ModelDirectory
 from train.data.cached import CachedData
+from train.data.pinned import DATA, PICTURES
 from train.data.video.joint import JointData
-from train.distributed import on_first_process
-from train.precompute import precompute, with_pictures
+from train.precompute import with_pictures
 from train.preemption import StopRequest
+from train.prepared_data import open_prepared
 
 
 def open_video_data(
@@ -31,12 +32,12 @@ def open_video_data(
         UserError, FileNotFoundError, CheckpointError: as ``precompute`` and ``CachedData``.
     """
     opened = []
-    for part in with_pictures(config):
-        directory = on_first_process(lambda part=part: precompute(part, model, say=say, stop=stop))
-        if directory is None:
+    for part, name in zip(with_pictures(config), (DATA, PICTURES)):
+        dataset = open_prepared(part, model, name, say, stop)
+        if dataset is None:
             return None
-        opened.append(CachedData(directory, part.data))
+        opened.append(dataset)
     if len(opened) == 1:
         return opened[0]
     clips, pictures = opened
-    return JointData(clips, pictures, config.data.joint_interval)
+    return JointData(clips, pictures, config.data.joint_interval, config.data.joint_batch_size)

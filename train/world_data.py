@@ -8,7 +8,7 @@ from configs.schema import RunConfig
 from sana_jax.autoencoders.base import latent_frames
 from sana_jax.pipelines.model_directory import ModelDirectory
 from train.data.cache import CacheReader
-from train.data.cached import CachedData
+from train.data.pinned import DATA
 from train.data.prompt_records import PromptRecords
 from train.data.world.cached import CachedWorlds
 from train.data.world.cameras import CameraShape
@@ -16,8 +16,8 @@ from train.data.world.zip_files import open_zip_latents
 from train.data.world.zip_latents import ZipWorlds
 from train.distributed import on_first_process
 from train.longsana_data import prepare_prompts
-from train.precompute import precompute
 from train.preemption import StopRequest
+from train.prepared_data import open_prepared
 
 
 def open_world_data(
@@ -39,8 +39,8 @@ def open_world_data(
     """
     data, camera = config.data, CameraShape.of(model.transformer_config, model.autoencoder)
     if data.format != "zip_latents":
-        directory = on_first_process(lambda: precompute(config, model, say=say, stop=stop))
-        return None if directory is None else CachedWorlds(CachedData(directory, data), camera)
+        clips = open_prepared(config, model, DATA, say, stop)
+        return None if clips is None else CachedWorlds(clips, camera)
     frames = latent_frames(data.clip_frames, camera.temporal_factor)
     samples = open_zip_latents(data, model.autoencoder.latent_channels, frames, camera, say)
     texts = [caption.text for sample in samples for caption in sample.captions]

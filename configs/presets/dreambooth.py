@@ -3,9 +3,12 @@
     python -m train.main dreambooth --model MODEL --data.path dog/ --data.caption "a photo of sks dog" \\
         --prior.caption "a photo of a dog"
 
-Rank, targets, learning rate, decay and number of pictures of the class are those of diffusers' script
-(examples/dreambooth/train_dreambooth_lora_sana.py, its README's run of 500 steps). Two things differ: the flow shift is
-the base model's, where the script trains unshifted, and without ``--prior.caption`` there is no prior preservation.
+Rank, targets, learning rate, decay, uniform noise levels and number of pictures of the class are those of diffusers'
+script (examples/dreambooth/train_dreambooth_lora_sana.py, its README's run of 500 steps). What differs: the flow shift
+is the base model's, where the script trains unshifted. Prompts have the base model's instruction before them, as in
+sampling, where the script encodes them bare. The loss is the mean over subject and class, which is half of the script's
+sum, and counts under AdamW for clipping alone. AdamW keeps its state in full (``--optimizer.name adamw_8bit`` as the
+README's run), and clipping is at 1 in both.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ CONFIG = RunConfig(
     batch_size=4,
     accumulation=4,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
-    flow=FlowConfig(flow_shift=None, caption_dropout=0.0),
+    flow=FlowConfig(flow_shift=None, density="uniform", caption_dropout=0.0),
     optimizer=OptimizerConfig(learning_rate=1e-4, epsilon=1e-8, weight_decay=1e-4),
     ema=EmaConfig(enabled=False),
     checkpoint=CheckpointConfig(every=250),

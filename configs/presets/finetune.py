@@ -4,7 +4,7 @@
 
 The published recipe for SANA-1.5 at a small learning rate (NVlabs/Sana, configs/sana1-5_config: bfloat16, clipping at
 0.1). A 1.6B model takes 26 GB of parameters, average and AdamW state: several GPUs with ``--mesh.fsdp``, or
-``--optimizer.name adamw_8bit --no-ema.enabled`` on one of 80 GB.
+``--optimizer.name adamw_8bit --ema.no-enabled`` on one of 80 GB.
 """
 
 from __future__ import annotations

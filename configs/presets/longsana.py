@@ -4,8 +4,12 @@
         --self-forcing.fake-score runs/longsana_self_forcing --data.path prompts.txt
 
 NVlabs/Sana, configs/sana_video_config/longsana/480ms/longsana: as stage 2, with windows of 21 latent frames of which
-20 are new, videos of 261 latent frames, 30,000 of upstream's steps, which are 36,000 of these (see
-``longsana_self_forcing``).
+20 are new, videos of 261 latent frames, 30,000 of upstream's steps, which are 36,000 of these. Motion score 10 is told
+to all networks, as there.
+
+Different here, beside how steps are counted: no text, or what ``--data.negative-prompt`` says, for the real score's
+unconditional branch, as in ``longsana_self_forcing``; and the fake score of stage 2 goes on, where upstream's begins as
+the teacher, which leaving ``--self-forcing.fake-score`` out does.
 """
 
 from __future__ import annotations

@@ -1,12 +1,17 @@
 """LongSANA, stage 1: a SANA-Video learns to end its teacher's trajectories in four steps, in causal blocks.
 
-    python -m train.make_trajectories --model TEACHER --prompts prompts.txt --out trajectories/
+    python -m train.make_trajectories --model TEACHER --prompts prompts.txt --motion-score 10 --out trajectories/ \\
+        [--negative-prompt "..."]
     python -m train.main longsana_ode --model TEACHER --data.path trajectories/
 
 NVlabs/Sana, configs/sana_video_config/longsana/480ms/ode: AdamW at 2e-5 with betas 0.9 and 0.999, clipping at 10,
 10,000 steps, clips of 81 frames (21 latent frames) in blocks of 10, states at the timesteps 1000, 960, 889 and 727 of
-48 steps. The model may also be one that ``longsana_chunk_causal`` has trained. The batch, one clip for each of 64
-GPUs, and the moving average are this preset's own.
+48 steps. The model may also be one that ``longsana_chunk_causal`` has trained. Upstream's student is told the prompts
+with motion score 10: ``--motion-score 10`` above tells it to teacher and student.
+
+Different here: the batch, one clip for each of 64 GPUs, and a moving average of the weights are this preset's own. The
+teacher's unconditional branch is told no text unless ``--negative-prompt`` says otherwise; upstream's file names a
+negative prompt, ``negative_prompt``.
 """
 
 from __future__ import annotations

@@ -5,10 +5,13 @@
 
 NVlabs/Sana, configs/sana_video_config/longsana/480ms/self_forcing: on 64 GPUs with one video each, AdamW with betas 0
 and 0.999 at 1e-5 (generator) and 2e-6 (fake score), clipping at 10, five steps of the fake score for one of the
-generator, an average of 0.99 from upstream's step 200, videos of 81 frames (21 latent frames). Upstream makes a
-generator's step and one of the fake score together and counts them as one; here each is a step: its 200 are 240 of
-these. Upstream's prompts have a motion score behind them where the real score reads them:
-``--data.real-motion-score``.
+generator, an average of 0.99 from upstream's step 200, videos of 81 frames (21 latent frames), and behind the prompts
+motion score 10, which generator and both scores are told.
+
+Different here: upstream makes a generator's step and one of the fake score together and counts them as one; each is a
+step here, so that its 200 are 240 of these. The unconditional branch of the real score is told no text unless
+``--data.negative-prompt "..."`` names one; upstream's is ``negative_prompt`` in the file above. The 12,000 steps are
+this preset's own.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ CONFIG = RunConfig(
     run_dir="runs/longsana_self_forcing",
     steps=12_000,
     transformer=None,
-    data=PromptsDataConfig(),
+    data=PromptsDataConfig(motion_score=10),
     self_forcing=SelfForcingConfig(critic_learning_rate=2e-6),
     batch_size=64,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),

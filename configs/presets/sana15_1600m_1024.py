@@ -26,7 +26,7 @@ CONFIG = RunConfig(
     run_dir="runs/sana15_1600m_1024",
     steps=200_000,
     transformer=SanaConfig.sana15_1600m(),
-    data=ImageDataConfig(),
+    data=ImageDataConfig(caption_choice="clipscore"),
     batch_size=512,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=3.0),

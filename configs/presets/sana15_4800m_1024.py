@@ -27,7 +27,7 @@ CONFIG = RunConfig(
     run_dir="runs/sana15_4800m_1024",
     steps=200_000,
     transformer=SanaConfig.sana15_4800m(),
-    data=ImageDataConfig(),
+    data=ImageDataConfig(caption_choice="clipscore"),
     batch_size=128,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=3.0),

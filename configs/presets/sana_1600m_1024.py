@@ -4,8 +4,9 @@
 
 NVlabs/Sana, configs/sana_config/1024ms/Sana_1600M_img1024_CAME8bit: 8-bit CAME (blocks of 2048, from 16384 values on)
 at 1e-4, clipping at 0.1, 64 pictures per GPU, which on eight of them is the batch here. Different: bfloat16 instead
-of float16, and a moving average. For 8 x 80 GB (``fsdp=8``), and several such hosts (``data=-1``). With ``finetune
---model MODEL --data.resolution 1024`` training goes on from a 512 px model instead.
+of float16, and a moving average. Captions are drawn by CLIP score as in ``sana_600m_512``, and the rate is as it stands
+in the file. For 8 x 80 GB (``fsdp=8``), and several such hosts (``data=-1``). With ``finetune --model MODEL
+--data.resolution 1024`` training goes on from a 512 px model instead.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ CONFIG = RunConfig(
     run_dir="runs/sana_1600m_1024",
     steps=200_000,
     transformer=SanaConfig.sana_1600m(),
-    data=ImageDataConfig(),
+    data=ImageDataConfig(caption_choice="clipscore"),
     batch_size=512,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=3.0),

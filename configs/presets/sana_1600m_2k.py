@@ -26,7 +26,7 @@ CONFIG = RunConfig(
     run_dir="runs/sana_1600m_2k",
     steps=50_000,
     transformer=SanaConfig.sana_1600m_2k(),
-    data=ImageDataConfig(),
+    data=ImageDataConfig(caption_choice="clipscore"),
     batch_size=128,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=3.0),

@@ -27,7 +27,7 @@ CONFIG = RunConfig(
     run_dir="runs/sana_1600m_4k",
     steps=20_000,
     transformer=SanaConfig.sana_1600m_4k(),
-    data=ImageDataConfig(),
+    data=ImageDataConfig(caption_choice="clipscore"),
     batch_size=32,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=6.0),

@@ -26,7 +26,7 @@ CONFIG = RunConfig(
     run_dir="runs/sana_1600m_512",
     steps=200_000,
     transformer=SanaConfig.sana_1600m(sample_size=16),
-    data=ImageDataConfig(),
+    data=ImageDataConfig(caption_choice="clipscore"),
     batch_size=1024,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=3.0),

@@ -5,9 +5,17 @@
 
 NVlabs/Sana, configs/sana_video_config/Sana_2000M_480px_AdamW_fsdp: AdamW at 5e-5 with epsilon 1e-10 and without
 weight decay, a warm-up of 500, clipping at 0.1, logit-normal noise levels at shift 3 and sampling at 8, clips of 81
-frames, one per GPU, with batches of pictures between them. The published run began at 256 px:
-``--data.resolution 256``.
-Different here: a moving average of the weights, and a tenth of the clips with their first frame given.
+frames, one per GPU. The published run began at 256 px: ``--data.resolution 256``.
+
+Different here: a moving average of the weights, and a tenth of the clips with their first frame given
+(``--flow.image-to-video``). What follows from the data is left to options. For the published choices:
+
+* captions, 5 % the data's own and 95 % a vision model's: ``--data.caption-choice proportion --data.proportions prompt=5
+  Qwen2.5-VL=95``, with the kinds as the data names them;
+* clips by the strength of their motion: ``--data.filters unimatch=1:30``;
+* every N steps a batch of pictures, four for every clip (never by default, there as well): ``--data.joint-interval N
+  --data.joint-pictures pictures/ --data.joint-batch-size 256``;
+* each clip's motion in its caption: ``--data.motion-score unimatch``; captions stay as they are without.
 
 For 64 x 80 GB in hosts of eight: the GPUs of a host share one copy of the model (``fsdp=8``).
 """

@@ -3,7 +3,8 @@
     python -m train.main sprint --model TEACHER --data.path photos/
 
 The published recipe (NVlabs/Sana, train_scripts/train_scm_ladd.py and configs/sana_sprint_config): CAME at 2e-6 with a
-warm-up of 5,000 steps for both networks, clipping at 0.1. The teacher is a flow model that is told times in [0, 1]
+warm-up of 5,000 steps for both networks, clipping at 0.1. The moving average, the batch of 16 and the number of steps,
+30,000 of each kind, are choices of this preset. The teacher is a flow model that is told times in [0, 1]
 (timestep_scale 0.001), with q/k norms, such as Sana_Sprint_1.6B_1024px_teacher. A student of the digits takes minutes
 on a CPU: see the README.
 """

@@ -6,10 +6,10 @@ Clips of 81 frames at 224x224 pixels, 4,116 tokens each in batches of 8; a LoRA 
 12.0 million parameters. A step takes about 27 GB, or 7 GB with ``--accumulation 8`` (estimates of ``--plan``).
 Previews show the class prompt with the same noise before the first step and at six more. ``--optimizer.name
 adamw_8bit`` keeps the optimizer's state in a quarter of its memory; where the loss explodes early on,
-``--optimizer.warmup-steps 500`` helps. What is left of the model's other words afterwards:
+``--optimizer.warmup-steps 500`` helps. Five prompts show at every checkpoint what is left of the model's other words:
 
     python -m train.compare runs/tom_and_jerry_lora --checkpoint-steps all --seeds 32420 --guidance-scales 4 \\
-        --binning off --prompts-file five_prompts.txt
+        --binning off --prompts-file configs/presets/tom_and_jerry_prompts.txt
 """
 
 from __future__ import annotations

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import pytest
 
 from configs import DEFAULT_PRESET, PRESETS, load_preset
+from configs.changes import CHANGEABLE_ON_RESUME, differing_fields
 from configs.published import PUBLISHED_TRANSFORMERS
 from configs.schema import (
-    CHANGEABLE_ON_RESUME,
     ComputeConfig,
     EmaConfig,
     FlowConfig,
@@ -22,7 +22,6 @@ from configs.schema import (
     OptimizerConfig,
     PreviewConfig,
     RunConfig,
-    differing_fields,
 )
 from configs.serialization import from_dict, to_dict
 from sana_jax import UserError

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -14,10 +17,13 @@ from configs.published import (
     PUBLISHED_WORLD_TRANSFORMERS,
 )
 from sana_jax import UserError
+from sana_jax.command_line import parse
 from tests.train.presets import abstract_mesh, needs_model, preset_run
 from train import main as trainer
+from train.evaluation.comparison_plan import CompareConfig
 from train.state import parameter_count
 
+ROOT = Path(__file__).parents[2]
 FROM_SCRATCH = {
     "sana_600m_512": "Sana_600M_512px_diffusers",
     "sana_1600m_512": "Sana_1600M_512px_diffusers",
@@ -110,6 +116,51 @@ def test_the_cartoon_lora_has_twelve_million_parameters():
     assert (config.lora.scale, config.lora.dropout, config.optimizer.learning_rate) == (2.0, 0.1, 2e-4)
     due = {step for step in range(config.steps + 1) if step % config.preview.every == 0 or step in config.preview.at}
     assert due == {0, 100, 1000, 2000, 5000, 7500, 10000}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_files_that_a_preset_names_are_there(name):
+    text = inspect.getdoc(sys.modules[load_preset(name) and PRESETS[name]])
+    for path in re.findall(r"configs/presets/\S+\.txt", text):
+        assert len((ROOT / path).read_text().splitlines()) >= 2, path
+
+
+def test_the_cartoon_lora_has_five_prompts():
+    text = inspect.getdoc(sys.modules[PRESETS["tom_and_jerry_lora"]])
+    file = ROOT / "configs" / "presets" / "tom_and_jerry_prompts.txt"
+    command = " ".join(re.search(r"train\.compare (.*)", text, re.DOTALL)[1].replace("\\", " ").split())
+    config = parse(CompareConfig, shlex.split(f"--models {command}"), prog="compare")
+    assert (config.prompts_file, config.seeds) == (str(file.relative_to(ROOT)), (32420,))
+    prompts = file.read_text().splitlines()
+    caption = load_preset("tom_and_jerry_lora").data.caption
+    assert len(set(prompts)) == 5
+    assert prompts[0] == caption
+    assert all(prompt.startswith(caption) for prompt in prompts)
+
+
+@pytest.mark.parametrize("name", ["longsana_self_forcing", "longsana"])
+def test_all_networks_are_told_the_published_motion_score(name):
+    data = load_preset(name).data
+    assert (data.motion_score, data.real_motion_score, data.negative_prompt) == (10, None, "")
+
+
+def test_a_negative_prompt_that_nothing_reads():
+    preset = load_preset("longsana")
+    data = dataclasses.replace(preset.data, negative_prompt="jump cuts")
+    without = dataclasses.replace(preset.self_forcing, guidance=0.0)
+    with pytest.raises(UserError, match=r"--data.negative-prompt 'jump cuts' .* none with --self-forcing.guidance 0"):
+        dataclasses.replace(preset, data=data, self_forcing=without)
+    dataclasses.replace(preset, data=data)
+
+
+def test_batches_of_pictures_are_multiples_of_those_of_clips():
+    preset = load_preset("sana_video_2b_480p")
+    joint = {"joint_interval": 4, "joint_pictures": "pictures"}
+    dataclasses.replace(preset, data=dataclasses.replace(preset.data, **joint, joint_batch_size=256))
+    with pytest.raises(UserError, match=r"--data.joint-batch-size 100 .* a multiple of --batch-size 64, as 256"):
+        dataclasses.replace(preset, data=dataclasses.replace(preset.data, **joint, joint_batch_size=100))
+    with pytest.raises(UserError, match=r"--data.joint-batch-size 64 .* none without --data.joint-pictures"):
+        dataclasses.replace(preset.data, joint_batch_size=64)
 
 
 def test_clips_are_for_video_models():

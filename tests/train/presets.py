@@ -74,9 +74,8 @@ def _with_teacher(config: RunConfig) -> tuple[RunConfig, ModelShapes]:
     digits = isinstance(config.data, DigitsDataConfig)
     teacher = load_preset("digits").transformer if digits else SanaConfig.sana15_1600m()
     teacher = dataclasses.replace(teacher, timestep_scale=0.001)
-    flow = dataclasses.replace(config.flow, flow_shift=3.0)
     student = dataclasses.replace(teacher, guidance_embeds=True)
-    return dataclasses.replace(config, transformer=student, flow=flow), ModelShapes(
+    return dataclasses.replace(config, transformer=student), ModelShapes(
         teacher, *((1, 8, "float32") if digits else (32, 300, "bfloat16"))
     )
 

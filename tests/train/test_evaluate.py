@@ -111,6 +111,18 @@ def test_kept_pictures_and_saved_reference_measure_the_same(run, capsys):
     assert "'pixels 8x8 RGB'" in capsys.readouterr().err
 
 
+def test_a_folder_holds_the_pictures_of_one_evaluation(run, tmp_path, capsys):
+    words = ("similarity", "--model", run, "--reference", "digits", *PIXELS, "--prompts", SEVEN, "--keep", "kept")
+    assert call(*words, "--samples", 4) == 0
+    assert call(*words, "--samples", 2) == 0
+    assert "removed 4 pictures of an earlier evaluation" in capsys.readouterr().out
+    assert sorted(path.name for path in Path("kept").iterdir()) == ["000000.png", "000001.png"]
+    save_png(tmp_path / "kept" / "000007.png", real_pictures()[0])  # a name alone does not make it one of these
+    assert call(*words, "--samples", 2) == 2
+    assert "000007.png; name a folder that is new" in capsys.readouterr().err
+    assert len(list(Path("kept").iterdir())) == 3
+
+
 def test_the_reference_itself(tmp_path):
     """The real digits: as far from themselves as nothing, all of them copies; beside a folder of any sizes."""
     for index, picture in enumerate(real_pictures()[:40]):

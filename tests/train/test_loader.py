@@ -8,6 +8,7 @@ import pytest
 from sana_jax import CheckpointError, UserError
 from train.batch import Batch
 from train.data import Loader
+from train.data.loader import BatchOrder
 
 
 class Numbers:
@@ -95,3 +96,46 @@ def test_a_damaged_position(damaged):
 def test_no_data():
     with pytest.raises(UserError, match="0 samples, at least 1"):
         loader(samples=0)
+
+
+# -- several buckets ---------------------------------------------------------------------------------------------------
+
+
+def order_of(counts: tuple[int, ...], batch_size: int, seed: int = 0) -> tuple[BatchOrder, list[np.ndarray]]:
+    """An order over buckets of so many samples, and their samples."""
+    ends = np.cumsum(counts)
+    buckets = [np.arange(end - count, end) for count, end in zip(counts, ends)]
+    return BatchOrder({(1, 1, place): own for place, own in enumerate(buckets, 1)}, seed, batch_size), buckets
+
+
+@pytest.mark.parametrize(
+    ("counts", "batch_size"), [((11, 12), 8), ((8, 11, 12, 20), 8), ((2, 40), 16), ((1, 2, 3), 4), ((300, 7, 45), 3)]
+)
+def test_every_sample_is_seen_as_often_as_any_other(counts, batch_size):
+    order, buckets = order_of(counts, batch_size)
+    total, batches = sum(counts), 2000
+    plans = [order.plan(number).indices for number in range(batches)]
+    seen = np.bincount(np.concatenate(plans), minlength=total)
+    turns = np.zeros(len(counts))
+    most = sum(-(-count // batch_size) for count in counts)  # turns of a round
+    for number, plan in enumerate(plans, 1):
+        (bucket,) = (place for place, own in enumerate(buckets) if plan[0] in own)
+        assert set(plan) <= set(buckets[bucket])
+        turns[bucket] += 1
+        assert np.abs(turns - number * np.asarray(counts) / total).max() <= most
+    for own in buckets:
+        assert np.ptp(seen[own]) <= 1
+        assert seen[own].mean() * total / (batches * batch_size) == pytest.approx(1, abs=0.03)
+
+
+def test_any_batch_is_found_without_those_before_it():
+    order, _ = order_of((8, 11, 12, 20), 8)
+    turns = [order.turn(number) for number in range(400)]
+    for shape in order.shapes:
+        assert [turn for own, turn in turns if own == shape] == list(range(sum(own == shape for own, _ in turns)))
+    again, _ = order_of((8, 11, 12, 20), 8)
+    assert [again.turn(number) for number in reversed(range(400))] == turns[::-1]
+    shape, turn = order.turn(10**9)
+    assert (shape, turn) == again.turn(10**9)
+    share = dict(zip(order.shapes, (8, 11, 12, 20)))[shape] / 51
+    assert turn == pytest.approx(10**9 * share, abs=10)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import jax
@@ -12,13 +13,14 @@ import numpy as np
 import pytest
 
 from configs.longsana import ChunkCausalConfig, OdeInitializationConfig, SelfForcingConfig, StreamConfig
-from configs.schema import FlowConfig
+from configs.schema import FlowConfig, OptimizerConfig
 from sana_jax import UserError
 from sana_jax.diffusion.flow import align_leading, noise_level
 from sana_jax.diffusion.samplers.longsana import nearest_sigma
 from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer, init_params
 from tests.train.tiny_run import QUICKLY
 from train.batch import Batch
+from train.longsana_step import SelfForcingSteps
 from train.objectives.longsana.chunk_causal import ChunkCausal
 from train.objectives.longsana.dmd import (
     distribution_gradient,
@@ -33,6 +35,7 @@ from train.objectives.longsana.rollout import RolloutDraws, draw_rollout, exit_s
 from train.objectives.longsana.self_forcing import SelfForcing
 from train.objectives.longsana.streaming import StreamingSelfForcing
 from train.objectives.longsana.windows import Windows, history_after
+from train.phases import Phase, PhaseOptimizers, steps_of
 
 ROWS, HEIGHT, WIDTH, CHANNELS = 2, 2, 3, 2
 
@@ -332,6 +335,50 @@ def test_the_published_windows():
 
 
 @pytest.mark.parametrize(
+    ("total", "critic_steps", "skipped"),
+    [(261, 5, 0), (241, 5, 1), (121, 5, 1), (61, 5, 2), (41, 5, 3), (21, 5, 0), (261, 12, 1), (261, 1, 0), (41, 1, 1)],
+)
+def test_the_generator_gets_every_window_alike(total, critic_steps, skipped):
+    windows, cycle = Windows(total, 21, 1, 10), SelfForcingConfig(critic_steps=critic_steps).cycle
+    assert windows.skipped_turns(len(cycle)) == skipped
+    kinds = windows.kinds_of_steps(cycle)
+    for start in (0, 3 * len(kinds)):  # a run's steps take them again and again
+        own = [
+            step % windows.count for step in range(start, start + len(kinds)) if kinds[step % len(kinds)] != "critic"
+        ]
+        assert sorted(own) == list(range(windows.count))  # once each in as many videos as a cycle is long
+    if not skipped:
+        assert kinds == tuple(cycle[step % len(cycle)] for step in range(len(kinds)))
+
+
+def test_steps_on_windows_are_four_programs_in_the_order_of_kinds(monkeypatch):
+    made = []
+
+    def on_window(steps, streaming, phase, optimizers, first):
+        made.append((phase.name, first))
+        return made[-1]
+
+    monkeypatch.setattr(SelfForcingSteps, "_on_window", on_window)
+    windows, settings = Windows(121, 21, 1, 10), SelfForcingConfig(stream=StreamConfig(121))
+    phases = [Phase(name, (), OptimizerConfig(), 1) for name in ("generator", "critic")]
+    steps = SelfForcingSteps(settings, None).on_windows(SimpleNamespace(windows=windows), PhaseOptimizers(phases, {}))
+    kinds = windows.kinds_of_steps(settings.cycle)
+    assert steps == tuple((kind, step % 6 == 0) for step, kind in enumerate(kinds))
+    assert (len(made), len(steps)) == (4, 36)
+    assert steps.count(("generator", True)) == 1
+    assert steps.count(("generator", False)) == 5
+
+
+def test_schedules_end_with_the_steps_of_their_kind():
+    windows, cycle = Windows(41, 21, 1, 10), SelfForcingConfig().cycle
+    kinds = windows.kinds_of_steps(cycle)
+    assert [step for step, kind in enumerate(kinds) if kind == "generator"] == [0, 3]
+    steps = {number: steps_of(SimpleNamespace(steps=number), kinds, "generator") for number in (1, 4, 12, 16)}
+    assert steps == {1: 1, 4: 2, 12: 2, 16: 4}
+    assert steps_of(SimpleNamespace(steps=7), cycle, "critic") == 6  # 5 of 6, rounded up
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [((261, 22, 1, 10), "no whole blocks of 10; take 11 or 21"), ((250, 21, 1, 10), "take 241 or 261")],
 )
@@ -453,9 +500,30 @@ def test_blocks_have_levels_of_their_own_that_never_fall():
     np.testing.assert_allclose(losses.sigma, level.sigma.mean(1), rtol=1e-6)
 
 
-def test_a_given_first_frame_is_clean():
-    objective, batch = chunk_causal(image_to_video=True, strategy="uniform"), batch_of(10, rows=4)
-    assert not np.asarray(quickly(lambda: objective.draw(0, 0, batch).index[:, 0])()).any()
+@pytest.mark.parametrize("noise_multiplier", [0.0, 0.5])
+def test_a_given_first_frame_is_clean_or_nearly_and_not_in_the_loss(noise_multiplier):
+    options = {"image_to_video": True, "strategy": "uniform", "noise_multiplier": noise_multiplier}
+    objective, batch = chunk_causal(**options), batch_of(10, rows=4)
+    draws = quickly(lambda: objective.draw(0, 0, batch))()
+    index = np.asarray(draws.index)
+    assert (index[:, 0] > 0).any() == (noise_multiplier > 0)
+    losses = objective.losses(jnp.float32(0.5), None, batch, draws)
+    level = noise_level(draws.index, 3.0)
+    np.testing.assert_array_equal(objective.recipe.timestep, level.timestep)
+    sigma = np.asarray(level.sigma)[..., None, None, None]
+    noisy = (1 - sigma) * batch.latents + sigma * draws.noise
+    np.testing.assert_allclose(objective.recipe.noisy, noisy, atol=1e-6)
+    errors = np.square(0.5 * noisy - (draws.noise - batch.latents)).mean((2, 3, 4))
+    np.testing.assert_allclose(losses.loss, errors[:, 1:].mean(1), rtol=1e-5)
+    assert np.abs(losses.loss / errors.mean(1) - 1).max() > 1e-3
+
+
+def test_a_picture_among_clips_has_no_given_frame():
+    objective, picture = chunk_causal(image_to_video=True, noise_multiplier=0.5), batch_of(1, rows=8)
+    draws = quickly(lambda: objective.draw(0, 0, picture))()
+    without = quickly(lambda: chunk_causal().draw(0, 0, picture))()
+    assert draws.first_given is None
+    np.testing.assert_array_equal(draws.index, without.index)
 
 
 # -- the published size ----------------------------------------------------------------------------------------------

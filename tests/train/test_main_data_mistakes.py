@@ -245,14 +245,24 @@ def test_a_preview_prompt_that_is_not_in_the_cache(here, base, finished, tmp_pat
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_pictures_are_gone_and_the_cache_is_there(here, copied, tmp_path, capfd):
+def test_the_data_has_changed_since(here, copied, tmp_path, capfd):
+    """A run goes on with the samples that it began with; what is gone matters where the cache does not have it."""
     run_dir, finished = copied
-    status, _, err = call(capfd, "--resume", str(run_dir), "--steps", "5")
-    assert status == 0, err
-    hidden = finished / "hidden"
-    (finished / "pictures").rename(hidden)
+    pictures, hidden = finished / "pictures", finished / "hidden"
+    shutil.copytree(pictures, hidden)
     try:
-        line = assert_refused(capfd, ["--resume", str(run_dir), "--steps", "6"], "pictures", folder=tmp_path)
+        shutil.copy(pictures / "0.png", pictures / "more.png")
+        words = ["--resume", str(run_dir), "--preview.prompts", "three handwritten", "--steps"]
+        status, out, err = call(capfd, *words, "5")
+        assert status == 0, err
+        assert f"{pictures} (folder of pictures): 9 pictures" in out
+        assert "data: 8 pictures from the cache" in out
+        shutil.rmtree(pictures)
+        status, out, err = call(capfd, *words, "6")
+        assert status == 0, err
+        assert "the run goes on with the samples that it began with" in out
+        line = assert_refused(capfd, [*words[:3], "seven three", "--steps", "7"], "pictures", folder=run_dir)
         assert "--data.path" in line
     finally:
-        hidden.rename(finished / "pictures")
+        shutil.rmtree(pictures, ignore_errors=True)
+        hidden.rename(pictures)

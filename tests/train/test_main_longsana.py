@@ -77,7 +77,7 @@ def ode(directory, teacher):
     trajectories = directory / "trajectories"
     options = ["--num-steps=8", "--flow-shift=6", "--per-caption=1", "--timesteps", *map(str, TIMESTEPS)]
     make_trajectories([f"--model={teacher}", f"--out={trajectories}", *options])
-    more = {"model": teacher, "data.path": trajectories, "ode.block-frames": 2}
+    more = {"model": teacher, "data.path": trajectories, "ode.block-frames": 2, "preview.at": 9}
     assert train(words("moving_digits_ode", directory / "ode", STAGE, more)) == 0
     return directory / "ode"
 
@@ -140,6 +140,7 @@ def test_a_stage_resumes_exactly(stage, request, capfd, monkeypatch):
     status, out, err = call(capfd, "--resume", str(copy))
     assert status == 0, err
     assert "resumed at step 2 of 4" in out
+    assert ("previews: none at 9 (--preview.at), since the run has 4 steps" in out) == (stage == "ode")
     assert_same_run(copy, run, 4)
     assert not left_behind(copy)
 

@@ -149,7 +149,10 @@ def test_run_file_and_exports_draw_the_same(place, run, tmp_path):
     assert (run / CARD).is_file()
 
     assert convert(["export", str(run), str(tmp_path / "only"), "--lora", "only"]) == 0
-    assert sorted(path.name for path in (tmp_path / "only").iterdir()) == [CARD, FILE]
+    newest = f"samples/step_{STEPS:06d}.png"
+    assert sorted(path.name for path in (tmp_path / "only").iterdir()) == [CARD, FILE, "samples"]
+    assert (tmp_path / "only" / newest).read_bytes() == (run / newest).read_bytes()
+    assert str(place).encode() not in (run / FILE).read_bytes()  # which is for others to read
     ours, exported = (SafetensorsSource(folder / FILE) for folder in (run, tmp_path / "only"))
     assert list(ours.tensors) == list(exported.tensors)
     assert all(ours.read(name).tobytes() == exported.read(name).tobytes() for name in ours.tensors)
@@ -160,6 +163,17 @@ def test_run_file_and_exports_draw_the_same(place, run, tmp_path):
     shutil.copytree(place / "base", whole, ignore=shutil.ignore_patterns("checkpoints"))
     shutil.copytree(tmp_path / "imported", whole / "transformer", dirs_exist_ok=True)
     np.testing.assert_allclose(drawn(whole), expected, atol=1e-4)
+
+
+def test_an_exported_card_is_that_of_its_checkpoint(run, tmp_path):
+    assert f"| Steps | {STEPS} |" in (run / CARD).read_text()
+    words = ["export", str(run), str(tmp_path / "early"), "--lora", "only", "--checkpoint-step", str(SAVE_EVERY)]
+    assert convert(words) == 0
+    card = (tmp_path / "early" / CARD).read_text()
+    assert f"| Steps | {SAVE_EVERY} |" in card
+    assert [path.name for path in (tmp_path / "early" / "samples").iterdir()] == [f"step_{SAVE_EVERY:06d}.png"]
+    assert f"(<samples/step_{SAVE_EVERY:06d}.png>)" in card
+    assert f"step_{STEPS:06d}" not in card
 
 
 def test_the_command_line_draws_the_same(place, run, tmp_path):
@@ -203,9 +217,12 @@ def test_a_run_that_was_moved(run, tmp_path, capfd):
     assert "nothing left to do" in out
 
 
-def test_a_base_model_that_was_moved_together_with_its_run(run, moved, tmp_path):
+def test_a_base_model_that_was_moved_together_with_its_run(run, moved, tmp_path, capfd):
     (tmp_path / "models").rename(tmp_path / "others")
     assert drawn(tmp_path / "others" / "run").tobytes() == drawn(run).tobytes()
+    status, out, err = call(capfd, "--resume", str(tmp_path / "others" / "run"))
+    assert status == 0, err
+    assert "nothing left to do" in out
 
 
 def test_a_base_model_that_is_gone(moved, capfd):

@@ -217,7 +217,7 @@ def test_weight_decay_spares_the_null_tokens_and_the_weights():
         ({"data__conditions": "zoom=scalar"}, ["condition object", "does not have", "--data.conditions object="]),
         ({"more": "thumbnail=vector"}, ["--data.conditions declares thumbnail", "leave it out"]),
         ({"data__conditions": "object=scalar zoom=scalar"}, ["which is no number"]),
-        ({"tokens__object__width": 7}, ["condition object", "(B, 7)", "--tokens.object.width 48"]),
+        ({"tokens__object__width": 7}, ["a vector of 7 numbers", "a vector of 48", "--tokens.object.width 48"]),
         ({"data__conditions": "object=siglip zoom=scalar"}, ["names no model"]),
     ],
     ids=["missing", "superfluous", "no number", "width", "no tower"],

@@ -258,6 +258,7 @@ def test_a_whole_model_with_pictures_between_clips(place, tmp_path, capfd):
     values = {
         "data.joint-interval": 2,
         "data.joint-pictures": place / "pictures",
+        "data.joint-batch-size": 4,
         "data.joint-caption": "a gray wall",
         "optimizer.learning-rate": 1e-3,
         "preview.every": 0,
@@ -265,8 +266,8 @@ def test_a_whole_model_with_pictures_between_clips(place, tmp_path, capfd):
     status, out, err = call(capfd, *words("finetune_video", tmp_path / "run", whole, values))
     assert status == 0, err
     assert "compiled the train step for latents 2x2x4x8x4" in out
-    assert "compiled the train step for latents 2x1x4x8x4" in out
-    assert "one step in 2 has pictures as clips of one frame" in out
+    assert "compiled the train step for latents 4x1x4x8x4" in out
+    assert "one step in 2 has 4 pictures as clips of one frame" in out
     assert np.isfinite([row["loss"] for row in rows(tmp_path / "run")]).all()
     assert np.abs(drawn(tmp_path / "run") - drawn(place / "base")).max() > 0.005
 

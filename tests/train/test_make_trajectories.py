@@ -71,18 +71,17 @@ def quiet(line: str) -> None:
 # -- what it writes ----------------------------------------------------------------------------------------------------
 
 
-def test_it_is_the_teachers_ode(teacher, made):
+def followed(teacher: Path, captions: list[str], negative_prompt: str = ""):
+    """Noise, encoded captions, and the trajectories that begin with the noise."""
     pipeline = SanaVideoPipeline.from_pretrained(teacher)
     shape = (1, DATA.frames, DATA.canvas, DATA.canvas)
-    noise = jnp.moveaxis(initial_latents(5, len(CAPTIONS), shape), 1, -1)
-    embeds, mask = map(jnp.asarray, pipeline.text_encoder.encode(CAPTIONS))
-    null, null_mask = (
-        jnp.repeat(each, len(CAPTIONS), 0) for each in map(jnp.asarray, pipeline.text_encoder.null_encoding())
-    )
+    noise = jnp.moveaxis(initial_latents(5, len(captions), shape), 1, -1)
+    embeds, mask = map(jnp.asarray, pipeline.text_encoder.encode(captions))
+    null, null_mask = map(jnp.asarray, pipeline.text_encoder.encode([negative_prompt] * len(captions), negative=True))
     params = pipeline.params
 
     def velocity(latents, timestep):
-        times = jnp.full(len(CAPTIONS), timestep)
+        times = jnp.full(len(captions), timestep)
 
         def network(embeds, mask):
             return pipeline.transformer.apply({"params": params}, latents, embeds, times, mask)
@@ -90,7 +89,12 @@ def test_it_is_the_teachers_ode(teacher, made):
         without = network(null, null_mask)
         return without + GUIDANCE * (network(embeds, mask) - without)
 
-    expected = jax.jit(lambda noise: teacher_trajectory(velocity, noise, TIMESTEPS, NUM_STEPS, FLOW_SHIFT))(noise)
+    follow = jax.jit(lambda noise: teacher_trajectory(velocity, noise, TIMESTEPS, NUM_STEPS, FLOW_SHIFT))
+    return noise, embeds, follow(noise)
+
+
+def test_it_is_the_teachers_ode(teacher, made):
+    noise, embeds, expected = followed(teacher, CAPTIONS)
     data = TrajectoriesData(made.directory)
     batch = data.batch(np.arange(len(data)))
     assert batch.conditions["trajectory"].shape == (len(CAPTIONS), len(TIMESTEPS), *data.preview_shape)
@@ -100,6 +104,31 @@ def test_it_is_the_teachers_ode(teacher, made):
     assert np.abs(found[:, 1:] - found[:, :-1]).mean() > 0.05
     assert [data.caption_of(index) for index in range(len(data))] == CAPTIONS
     np.testing.assert_array_equal(batch.prompt_embeds, embeds)
+
+
+def test_a_negative_prompt_and_a_motion_score(teacher, tmp_path):
+    (tmp_path / "prompts.txt").write_text(f"{CAPTIONS[0]}\n{CAPTIONS[1]}\n{CAPTIONS[2]}\n")
+    options = {"prompts": str(tmp_path / "prompts.txt"), "negative_prompt": CAPTIONS[1]}
+    config = trajectories_config(teacher, tmp_path / "out", **options)
+    make_trajectories(config, say=quiet)
+    data = TrajectoriesData(tmp_path / "out")
+    batch = data.batch(np.arange(3))
+    _, _, expected = followed(teacher, CAPTIONS[:3], CAPTIONS[1])
+    found = np.concatenate([batch.conditions["trajectory"], batch.latents[:, None]], axis=1)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    assert data.identity.fields["trajectories.negative_prompt"] == CAPTIONS[1]
+    # a run on them still knows what no text is
+    np.testing.assert_array_equal(data.null_encoding()[0], made_of_nothing(teacher))
+    with pytest.raises(UserError, match=r"made in another way: trajectories\.negative_prompt"):
+        make_trajectories(dataclasses.replace(config, negative_prompt=""), say=quiet)
+    with pytest.raises(UserError, match=r"--negative-prompt .* is not allowed; choose none without guidance"):
+        make_trajectories(dataclasses.replace(config, out=str(tmp_path / "b"), guidance_scale=1.0), say=quiet)
+    told = command.captions_of(dataclasses.replace(config, motion_score=10), teacher)
+    assert told == [f"{caption} motion score: 10." for caption in CAPTIONS[:3]]
+
+
+def made_of_nothing(teacher: Path) -> np.ndarray:
+    return SanaVideoPipeline.from_pretrained(teacher).text_encoder.null_encoding()[0]
 
 
 def test_what_it_says_and_notes(made):
@@ -211,6 +240,7 @@ def test_another_identity(made):
         ({"batch_size": 0}, "--batch-size 0 is not allowed; choose 1 or more"),
         ({"guidance_scale": -1.0}, "--guidance-scale -1.0 is not allowed"),
         ({"seed": -1}, "--seed -1 is not allowed"),
+        ({"motion_score": 1001}, "--motion-score 1001 is not allowed; choose a whole number from 0 to 1000"),
         ({"field_of_view": 0.0}, "--field-of-view 0.0 is not allowed; allowed is above 0"),
     ],
 )

@@ -8,6 +8,7 @@ import yaml
 from configs.lora import LoraConfig
 from sana_jax.errors import UserError
 from train.model_card import LoraCard, write_model_card
+from train.publishing import _prompt_and_template
 
 CARD = LoraCard(
     base_model="Efficient-Large-Model/SANA1.5_1.6B_1024px_diffusers",
@@ -81,6 +82,18 @@ def test_another_licence_and_pipeline(tmp_path):
     assert header["license"] == "other"
     assert header["license_name"] == "NVIDIA Open Model License: see LICENSE"
     assert "from diffusers import SanaSprintPipeline" in body
+
+
+def test_a_template_is_no_prompt(tmp_path):
+    assert _prompt_and_template("a photo of {name}") == (None, "a photo of {name}")
+    assert _prompt_and_template("a {{sks}} dog") == ("a {sks} dog", None)
+    assert _prompt_and_template(None) == (None, None)
+    (tmp_path / "grid.png").write_bytes(b"")
+    header, body = read(write_model_card(tmp_path, change(prompt=None, example="a photo of Rex", preview="grid.png")))
+    assert "instance_prompt" not in header
+    assert "Prompt that it was trained on" not in body
+    assert header["widget"][0]["text"] == "a photo of Rex"
+    assert "--prompt 'a photo of Rex'" in body
 
 
 def test_refused(tmp_path):

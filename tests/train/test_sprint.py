@@ -11,8 +11,10 @@ import pytest
 
 from configs.schema import EmaConfig, OptimizerConfig
 from configs.sprint import SprintConfig
+from kernels import selection
 from sana_jax.errors import UserError
 from sana_jax.models.sana import QK_NORM, SanaConfig, SanaTransformer, init_params
+from tests.kernels.cuda_lowering import lower_for_cuda, triton_kernels
 from tests.train.tiny_run import QUICKLY, tiny_config
 from train.batch import Batch
 from train.objectives import scm
@@ -150,6 +152,39 @@ def test_the_derivative_is_a_jvp_and_only_the_value_is_differentiated(trained, b
         assert float(jnp.abs(one - other).max()) <= 1e-5 * float(jnp.abs(other).max())
     for (path, one), other in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected)):
         assert float(jnp.abs(one - other).max()) <= 1e-5 * float(jnp.abs(other).max()) + 1e-7, path
+
+
+def test_the_derivative_takes_no_kernel_where_the_table_picks_them(monkeypatch, trained, teacher, batch):
+    """As on a GPU with a row for every fused form: the student lowers without any, other steps take them."""
+    table = tuple(
+        selection.Measurement(op, "pallas", "cuda", "H100", {}, "2026-01-01", "", 0.5, "by hand")
+        for op, implementations in selection.operations().items()
+        if "pallas" in implementations
+    )
+    monkeypatch.setattr(selection, "measurements", lambda: table)
+    sprint, rows = sprint_of(remat="full"), 2
+    latents, angle, guidance = batch.latents[:rows], jnp.asarray([0.4, 1.2]), jnp.asarray([0.4, 0.5])
+    captions = batch.prompt_embeds[:rows], batch.prompt_attention_mask[:rows]
+
+    def student(params, at, constants):
+        return scm.network_velocity(sprint.student, params, *at, *constants, 1.0)
+
+    def consistency(params):
+        tangents = jnp.flip(latents, 0), angle
+        value, tangent = scm.value_and_tangent(student, params, (latents, angle), tangents, (captions, guidance))
+        return jnp.sum(value * latents) + jnp.sum(tangent)
+
+    def plain(params):
+        return jnp.sum(student(params, (latents, angle), (captions, guidance)))
+
+    def naive(params):
+        return jax.jvp(lambda at: student(params, at, (captions, guidance)), ((latents, angle),), ((latents, angle),))
+
+    params = trained["transformer"]
+    assert triton_kernels(lower_for_cuda(jax.grad(plain), params)) >= 10
+    assert triton_kernels(lower_for_cuda(jax.grad(consistency), params)) == 0
+    with pytest.raises(ValueError, match="has no forward-mode derivative"):
+        lower_for_cuda(naive, params)
 
 
 def test_warmup_ratio():

@@ -7,7 +7,7 @@ sizes that it is asked for later.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -117,6 +117,45 @@ def assign_buckets(
         others = [int(index) for index in used if index != rarest]
         into = min(others, key=lambda index: abs(math.log(_shape(table[index]) / _shape(table[rarest]))))
         chosen[chosen == rarest] = into
+    return _plan_of(sizes, table, original, chosen, minimum)
+
+
+def spread_over(sizes: Sequence[tuple[int, int]], shares: Mapping[Bucket, int], *, minimum: int) -> BucketPlan:
+    """Spreads pictures over given sizes in given proportions: each goes to the nearest shape that has room left.
+
+    Args:
+        sizes: (height, width) of each picture.
+        shares: the sizes, and how many pictures each should have relative to the others; each has one at least, where
+            there are as many pictures as sizes.
+        minimum: pictures of a batch, for what is said.
+    """
+    table = tuple(sorted(Bin(_shape(each), *each) for each in shares))
+    wanted = np.asarray([shares[_bucket(each)] for each in table], np.float64)
+    wanted *= len(sizes) / wanted.sum()
+    room = np.maximum(np.floor(wanted), 1).astype(np.int64)
+    while room.sum() < len(sizes):
+        room[(wanted - room).argmax()] += 1
+    while room.sum() > max(len(sizes), len(table)):
+        room[np.where(room > 1, room - wanted, -np.inf).argmax()] -= 1
+    shapes = np.log([height / width for height, width in sizes])
+    distances = np.abs(shapes[:, None] - np.log([each.ratio for each in table]))
+    chosen = np.full(len(sizes), -1, np.int64)
+    for place in distances.ravel().argsort(kind="stable").tolist():
+        picture, size = divmod(place, len(table))
+        if chosen[picture] < 0 and room[size]:
+            chosen[picture] = size
+            room[size] -= 1
+    return _plan_of(sizes, table, chosen, chosen, minimum)
+
+
+def _plan_of(
+    sizes: Sequence[tuple[int, int]],
+    table: Sequence[Bin],
+    original: Int[np.ndarray, " N"],
+    chosen: Int[np.ndarray, " N"],
+    minimum: int,
+) -> BucketPlan:
+    """The plan of pictures whose sizes, first and last, are these of the table."""
     moves, moved = np.unique(np.stack([original, chosen], -1)[original != chosen], axis=0, return_counts=True)
     merged = tuple((_bucket(table[a]), _bucket(table[b]), int(count)) for (a, b), count in zip(moves, moved))
     used, bucket_of, counts = np.unique(chosen, return_inverse=True, return_counts=True)

@@ -119,7 +119,8 @@ class Shard:
         path: the records' file.
         kind: ``latents`` or ``prompts``.
         num_bytes: of the file.
-        names: of a latent (picture's key, variant), of a prompt ("text", the text) or ("null", "").
+        names: of a latent (picture's key, variant), of a prompt ("text", the text), ("negative", the text) or
+            ("null", "").
         signatures: of each record: what else it depends on, such as the picture's size.
         layouts: the distinct ones.
         layout_of: each record's, as an index of ``layouts``.
@@ -462,6 +463,10 @@ class CacheReader:
         """The arrays of a record, without reading it."""
         shard = self.shards[place.shard]
         return shard.layouts[shard.layout_of[place.number]]
+
+    def signature(self, place: Place) -> str:
+        """What else a record depends on."""
+        return self.shards[place.shard].signatures[place.number]
 
     def read(self, place: Place) -> dict[str, np.ndarray]:
         """The arrays of a record; not to be written to.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from configs.data import ImageDataConfig, VideoDataConfig
 from configs.schema import RunConfig
@@ -22,6 +24,7 @@ from train.data.video.windows import SAMPLING
 
 RESIZE = "bicubic, lanczos from 1536"
 NULL_PROMPT: Name = ("null", "")  # the record of the encoding of no text
+NO_STAMPS: Mapping[str, str] = MappingProxyType({})
 
 
 def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Sequence[Condition]) -> CacheIdentity:
@@ -109,8 +112,11 @@ def _patch(network) -> int:
     return patch if isinstance(patch, int) else patch[-1]
 
 
-def signature(record: Record, bucket: Bucket | None, conditions: Sequence[Condition]) -> str:
-    """What a picture's records depend on beside its pixels and the identity."""
-    inputs = {condition.name: record.columns.get(condition.name) for condition in conditions}
+def signature(
+    record: Record, bucket: Bucket | None, conditions: Sequence[Condition], stamps: Mapping[str, str] = NO_STAMPS
+) -> str:
+    """What a picture's records depend on beside the identity; ``stamps`` are of the files that conditions read."""
+    inputs: dict[str, Any] = {condition.name: record.columns.get(condition.name) for condition in conditions}
+    inputs |= {name: [inputs[name], stamp] for name, stamp in stamps.items()}
     text = json.dumps([record.stamp, record.size, bucket, inputs], default=repr, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ from train.batch import Batch
 from train.data.cache import LATENTS, PROMPTS, CacheIdentity, CacheReader, Place
 from train.data.cache_plan import NULL_PROMPT, variants
 from train.data.captions import CaptionRule, caption_weights
+from train.data.pinned import DATA, pinned_places, read_pins
 from train.data.source import Caption, Record
 from train.data.splits import split
 
@@ -38,8 +39,8 @@ class _Contents:
     Pictures that have the same captions share one entry, and the same group one text.
     """
 
-    def __init__(self, reader: CacheReader, config: ImageDataConfig):
-        self.reader = reader
+    def __init__(self, reader: CacheReader, config: ImageDataConfig, pins: Path | None):
+        self.reader, self.pins = reader, pins
         self.texts: list[str] = []
         self.records: list[Record] = []
         self.shapes: list[Shape] = []
@@ -48,17 +49,22 @@ class _Contents:
         numbers: dict[str, int] = {}
         shared: dict[Any, _Captions] = {}
         rule = CaptionRule.of(config)
-        places, wanted = reader.places(LATENTS), variants(config)
-        for sample in reader.samples():
-            key = sample["key"]
+        places, wanted = reader.places(LATENTS) if pins is None else pinned_places(reader), variants(config)
+        for sample in reader.samples() if pins is None else read_pins(pins):
+            key, signatures = sample["key"], sample.get("signatures")
             if missing := [name for name in wanted if name not in sample["variants"]]:
                 raise CheckpointError(
                     f"the cache {reader.directory} lacks {', '.join(missing)} of {key}, which --data.crop, "
                     "--data.crops and --data.flip ask for; python -m train.precompute with the same options adds them"
                 )
             try:
-                own = tuple(places[key, name] for name in wanted)
+                own = tuple(places[(key, name) if pins is None else (key, name, signatures[name])] for name in wanted)
             except KeyError as error:
+                if pins is not None:
+                    raise CheckpointError(
+                        f"the run began with {key} as it was then ({pins}), and the cache {reader.directory} does not "
+                        "have it so; put the picture and its sizes back as they were, or start a new run"
+                    ) from error
                 raise CheckpointError(
                     f"the cache {reader.directory} lists {key}, and no shard has it; python -m train.precompute with "
                     "the same options makes it again"
@@ -94,6 +100,7 @@ class CachedData:
         config: its ``caption_choice`` and what belongs to it, ``crop``, ``crops``, ``flip`` and ``validation_share``
             are used.
         identity: what the cache's numbers must be a function of; None accepts any.
+        pins: the list of samples that a run began with (``train.data.pinned``), instead of the cache's own.
 
     Raises:
         FileNotFoundError: there is no cache, or it is not finished.
@@ -107,16 +114,17 @@ class CachedData:
         config: ImageDataConfig,
         *,
         identity: CacheIdentity | None = None,
+        pins: Path | None = None,
         _part: tuple[_Contents, Sequence[int]] | None = None,
     ):
         self.directory, self.config = Path(directory), config
         if _part is not None:
             self._contents, self._rows = _part[0], np.asarray(_part[1], np.int64)
             return
-        reader = CacheReader(directory)
+        reader = CacheReader(directory, unfinished=pins is not None)
         if identity is not None:
             reader.identity.require(identity, self.directory)
-        self._contents = _Contents(reader, config)
+        self._contents = _Contents(reader, config, pins)
         training, held_out = split(self._contents.records, config.validation_share)
         self._rows, self._held_out = np.asarray(training, np.int64), held_out
 
@@ -130,6 +138,27 @@ class CachedData:
     def identity(self) -> CacheIdentity:
         """What the cache's numbers are a function of."""
         return self._contents.reader.identity
+
+    @property
+    def cached(self) -> dict[str, CachedData]:
+        """The caches that the data is read from, by the name of a run's list of their samples."""
+        return {DATA: self}
+
+    @property
+    def is_pinned(self) -> bool:
+        """Whether it was opened with a run's list of samples."""
+        return self._contents.pins is not None
+
+    @property
+    def reader(self) -> CacheReader:
+        """The cache."""
+        return self._contents.reader
+
+    def places(self) -> Iterator[tuple[str, dict[str, Place]]]:
+        """Of all samples, those for validation included: the key, and where the record of each variant is."""
+        names = variants(self.config)
+        for record, places in zip(self._contents.records, self._contents.variants):
+            yield record.key, dict(zip(names, places))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -253,7 +282,7 @@ class CachedData:
     def _padded(self, places: Sequence[Place]) -> tuple[Float[np.ndarray, "B L C"], Int[np.ndarray, "B L"]]:
         length, channels = self.prompt_shape
         tokens = {place: self._contents.reader.read(place)["tokens"] for place in set(places)}
-        dtype = next(iter(tokens.values())).dtype
+        dtype = np.dtype(self._contents.reader.layout(self._contents.null).arrays[0][1])
         embeds = np.zeros((len(places), length, channels), dtype)
         mask = np.zeros((len(places), length), np.int32)
         for row, place in enumerate(places):

@@ -70,6 +70,18 @@ class Condition(Protocol):
         """Why a record has no such input, or None if it has one; without reading pictures."""
         ...
 
+    def reads_file(self, record: Record) -> bool:
+        """Whether its column names a file that is read, so that the input changes when the file does."""
+        ...
+
+    def width(self, source: ImageSource, record: Record) -> int | None:
+        """Numbers of a vector, None for what is no vector.
+
+        Raises:
+            BadPicture: the record's can't be read.
+        """
+        ...
+
     def prepare(self, sample: Sample) -> np.ndarray:
         """What ``encode`` takes, without a batch axis; runs in threads, away from the accelerator.
 
@@ -103,6 +115,14 @@ class Encoders:
 
 
 class _WithoutWeights:
+    def reads_file(self, record: Record) -> bool:
+        """As ``Condition`` says."""
+        return False
+
+    def width(self, source: ImageSource, record: Record) -> int | None:
+        """As ``Condition`` says."""
+        return None
+
     def free(self) -> None:
         """There is nothing to let go of."""
 
@@ -149,6 +169,15 @@ class Vector(_WithoutWeights):
         """As ``Condition`` says."""
         return f"has no {self.name}" if _absent(record.columns.get(self.name)) else None
 
+    def reads_file(self, record: Record) -> bool:
+        """As ``Condition`` says."""
+        value = record.columns.get(self.name)
+        return isinstance(value, str) and not value.lstrip().startswith("[")
+
+    def width(self, source: ImageSource, record: Record) -> int | None:
+        """As ``Condition`` says."""
+        return len(self.prepare(Sample(source, record, View(0, 0), None)))
+
     def prepare(self, sample: Sample) -> np.ndarray:
         """As ``Condition`` says."""
         record, value = sample.record, sample.record.columns[self.name]
@@ -181,6 +210,10 @@ class Picture(_WithoutWeights):
     def missing(self, record: Record) -> str | None:
         """As ``Condition`` says."""
         return f"has no {self.name}" if _absent(record.columns.get(self.name)) else None
+
+    def reads_file(self, record: Record) -> bool:
+        """As ``Condition`` says."""
+        return True
 
     def prepare(self, sample: Sample) -> UInt8[np.ndarray, "h w C"]:
         """As ``Condition`` says."""
@@ -237,6 +270,10 @@ class Siglip:
         """As ``Condition`` says."""
         return f"has no {self.name}" if _absent(record.columns.get(self.name)) else None
 
+    def reads_file(self, record: Record) -> bool:
+        """As ``Condition`` says."""
+        return True
+
     def prepare(self, sample: Sample) -> UInt8[np.ndarray, "S S 3"]:
         """As ``Condition`` says. Pictures are resized here, so that they make a batch."""
         from PIL import Image
@@ -247,6 +284,10 @@ class Siglip:
         if how.height is None:
             return picture
         return np.asarray(Image.fromarray(picture).resize((how.width, how.height), how.resample))
+
+    def width(self, source: ImageSource, record: Record) -> int | None:
+        """As ``Condition`` says."""
+        return self._encoder.embedding_dim
 
     def encode(self, prepared: UInt8[np.ndarray, "B S S 3"]) -> Float[np.ndarray, "B D"]:
         """As ``Condition`` says."""

@@ -19,9 +19,15 @@ from train.preemption import StopRequest
 
 
 def add_prompts(
-    cache: CacheWriter, encoder: TextEncoder, texts: Sequence[str], say: Say, stop: StopRequest | None = None
+    cache: CacheWriter,
+    encoder: TextEncoder,
+    texts: Sequence[str],
+    say: Say,
+    stop: StopRequest | None = None,
+    negative_prompt: str = "",
 ) -> None:
-    """Encodes texts into new shards, and no text if that is missing; the encoder's weights stay in memory.
+    """Encodes texts into new shards, and no text and a negative prompt if they are missing; the encoder's weights stay
+    in memory.
 
     Raises:
         UserError: a text that the encoder does not take, or whose encoding is not finite.
@@ -29,8 +35,12 @@ def add_prompts(
     """
     meter = Meter("prompts", len(texts), say)
     with ShardFiller(cache, PROMPTS, stop) as filler:
-        if NULL_PROMPT not in cache.present(PROMPTS):
+        there = cache.present(PROMPTS)
+        if NULL_PROMPT not in there:
             filler.add(NULL_PROMPT, null_record(encoder))
+            filler.batch_ends()
+        if (name := negative_name(negative_prompt)) not in {*there, NULL_PROMPT}:
+            filler.add(name, negative_record(encoder, negative_prompt))
             filler.batch_ends()
         for batch in encode_prompts(encoder, texts, say):
             for prompt in batch:
@@ -46,15 +56,34 @@ def null_record(encoder: TextEncoder) -> dict[str, np.ndarray]:
     return {"tokens": unpadded(np.asarray(embeds[0]), np.asarray(mask[0])).astype(prompt_dtype(encoder))}
 
 
+def negative_name(text: str) -> Name:
+    """The name of a negative prompt's record, whose encoding is another than that of the same text as a prompt."""
+    return ("negative", text) if text.strip() else NULL_PROMPT
+
+
+def negative_record(encoder: TextEncoder, text: str) -> dict[str, np.ndarray]:
+    """The arrays of the record of a negative prompt.
+
+    Raises:
+        UserError: a text that the encoder does not take, or values that are not finite.
+    """
+    embeds, mask = encoder.encode([text], negative=True)
+    return _finite(encoder, EncodedPrompt(text, unpadded(np.asarray(embeds[0]), np.asarray(mask[0]))))
+
+
 def text_record(encoder: TextEncoder, prompt: EncodedPrompt) -> tuple[Name, dict[str, np.ndarray]]:
     """The name and the arrays of a text's record.
 
     Raises:
         UserError: values that are not finite.
     """
+    return ("text", prompt.text), _finite(encoder, prompt)
+
+
+def _finite(encoder: TextEncoder, prompt: EncodedPrompt) -> dict[str, np.ndarray]:
     if not np.isfinite(prompt.tokens).all():
         raise UserError(f"the prompt {prompt.text[:80]!r} encodes to values that are not finite; see --model")
-    return ("text", prompt.text), {"tokens": prompt.tokens.astype(prompt_dtype(encoder))}
+    return {"tokens": prompt.tokens.astype(prompt_dtype(encoder))}
 
 
 def free(part: Any) -> None:
@@ -92,6 +121,14 @@ class PromptRecords:
     def null_encoding(self) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
         """The encoding of no text."""
         return self.encode([""])
+
+    def has_negative(self, text: str) -> bool:
+        """Whether it has a negative prompt."""
+        return negative_name(text) in self._places
+
+    def negative_encoding(self, text: str) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
+        """The encoding of a negative prompt that it has; of no text where that is empty."""
+        return padded([self._tokens(self._places[negative_name(text)])], self._length)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -32,7 +32,7 @@ class PromptsData:
     Args:
         directory: the cache of the encoded prompts.
         prompts: as they were written.
-        config: motion scores are used.
+        config: motion scores and the negative prompt are used.
         latent_shape: (T, H, W, C) of the videos' latents.
 
     Raises:
@@ -48,7 +48,9 @@ class PromptsData:
         self._texts = texts_of(prompts, config.motion_score)
         self._real = None if config.real_motion_score is None else texts_of(prompts, config.real_motion_score)
         self._encoded = PromptRecords(CacheReader(directory))
-        if lost := self._encoded.missing([*self._texts, *(self._real or ())]):
+        lost = self._encoded.missing([*self._texts, *(self._real or ())])
+        lost += [] if self._encoded.has_negative(config.negative_prompt) else [config.negative_prompt]
+        if lost:
             raise UserError(f"the cache {directory} lacks {len(lost)} prompts, such as {lost[0][:80]!r}; make it again")
 
     def __len__(self) -> int:
@@ -107,13 +109,15 @@ class PromptsData:
         return self._encoded.encode(captions)
 
     def null_encoding(self) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
-        """The encoding of no text."""
-        return self._encoded.null_encoding()
+        """The encoding of the negative prompt; of no text where there is none."""
+        return self._encoded.negative_encoding(self.config.negative_prompt)
 
     def describe(self) -> str:
         """One line for the start of a run."""
         config, real = self.config, self.config.real_motion_score
         told = "" if real is None else f"; the real score is told motion score {real}"
+        if config.negative_prompt.strip():
+            told += f"; its unconditional branch is told {config.negative_prompt[:60]!r}"
         return (
             f"{len(self):,} prompts such as {self._texts[0][:60]!r} from {config.path}, encoded in {self.directory}; "
             f"videos of {config.clip_frames} frames of {config.clip_size[0]}x{config.clip_size[1]} px (latents "

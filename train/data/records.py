@@ -44,7 +44,7 @@ class Record:
         captions: empty where it has none.
         group: pictures of one group never fall on both sides of a split; None: a group by itself.
         columns: everything else that the data says of it; numbers are numbers, names of further pictures are texts.
-        stamp: changes when the picture's file does, and is the same on every machine: of its length and beginning.
+        stamp: changes when the file does that is encoded, and is the same on every machine.
         video: what a video says of itself; None for pictures.
     """
 

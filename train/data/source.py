@@ -10,13 +10,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import hashlib
 import io
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from sana_jax.errors import UserError
 from train.data.captions import fill_caption, with_motion_scores
 from train.data.decoding import BadPicture, Header, read_header
 from train.data.records import Caption, Problem, Record, Say, shown
+from train.data.score_limits import passes
 from train.data.sources.folder import MANIFEST_OF_NAMES, hidden, list_folder, list_named
 from train.data.sources.huggingface import list_dataset
 from train.data.sources.listing import (
@@ -41,6 +41,7 @@ from train.data.sources.listing import (
 )
 from train.data.sources.manifest import SUFFIXES, USUAL_STEMS, list_manifest
 from train.data.sources.webdataset import LIST_OF_TARS, list_tars
+from train.data.stamps import stamp, stamp_of
 
 if TYPE_CHECKING:
     from train.data.video.containers import ClipHeader
@@ -60,7 +61,6 @@ __all__ = [
 
 _THREADS = 8  # that open files: they wait for the disk, or for a network's
 _LISTED = 10  # names in a message
-_STAMPED = 4096  # bytes of a file's beginning
 
 
 class ImageSource(Protocol):
@@ -128,13 +128,22 @@ class IndexedSource:
 
     def read(self, record: Record, column: str | None = None) -> bytes:
         """See ``ImageSource``."""
+        if column is not None:
+            return read_blob(self._blob_of(record, column))
+        picture = self._entries[record.key].picture
+        if picture is None:
+            raise UserError(f"{record.key} of {self.name} has features and no picture; use features()")
+        return read_blob(picture)
+
+    def stamp(self, record: Record, column: str) -> str:
+        """Changes when the file does that a column names; empty where that can't be read."""
+        return stamp_of(self._blob_of(record, column))
+
+    def _blob_of(self, record: Record, column: str) -> Blob:
+        """The file that a column names."""
         entry = self._entries[record.key]
-        if column is None:
-            if entry.picture is None:
-                raise UserError(f"{record.key} of {self.name} has features and no picture; use features()")
-            return read_blob(entry.picture)
         if column in entry.pictures:
-            return read_blob(entry.pictures[column])
+            return entry.pictures[column]
         value = record.columns.get(column)
         if not isinstance(value, str):
             held = f"holds {value!r}" if column in record.columns else "is not there"
@@ -143,7 +152,7 @@ class IndexedSource:
                 f"column {column!r} of {record.key} {held}; it must name a picture's file: correct the data, or name "
                 f"another column (there are: {names})"
             )
-        return read_blob(FileBlob(os.path.join(self._root, value), shown(value)))
+        return FileBlob(os.path.join(self._root, value), shown(value))
 
     def features(self, record: Record) -> Mapping[str, np.ndarray]:
         """See ``ImageSource``. An .npz gives its arrays by their names, an .npy one by the name of its file's kind."""
@@ -239,6 +248,8 @@ def index_source(config: ImageDataConfig) -> IndexedSource:
         look = functools.partial(_look_at_video, source_fps=config.source_fps)
     usable = _large_enough(_read_headers(listing, source, look), config, source)
     records = [(entry, _record(entry, looked, config)) for entry, looked in usable]
+    if isinstance(config, VideoDataConfig):
+        records = _within_limits(records, config, source)
     records = _with_captions(records, config, source)
     if isinstance(config, VideoDataConfig):
         records = with_motion_scores(records, config.motion_score)
@@ -398,17 +409,17 @@ class _Looked(NamedTuple):
     stamp: str
 
 
-_NO_PICTURE = _Looked(Header(0, 0, "", ()), "")
+_NO_PICTURE = Header(0, 0, "", ())
 
 
 def _look(entry: Entry) -> _Looked | BadPicture:
     """A picture's header; ``_NO_PICTURE`` for features alone."""
     if entry.picture is None:
-        return _NO_PICTURE
+        return _looked_at_features(entry)
     try:
         with entry.picture.open() as file:
             header = read_header(file, name=entry.picture.name)
-            return _Looked(header, _stamp(file))
+            return _Looked(header, stamp(file))
     except BadPicture as error:
         return error
     except OSError as error:
@@ -424,18 +435,18 @@ def _look_at_video(entry: Entry, source_fps: float | None) -> _Looked | BadPictu
     try:
         with open_clip(entry.picture, source_fps) as clip, entry.picture.open() as file:
             frames = getattr(entry.picture, "frames", ())
-            return _Looked(clip.header, _stamp(file, str(frames) if frames else ""))
+            others = [(name, stamp_of(entry.picture.frame(number))) for number, name in enumerate(frames)]
+            return _Looked(clip.header, stamp(file, str(others) if others else ""))
     except BadPicture as error:
         return error
     except OSError as error:
         return BadPicture(entry.picture.name, f"can't be read ({error.strerror})")
 
 
-def _stamp(file: IO[bytes], more: str = "") -> str:
-    file.seek(0)
-    digest = hashlib.blake2b(file.read(_STAMPED), digest_size=8)
-    digest.update(f"{file.seek(0, os.SEEK_END)}{more}".encode(errors="surrogatepass"))
-    return digest.hexdigest()
+def _looked_at_features(entry: Entry) -> _Looked:
+    """What is known of a sample that has features and no picture."""
+    stamps = [f"{name} {stamp_of(blob)}" for name, blob in sorted(entry.arrays.items())]
+    return _Looked(_NO_PICTURE, " ".join(stamps))
 
 
 def _read_headers(
@@ -451,7 +462,7 @@ def _read_headers(
             continue
         usable.append((entry, looked))
         header = looked.header
-        if looked is _NO_PICTURE:
+        if looked.header is _NO_PICTURE:
             continue
         for oddity in header.oddities:
             oddities[oddity].append(entry.picture.name)
@@ -496,7 +507,7 @@ def _large_enough(
     small = [
         entry.key
         for entry, looked in usable
-        if looked is not _NO_PICTURE and min(looked.header.height, looked.header.width) < config.minimum_size
+        if looked.header is not _NO_PICTURE and min(looked.header.height, looked.header.width) < config.minimum_size
     ]
     if small:
         source.notes.append(
@@ -519,10 +530,26 @@ def _record(entry: Entry, looked: _Looked, config: ImageDataConfig) -> Record:
             f"--data.group-column {column}: {entry.key} has none; it has the columns "
             f"{', '.join(entry.columns) or 'none'}: name a column that every one has, or folder"
         )
-    size = None if looked is _NO_PICTURE else (looked.header.height, looked.header.width)
+    size = None if looked.header is _NO_PICTURE else (looked.header.height, looked.header.width)
     group = None if group is None else str(group)
     video = None if isinstance(looked.header, Header) else looked.header
     return Record(entry.key, size, entry.captions, group, entry.columns, looked.stamp, video)
+
+
+def _within_limits(
+    records: list[tuple[Entry, Record]], config: VideoDataConfig, source: IndexedSource
+) -> list[tuple[Entry, Record]]:
+    """Records whose scores are within ``filters``; those without such a score become problems."""
+    limits, kept, others = config.score_limits(), [], []
+    for entry, record in records:
+        try:
+            (kept if passes(record.key, record.columns, limits) else others).append((entry, record))
+        except BadPicture as error:
+            source.problems.append(Problem(error.name, error.reason))
+    if others:
+        names = [record.key for _, record in others]
+        source.notes.append(_counted(names, f"{source.media.many} do not pass --data.filters and are left out"))
+    return kept
 
 
 def _with_captions(

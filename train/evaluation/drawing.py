@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from sana_jax.pipelines.model_directory import pipeline_of
 from sana_jax.pipelines.sampling_function import is_guided
 from sana_jax.weights import checkpoint_steps, choose_checkpoint
 from sana_jax.weights.identity import weights_id
+from train.run_directory import CONFIG_NAME, read_config
 
 _TEXT = "text encoder"
 NO_PICTURE = "picture.png"  # GenerateConfig asks for a name; nothing is written there
@@ -78,6 +80,15 @@ def file_identity(path: Path) -> str:
     """A short name of a file's bytes."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
+def as_trained(config: GenerateConfig) -> GenerateConfig:
+    """The same request; of a run that was trained with attention clipped as float16 does it, drawn so as well."""
+    directory = Path(config.model)
+    is_run = is_training_run(directory) and (directory / CONFIG_NAME).is_file()
+    if not is_run or not read_config(directory).compute.emulate_fp16_saturation:
+        return config
+    return dataclasses.replace(config, emulate_fp16_saturation=True)
 
 
 class Opener:

@@ -81,6 +81,10 @@ class FlowMatching:
             return None
         return jax.random.bernoulli(stream(seed, step, "first_given"), share, shape[:1])
 
+    def levels_of_given(self, levels: Float[Array, "B *T"], given: Bool[Array, "B T"]) -> Float[Array, "B T"]:
+        """Noise levels, or times, of all frames: 0 where a frame is given."""
+        return jnp.where(given, 0.0, levels)
+
     def losses(self, trained: PyTree, frozen: PyTree | None, batch: Batch, draws: Draws) -> SampleLosses:
         """Each sample's loss, (B,) in float32."""
         level = noise_level(draws.index, self.config.flow_shift)
@@ -88,7 +92,7 @@ class FlowMatching:
         sigma, timestep, counted = level.sigma, level.timestep.astype(jnp.float32), None
         if draws.first_given is not None:
             given = draws.first_given[:, None] & (jnp.arange(latents.shape[1]) == 0)
-            sigma, timestep = (jnp.where(given, 0.0, _of_frames(values)) for values in (sigma, timestep))
+            sigma, timestep = (self.levels_of_given(of_frames(values), given) for values in (sigma, timestep))
             counted = ~given
         if (valid := batch.conditions.get(FRAME_VALID)) is not None:
             counted = valid.astype(bool) if counted is None else counted & valid.astype(bool)
@@ -101,6 +105,6 @@ class FlowMatching:
         return SampleLosses(loss * batch.conditions.get("loss_weight", 1.0), level.sigma)
 
 
-def _of_frames(values: Float[Array, " B"] | Float[Array, "B T"]) -> Float[Array, "B *T"]:
+def of_frames(values: Float[Array, " B"] | Float[Array, "B T"]) -> Float[Array, "B *T"]:
     """With an axis of frames."""
     return values if values.ndim == 2 else values[:, None]

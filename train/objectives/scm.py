@@ -17,12 +17,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.selection import forward_mode
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.diffusion.flow import align_leading
 from sana_jax.diffusion.trigflow import flow_input, sigma_from_angle, trigflow_velocity
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.nn.embeddings import TimeEmbedding
 from sana_jax.nn.initializers import xavier_uniform
+from sana_jax.pipelines.sampling_function import transformer_variables
 
 NORM_EPSILON = 0.1
 
@@ -56,6 +58,7 @@ def network_velocity(
     captions: tuple[Array, Array],
     guidance: Float[Array, " B"] | None,
     timestep_factor: float,
+    lora: PyTree | None = None,
 ) -> Float[Array, "B H W C"]:
     """A flow network's TrigFlow velocity F, in units of sigma_data and in float32.
 
@@ -67,12 +70,13 @@ def network_velocity(
         captions: prompt embeddings and their mask.
         guidance: what the network is told of the guidance scale; None for a network that is not.
         timestep_factor: what the flow level in [0, 1] is multiplied with for the network: 1 for SANA-Sprint.
+        lora: beside the parameters; None for none.
     """
     network_input = flow_input(scaled, angle, 1.0)
     embeds, mask = captions
     timestep = sigma_from_angle(angle) * timestep_factor
     velocity = transformer.apply(
-        {"params": params}, network_input, embeds, timestep, guidance, encoder_attention_mask=mask
+        transformer_variables(params, lora), network_input, embeds, timestep, guidance, encoder_attention_mask=mask
     )
     return trigflow_velocity(network_input, velocity, angle, 1.0)
 
@@ -86,6 +90,9 @@ def value_and_tangent(
     through ``jax.jvp`` would be right as well, but inside the scan over a network's blocks it cannot see that the
     derivative's own gradient is never asked for, and computes it.
 
+    Fused kernels have no forward-mode derivative: the network's operations run in forms that have one here, whatever
+    is measured to be faster.
+
     Args:
         function: the network.
         params: what the value may be differentiated by.
@@ -96,14 +103,16 @@ def value_and_tangent(
 
     @jax.custom_vjp
     def run(params, primals, tangents, constants):
-        return jax.jvp(lambda at: function(params, at, constants), (primals,), (tangents,))
+        with forward_mode():
+            return jax.jvp(lambda at: function(params, at, constants), (primals,), (tangents,))
 
     def forward(params, primals, tangents, constants):
         def value_and_pullback(at):
             return jax.vjp(lambda p: function(p, at, constants), params)
 
         # the pullback's residuals have tangents too, which nothing reads and the compiler leaves out
-        (value, pullback), (tangent, _) = jax.jvp(value_and_pullback, (primals,), (tangents,))
+        with forward_mode():
+            (value, pullback), (tangent, _) = jax.jvp(value_and_pullback, (primals,), (tangents,))
         return (value, tangent), pullback
 
     def backward(pullback, cotangents):

@@ -56,7 +56,7 @@ def path_mask(params: PyTree, patterns: tuple[str, ...], option: str, may_be_abs
     """
     paths = parameter_paths(params)
     for pattern in patterns:
-        if not _matching(paths, pattern, option) and pattern not in may_be_absent:
+        if not matching_paths(paths, pattern, option) and pattern not in may_be_absent:
             raise UserError(
                 f"--{option} {pattern!r} matches no parameter; paths look like {', '.join(list(paths)[:3])}: patterns "
                 "must match a whole path, so begin with .* to match an ending"
@@ -64,7 +64,12 @@ def path_mask(params: PyTree, patterns: tuple[str, ...], option: str, may_be_abs
     return map_with_names(lambda path, _: any(re.fullmatch(pattern, path) for pattern in patterns), params)
 
 
-def _matching(paths: Mapping[str, Any], pattern: str, option: str) -> list[str]:
+def matching_paths(paths: Mapping[str, Any], pattern: str, option: str) -> list[str]:
+    """Those of the paths that match a pattern as a whole.
+
+    Raises:
+        UserError: the pattern is not a regular expression.
+    """
     try:
         return [path for path in paths if re.fullmatch(pattern, path)]
     except re.error as error:
@@ -108,7 +113,7 @@ def peak_learning_rates(config: OptimizerConfig, params: PyTree) -> dict[str, fl
     rates = {path: config.learning_rate for path, is_frozen in frozen.items() if not is_frozen}
     by_path: dict[str, str] = {}
     for pattern, rate in own_learning_rates(config).items():
-        matched = _matching(rates, pattern, "optimizer.learning-rates")
+        matched = matching_paths(rates, pattern, "optimizer.learning-rates")
         if not matched:
             raise UserError(
                 f"--optimizer.learning-rates {pattern!r} matches no trained parameter; paths look like "

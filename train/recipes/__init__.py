@@ -33,7 +33,7 @@ class DataShapes(NamedTuple):
 
 def make_recipe(config: RunConfig, data: DataShapes | None = None) -> Recipe:
     """The recipe of a settled configuration; ``data`` is what the few that depend on it need, once it is there."""
-    transformer = make_network(config.transformer, config.compute)
+    transformer, told = make_network(config.transformer, config.compute), config.flow.embedded_guidance
     if config.sprint is not None:
         shape = dataclasses.replace(config.transformer, guidance_embeds=False)
         return SprintTraining(transformer, transformer.clone(config=shape), config.sprint)
@@ -41,7 +41,7 @@ def make_recipe(config: RunConfig, data: DataShapes | None = None) -> Recipe:
         return _controlnet(config, transformer)
     if config.lora is not None:
         encoders = None if config.tokens is None else config.tokens.network(config.transformer)
-        return LoraTransformer(transformer, config.lora, encoders, getattr(config.data, "conditions", ()))
+        return LoraTransformer(transformer, config.lora, encoders, getattr(config.data, "conditions", ()), told)
     if isinstance(config.chunk_causal, WorldChunksConfig):
         return WorldChunkCausalTraining(transformer, config.chunk_causal)
     if config.chunk_causal is not None:
@@ -50,7 +50,7 @@ def make_recipe(config: RunConfig, data: DataShapes | None = None) -> Recipe:
         return OdeTraining(causal_network(transformer), config.ode)
     if config.self_forcing is not None:
         return SelfForcingTraining(causal_network(transformer), transformer, config.self_forcing, *(data or ()))
-    return WholeTransformer(transformer)
+    return WholeTransformer(transformer, guidance_scale=told)
 
 
 def _controlnet(config: RunConfig, transformer: SanaTransformer) -> ControlNetTraining:
@@ -60,11 +60,8 @@ def _controlnet(config: RunConfig, transformer: SanaTransformer) -> ControlNetTr
             f"--controlnet.num-layers {settings.num_layers}: the base model has {layers} blocks; choose 1 to "
             f"{layers - 1}"
         )
-    if config.transformer.guidance_embeds:
-        raise UserError(
-            f"--model {config.model} is distilled to few steps (SANA-Sprint), for which there is no ControlNet; choose "
-            "SANA or SANA-1.5"
-        )
     shape = SanaControlNetConfig.beside(config.transformer, settings.num_layers)
-    controlnet = SanaControlNet(shape, transformer.dtype, remat=transformer.remat)
+    controlnet = SanaControlNet(
+        shape, transformer.dtype, remat=transformer.remat, fp16_saturation=transformer.fp16_saturation
+    )
     return ControlNetTraining(transformer, controlnet, settings.condition)

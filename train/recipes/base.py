@@ -35,6 +35,8 @@ class Recipe(Protocol):
         transformer: the network that is sampled.
         rules: where the trained parameters lie on a mesh.
         keeps_base: whether the base model's parameters stay in memory, as ``frozen``.
+        copies_base: whether the trained parameters begin as the base model's, of which they need every bit; where not,
+            its shapes are enough.
         kind: what a run directory calls it.
         conditions: names of further arrays that a batch must have.
     """
@@ -42,6 +44,7 @@ class Recipe(Protocol):
     transformer: Transformer
     rules: tuple[Rule, ...]
     keeps_base: ClassVar[bool]
+    copies_base: ClassVar[bool]
     kind: ClassVar[str]
     conditions: tuple[str, ...]
 
@@ -77,7 +80,7 @@ class Recipe(Protocol):
     def step_functions(
         self, config: RunConfig, optimizer: Any, null_encoding: NullEncoding
     ) -> tuple[StepFunction, ...]:
-        """The kinds of step, used in turn; ``null_encoding`` is the text encoder's encoding of no text."""
+        """The kinds of step, used in turn; ``null_encoding`` is the encoding of no text, or of a negative prompt."""
         ...
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:

@@ -19,6 +19,7 @@ class FlowRecipe:
     """One optimizer, one kind of step, an average of all that is trained."""
 
     keeps_base: ClassVar[bool]
+    copies_base: ClassVar[bool] = True
 
     def averaged(self, trained: PyTree) -> PyTree:
         """All of it."""

@@ -167,6 +167,7 @@ class SelfForcingTraining:
     autoencoder: VideoAutoencoder | None = None
 
     keeps_base: ClassVar[bool] = True
+    copies_base: ClassVar[bool] = True
     kind: ClassVar[str] = "self_forcing"
 
     @property
@@ -208,6 +209,11 @@ class SelfForcingTraining:
                 f"windows of {windows.window_frames} latent frames, {windows.count} to a video of "
                 f"{windows.total_frames}; every step takes the next"
             )
+            if skipped := windows.skipped_turns(len(c.cycle)):
+                lines.append(
+                    f"one step in {len(c.cycle)} is the generator's, which would always meet the same of the "
+                    f"{windows.count} windows: every new video begins {skipped} later in the order of steps"
+                )
         return lines
 
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
@@ -241,7 +247,8 @@ class SelfForcingTraining:
 
     def optimizer(self, config: RunConfig, trained: PyTree) -> PhaseOptimizers:
         """One for the generator and one for the fake score."""
-        return SelfForcingSteps(self.config, config).optimizers(trained)
+        windows = None if self.config.stream is None else self._windows
+        return SelfForcingSteps(self.config, config).optimizers(trained, windows)
 
     def step_functions(
         self, config: RunConfig, optimizer: PhaseOptimizers, null_encoding: NullEncoding

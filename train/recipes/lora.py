@@ -38,14 +38,17 @@ class LoraTransformer(FlowRecipe):
         config: of the LoRA, whose tree is without its scale.
         encoders: of condition tokens, which are trained beside it; None for none.
         sources: where the data has the conditions from, as its configuration declares them.
+        guidance_scale: what SANA-Sprint's network is told; None for others.
     """
 
     transformer: Transformer
     config: LoraConfig
     encoders: ConditionEncoders | None = None
     sources: tuple[str, ...] = ()
+    guidance_scale: float | None = None
 
     keeps_base: ClassVar[bool] = True
+    copies_base: ClassVar[bool] = False
     kind: ClassVar[str] = "lora"
 
     @property
@@ -115,7 +118,8 @@ class LoraTransformer(FlowRecipe):
         tokens = None
         if self.encoders is not None:
             tokens = apply_tokens(self.encoders, trained[TOKENS], batch.conditions, draws.get(TOKENS))
-        return predicted_velocity(self.transformer, frozen, noisy, timestep, batch, lora, tokens)
+        scale = self.guidance_scale
+        return predicted_velocity(self.transformer, frozen, noisy, timestep, batch, lora, tokens, guidance_scale=scale)
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Guided sampling with the LoRA."""

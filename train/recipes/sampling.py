@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 
 from kernels.typing import Array, Float, PyTree
-from sana_jax.diffusion.samplers import Sampler
+from sana_jax.diffusion.samplers import SCM, Sampler
 from sana_jax.diffusion.sampling import sample_scan
 from sana_jax.models.condition_tokens import ConditionTokens
+from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.families import Transformer
 from sana_jax.pipelines.sampling_function import Encoded, guided_velocity, is_guided, make_sampling_fn
 from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork
 from train.batch import CAMERA, FIRST_FRAME, PLUCKER
+from train.objectives.scm import network_velocity
 from train.recipes.base import Prompts
 
 PreviewFunction = Callable[..., Float[Array, "B *X C"]]
@@ -26,8 +30,10 @@ def preview_sampling(
     """``fn(params, latents, prompts, conditions, lora=None, tokens=None, null_tokens=None)`` -> latents, to be jitted.
 
     Guided sampling as the network's pipeline does it. Of ``conditions`` world models alone read: see
-    ``world_sampling``; condition tokens are not for them.
+    ``world_sampling``; condition tokens are neither for them nor for SANA-Sprint.
     """
+    if isinstance(sampler, SCM):
+        return consistency_sampling(transformer, sampler, num_inference_steps, guidance_scale)
     if isinstance(transformer, SanaWMTransformer):
         return world_sampling(transformer, sampler, num_inference_steps, guidance_scale)
     sample = make_sampling_fn(transformer, sampler, num_inference_steps, guidance_scale)
@@ -44,6 +50,38 @@ def preview_sampling(
         return sample(params, latents, *prompts, lora=lora, tokens=tokens, null_tokens=null_tokens)
 
     return function
+
+
+def consistency_sampling(
+    transformer: SanaTransformer, sampler: SCM, num_inference_steps: int, guidance_scale: float
+) -> Callable[..., Float[Array, "B H W C"]]:
+    """``fn(params, latents, prompts, conditions, lora=None)`` -> latents: a sampling run as ``SanaSprintPipeline`` does
+    it, whose noise between the steps depends on the starting noise alone."""
+    if num_inference_steps != 2:  # as SanaSprintPipeline does
+        sampler = dataclasses.replace(sampler, intermediate_timesteps=None)
+    schedule = sampler.schedule(num_inference_steps)
+
+    def sample(
+        params: PyTree,
+        latents: Float[Array, "B H W C"],
+        prompts: Prompts,
+        conditions: Mapping[str, Array],
+        lora: PyTree | None = None,
+    ) -> Float[Array, "B H W C"]:
+        rows = latents.shape[0]
+        guidance = jnp.full(rows, guidance_scale * transformer.config.guidance_embeds_scale)
+
+        def velocity(noisy, angle):
+            angles, captions = jnp.broadcast_to(angle, (rows,)), (prompts.embeds, prompts.mask)
+            scaled = noisy / sampler.sigma_data
+            return sampler.sigma_data * network_velocity(
+                transformer, params, scaled, angles, captions, guidance, 1.0, lora
+            )
+
+        state = sample_scan(sampler, schedule, velocity, latents * sampler.sigma_data, jax.random.key(0))
+        return state.denoised / sampler.sigma_data
+
+    return sample
 
 
 def world_sampling(

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from configs.schema import RunConfig
 from configs.sprint import SprintConfig
-from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from kernels.typing import PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import SCM
-from sana_jax.diffusion.sampling import sample_scan
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sharding_rules import SANA, Rule
-from train.objectives.scm import network_velocity
 from train.objectives.sprint import Sprint, init_trained
 from train.phases import PhaseOptimizers
-from train.recipes.base import NullEncoding, Prompts, SamplingFunction
+from train.recipes.base import NullEncoding, SamplingFunction
+from train.recipes.sampling import consistency_sampling
 from train.sprint_step import averaged, make_sprint_optimizers, make_sprint_steps
 from train.step import StepFunction
 
@@ -52,6 +48,7 @@ class SprintTraining:
 
     rules: ClassVar[tuple[Rule, ...]] = (*((f"transformer/({path})", axes) for path, axes in SANA), *_BESIDE)
     keeps_base: ClassVar[bool] = True
+    copies_base: ClassVar[bool] = True
     kind: ClassVar[str] = "sprint"
     conditions: ClassVar[tuple[str, ...]] = ()
 
@@ -91,34 +88,8 @@ class SprintTraining:
 
     def sampling_function(self, sampler: SCM, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Sampling in few steps; the noise between them depends on the starting noise alone."""
-        if num_inference_steps != 2:  # as SanaSprintPipeline does
-            sampler = dataclasses.replace(sampler, intermediate_timesteps=None)
-        schedule = sampler.schedule(num_inference_steps)
-
-        def function(
-            trained: PyTree, frozen: PyTree, latents: Array, prompts: Prompts, conditions: Mapping[str, Array]
-        ) -> Float[Array, "B H W C"]:
-            rows = latents.shape[0]
-            guidance = jnp.full(rows, guidance_scale * self.transformer.config.guidance_embeds_scale)
-
-            def velocity(noisy, angle):
-                angles = jnp.broadcast_to(angle, (rows,))
-                captions = (prompts.embeds, prompts.mask)
-                return sampler.sigma_data * network_velocity(
-                    self.transformer,
-                    trained["transformer"],
-                    noisy / sampler.sigma_data,
-                    angles,
-                    captions,
-                    guidance,
-                    1.0,
-                )
-
-            start = latents * sampler.sigma_data
-            state = sample_scan(sampler, schedule, velocity, start, jax.random.key(0))
-            return state.denoised / sampler.sigma_data
-
-        return function
+        sample = consistency_sampling(self.transformer, sampler, num_inference_steps, guidance_scale)
+        return lambda trained, frozen, *inputs: sample(trained["transformer"], *inputs)
 
     def _losses(self, null_encoding: NullEncoding | tuple[None, None]) -> Sprint:
         return Sprint(self.transformer, self.teacher, self.config, *null_encoding)

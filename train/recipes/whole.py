@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 
+from configs.lora import distilled_warnings
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.models.sharding_rules import Rule
@@ -21,9 +22,15 @@ from train.recipes.sampling import preview_sampling
 
 @dataclass(frozen=True)
 class WholeTransformer(FlowRecipe):
-    """``trained`` is the transformer's parameters; the base model, if there is one, is only where they begin."""
+    """``trained`` is the transformer's parameters; the base model, if there is one, is only where they begin.
+
+    Attributes:
+        transformer: the network.
+        guidance_scale: what SANA-Sprint's network is told; None for others.
+    """
 
     transformer: Transformer
+    guidance_scale: float | None = field(default=None, kw_only=True)
 
     keeps_base: ClassVar[bool] = False
     kind: ClassVar[str] = "whole"
@@ -43,8 +50,8 @@ class WholeTransformer(FlowRecipe):
         return {}
 
     def notes(self, learning_rate: float | None, base: PyTree | None) -> list[str]:
-        """Nothing to note."""
-        return []
+        """What is unusual."""
+        return distilled_warnings(self.transformer.config)
 
     def initialize(self, key: PRNGKeyArray, base: PyTree | None) -> PyTree:
         """Random parameters, or a copy of the base model's in float32."""
@@ -60,7 +67,8 @@ class WholeTransformer(FlowRecipe):
         self, trained: PyTree, frozen: None, noisy: Array, timestep: Array, batch: Batch, draws: PyTree
     ) -> Float[Array, "B *X C"]:
         """The transformer's prediction."""
-        return predicted_velocity(self.transformer, trained, noisy, timestep, batch)
+        scale = self.guidance_scale
+        return predicted_velocity(self.transformer, trained, noisy, timestep, batch, guidance_scale=scale)
 
     def sampling_function(self, sampler: Sampler, num_inference_steps: int, guidance_scale: float) -> SamplingFunction:
         """Guided sampling."""

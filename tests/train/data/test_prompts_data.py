@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import signal
@@ -23,6 +24,7 @@ from train.data import encoding, prompt_records
 from train.data.cache import PROMPTS, CacheReader
 from train.data.loader import Loader
 from train.data.prompt_lists import read_prompts
+from train.data.prompts import PromptsData
 from train.longsana_data import open_prompts_data
 
 WORDS = ("a", "red", "blue", "panda", "bird", "motion", "score:", "10.", "30.")
@@ -103,6 +105,34 @@ def test_the_real_score_is_told_another_motion_score(model, tmp_path):
     alone = open_prompts_data(run_of(tmp_path, real_motion_score=30), model, lines.append)
     np.testing.assert_array_equal(alone.batch(np.array([0])).prompt_embeds, model.text_encoder.encode([PANDA])[0])
     assert any("4 distinct prompts, 2 of them there" in line for line in lines)  # both share one cache
+
+
+class Instructed(WordEncoder):
+    """Reads prompts otherwise than negative prompts, as an encoder does that puts an instruction before them."""
+
+    def encode(self, prompts, *, negative=False):
+        embeds, mask = super().encode(prompts, negative=negative)
+        return (embeds if negative else -embeds), mask
+
+
+def test_the_unconditional_branch_is_told_the_negative_prompt(model, tmp_path):
+    encoder = Instructed(WORDS, embedding_dim=NETWORK.caption_channels, max_length=8)
+    model = SimpleNamespace(**vars(model) | {"text_encoder": encoder})
+    lines, cache = [], str(tmp_path / "cache")
+    plain = open_prompts_data(run_of(tmp_path, cache=cache), model, quiet)
+    np.testing.assert_array_equal(plain.null_encoding()[0], encoder.null_encoding()[0])
+    data = open_prompts_data(run_of(tmp_path, cache=cache, negative_prompt=BIRD), model, lines.append)
+    for found, wanted in zip(data.null_encoding(), encoder.encode([BIRD], negative=True)):
+        np.testing.assert_array_equal(found, wanted)
+    # the same words as a prompt are another record, and no motion score is added
+    np.testing.assert_array_equal(data.batch(np.array([1])).prompt_embeds, encoder.encode([BIRD])[0])
+    assert f"its unconditional branch is told {BIRD!r}" in data.describe()
+    assert any("2 distinct prompts, 2 of them there" in line for line in lines)  # one cache for both
+    assert len(CacheReader(tmp_path / "cache").places(PROMPTS)) == 4
+    again = open_prompts_data(run_of(tmp_path, cache=cache, negative_prompt=BIRD), model, quiet)
+    assert len(CacheReader(again.directory).places(PROMPTS)) == 4
+    with pytest.raises(UserError, match="lacks 1 prompts, such as 'a panda'"):
+        PromptsData(data.directory, [PANDA], dataclasses.replace(data.config, negative_prompt="a panda"), SHAPE)
 
 
 def test_what_is_there_is_not_encoded_again(model, tmp_path, monkeypatch):

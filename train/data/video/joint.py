@@ -12,6 +12,7 @@ from sana_jax.errors import UserError
 from train.batch import Batch
 from train.data.cached import CachedData, Shape
 from train.data.loader import BatchOrder, Plan
+from train.data.pinned import DATA, PICTURES
 
 _OF_PICTURES = 1 << 32  # added to the seed, which is below it: the pictures' order is one of its own
 
@@ -41,12 +42,13 @@ class JointData:
         clips: latents (T, H, W, C), T above 1.
         pictures: latents (1, H, W, C).
         interval: steps from one batch of pictures to the next, 2 or more.
+        pictures_at_once: of a batch of pictures; None for as many as a batch has clips.
 
     Raises:
         UserError: another interval, or latents that are not of these shapes.
     """
 
-    def __init__(self, clips: CachedData, pictures: CachedData, interval: int):
+    def __init__(self, clips: CachedData, pictures: CachedData, interval: int, pictures_at_once: int | None = None):
         if interval < 2:
             raise UserError(f"--data.joint-interval {interval} is not allowed; choose 2 or more")
         odd = [shape for shape in clips.buckets if len(shape) != 4 or shape[0] < 2]
@@ -59,8 +61,14 @@ class JointData:
                 "and both the same channels: prepare both with one video model"
             )
         self.clips, self.pictures, self.interval = clips, pictures, interval
+        self._pictures_at_once = pictures_at_once
         self.buckets: dict[Shape, Int[np.ndarray, " n"]] = dict(clips.buckets)
         self.buckets |= {shape: np.asarray(own) + len(clips) for shape, own in pictures.buckets.items()}
+
+    @property
+    def cached(self) -> dict[str, CachedData]:
+        """The caches that the data is read from, by the name of a run's list of their samples."""
+        return {DATA: self.clips, PICTURES: self.pictures}
 
     def __len__(self) -> int:
         return len(self.clips) + len(self.pictures)
@@ -69,10 +77,15 @@ class JointData:
         # captions, encodings, validation and previews are those of the clips
         return getattr(self.clips, name)
 
+    def batch_rows(self, shape: Shape, batch_size: int) -> int:
+        """Samples of a batch of latents of this shape, where one of clips has ``batch_size``."""
+        return batch_size if shape in self.clips.buckets else self._pictures_at_once or batch_size
+
     def order(self, seed: int, batch_size: int) -> JointOrder:
         """Which samples the n-th batch has."""
         clips = BatchOrder(self.clips.buckets, seed, batch_size)
-        pictures = BatchOrder(self.pictures.buckets, seed + _OF_PICTURES, batch_size)
+        rows = self._pictures_at_once or batch_size
+        pictures = BatchOrder(self.pictures.buckets, seed + _OF_PICTURES, rows)
         return JointOrder(clips, pictures, len(self.clips), self.interval)
 
     def batch(self, indices: Int[np.ndarray, " B"], choices: Float[np.ndarray, "B 2"] | None = None) -> Batch:
@@ -90,7 +103,8 @@ class JointData:
 
     def describe(self) -> str:
         """One line for the start of a run."""
+        rows = "" if self._pictures_at_once is None else f"{self._pictures_at_once} "
         return (
-            f"{self.clips.describe()}; one step in {self.interval} has pictures as clips of one frame: "
+            f"{self.clips.describe()}; one step in {self.interval} has {rows}pictures as clips of one frame: "
             f"{self.pictures.describe()}"
         )

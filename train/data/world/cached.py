@@ -31,6 +31,11 @@ class CachedWorlds:
         held_out = self.clips.validation
         return None if held_out is None else CachedWorlds(held_out, self.camera)
 
+    @property
+    def cached(self) -> dict[str, CachedData]:
+        """The cache that the data is read from, by the name of a run's list of its samples."""
+        return self.clips.cached
+
     def __len__(self) -> int:
         return len(self.clips)
 

@@ -36,6 +36,7 @@ from sana_jax.files import read_json
 from train.data.decoding import BadPicture
 from train.data.encoding import LATENT_NAMES
 from train.data.records import Caption, Problem, Say
+from train.data.score_limits import passes
 from train.data.source import refuse_too_many_bad
 from train.data.sources.rows import as_number, sort_out
 from train.data.world.cameras import CameraShape
@@ -182,7 +183,7 @@ def _look_into(
                 try:
                     own = _own_metadata(archive, f"{stem}.json", key) if f"{stem}.json" in there else {}
                     fields = {**metadata.get(os.path.basename(stem), {}), **own}
-                    if not _passes(key, fields, limits):
+                    if not passes(key, fields, limits):
                         found.filtered += 1
                         continue
                     shape = _stored_shape(archive, info.filename, key, channels)
@@ -272,21 +273,6 @@ def _own_metadata(archive: zipfile.ZipFile, member: str, key: str) -> dict[str, 
     if not isinstance(content, dict):
         raise BadPicture(key, f"has a {member} that holds a {type(content).__name__}; metadata is an object")
     return content
-
-
-def _passes(key: str, fields: Mapping[str, Any], limits: Mapping[str, tuple[float, float]]) -> bool:
-    """Whether all scores lie within their limits.
-
-    Raises:
-        BadPicture: it has no such score.
-    """
-    for name, (low, high) in limits.items():
-        score = as_number(fields.get(name, fields.get(f"_{name}")))
-        if score is None:
-            raise BadPicture(key, f"has no score {name}, which --data.filters asks for")
-        if not low <= score <= high:
-            return False
-    return True
 
 
 def _stored_shape(archive: zipfile.ZipFile, member: str, key: str, channels: int | None) -> Shape:

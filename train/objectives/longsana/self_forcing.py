@@ -50,7 +50,7 @@ from train.objectives.longsana.networks import (
 from train.objectives.longsana.rollout import RolloutDraws, draw_rollout, rollout
 from train.randomness import stream
 
-# Captions of the real score, where they differ: the published recipe appends a motion score to them.
+# Captions of the real score, where it is told another motion score than the others.
 REAL_EMBEDS, REAL_MASK = "real_prompt_embeds", "real_prompt_attention_mask"
 
 

@@ -8,6 +8,9 @@ frame for a picture. No loss falls on it. The last 21 frames are kept for the ne
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +65,21 @@ class Windows:
     def count(self) -> int:
         """Windows of a video."""
         return 1 + (self.total_frames - self.window_frames) // self.new_frames
+
+    def kinds_of_steps(self, cycle: Sequence[str]) -> tuple[str, ...]:
+        """The kind of every step until both the cycle and the windows begin again.
+
+        Kinds follow one another as the cycle says. Where its length and the number of windows have a common divisor, a
+        kind would always meet the same windows; then each video after the first begins ``skipped_turns`` places later
+        in the cycle, so that in as many videos as the cycle has places every kind meets every window alike.
+        """
+        skipped = self.skipped_turns(len(cycle))
+        steps = range(len(cycle) * self.count)
+        return tuple(cycle[(step + step // self.count * skipped) % len(cycle)] for step in steps)
+
+    def skipped_turns(self, cycle_length: int) -> int:
+        """Places of a cycle that are left out where a video ends; 0 where every place comes to every window anyway."""
+        return next(places for places in itertools.count() if math.gcd(self.count + places, cycle_length) == 1)
 
     def is_first(self, step: int) -> bool:
         """Whether a step has a video's first window."""

@@ -18,7 +18,7 @@ from train.data import encoding, shard_filler
 from train.data.cache import CHECK_FILE, LATENTS, CacheReader
 from train.data.cached import CachedData
 from train.data.conditions import View
-from train.data.loader import BatchOrder, Loader
+from train.data.loader import BatchOrder, Loader, batch_rows
 from train.data.video.joint import JointData
 from train.data.video.source import open_clips
 from train.precompute import with_pictures
@@ -346,6 +346,25 @@ def test_it_resumes_exactly(joint):
     again.restore(position)
     for latents in rest:
         np.testing.assert_array_equal(next(again).latents, latents)
+
+
+def test_batches_of_pictures_may_be_larger(joint):
+    _, dataset = joint
+    larger = JointData(dataset.clips, dataset.pictures, 3, pictures_at_once=8)
+    clips, pictures = larger.buckets
+    assert [batch_rows(larger, shape, 4) for shape in (clips, pictures)] == [4, 8]
+    assert batch_rows(dataset, pictures, 4) == batch_rows(dataset.clips, clips, 4) == 4
+    whole, parts = Loader(larger, seed=1, batch_size=4, rows=(0, 4)), []
+    for rows in ((0, 1), (1, 4)):  # of two processes
+        parts.append(Loader(larger, seed=1, batch_size=4, rows=rows))
+    for number, wanted in enumerate([4, 4, 8] * 2):
+        latents = next(whole).latents
+        assert len(latents) == wanted
+        own = [next(part).latents for part in parts]
+        assert [len(rows) for rows in own] == [wanted // 4, wanted - wanted // 4]
+        np.testing.assert_array_equal(latents, np.concatenate(own))
+        assert latents.shape[1] == (1 if number % 3 == 2 else 5)
+    assert "one step in 3 has 8 pictures as clips of one frame" in larger.describe()
 
 
 def test_joint_data_needs_both_of_one_model(joint, cached):

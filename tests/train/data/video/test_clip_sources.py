@@ -102,6 +102,28 @@ def test_manifests(folder, tmp_path, kind):
     assert "gone.mp4 is missing" in text
 
 
+def test_scores_choose_videos(folder, tmp_path):
+    names, path = {"a": 0.4, "deep/b": "2.5", "deep/er/c": 31, "deep/frames": None}, tmp_path / "list.jsonl"
+    files = {"a": "a.mp4", "deep/b": "deep/b.webm", "deep/er/c": "deep/er/c.gif", "deep/frames": "deep/frames"}
+    rows = [
+        {"video": str(folder / files[name]), "caption": name, "key": name, "_unimatch": score, "dover": 1}
+        for name, score in names.items()
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source, text = opened(path, source_fps=10.0, max_bad_share=0.3, filters=("unimatch=1:30", "dover=0.5:"))
+    assert {record.captions[0].text for record in source.records} == {"deep/b"}
+    assert "data: 2 videos do not pass --data.filters and are left out: a, deep/er/c" in text
+    assert "data: left out: deep/frames has no score unimatch, which --data.filters asks for" in text
+    with pytest.raises(UserError, match=r"1 of 4 files are unusable, .*deep/frames has no score unimatch"):
+        opened(path, source_fps=10.0, filters=("unimatch=1:30",))
+    assert len(opened(path, source_fps=10.0)[0].videos) == 4
+    for filters, message in {("dover>1",): "--data.filters dover>1", ("a=1:", "a=2:"): "--data.filters a=2:"}.items():
+        with pytest.raises(UserError, match=message):
+            config(path, filters=filters)
+    with pytest.raises(UserError, match=r"--data.filters a=1: .* without --data.path"):
+        VideoDataConfig(cache="cache", filters=("a=1:",))
+
+
 def test_tars(tmp_path):
     with tarfile.open(tmp_path / "shard-000.tar", "w") as tar:
         for name, content in {
