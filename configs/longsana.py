@@ -134,7 +134,7 @@ class SelfForcingConfig(_Causal):
 
     generator: str | None = None
     """The model that the generator begins as, usually a run of ODE initialisation, or of self-forcing before streaming;
-    None: as the base model. The base model is the real score, and the fake score begins as it."""
+    None: as the base model. The base model is the real score; what the fake score begins as is ``fake_score``."""
     fake_score: str | None = None
     """A run of self-forcing whose fake score this one's goes on from; None: it begins as the base model."""
     timesteps: tuple[int, ...] = DENOISING_STEPS
