@@ -6,12 +6,22 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from configs.checks import require
 from sana_jax.errors import UserError
 
 Format = Literal["auto", "folder", "manifest", "webdataset", "upstream_folder", "huggingface", "features"]
 CaptionChoice = Literal["random", "first", "clipscore", "proportion"]
 MissingCaptions = Literal["error", "skip", "empty"]
 RareBuckets = Literal["merge", "repeat"]
+
+
+def require_caption(option: str, caption: str | None) -> None:
+    """Raises ``UserError`` for a caption of every sample that has no text: it would take their own away.
+
+    Training on samples that have none is ``--data.missing-captions empty``.
+    """
+    allowed = "a text; pictures and clips without a caption are trained with --data.missing-captions empty"
+    require(option, repr(caption), caption is None or bool(caption.strip()), allowed)
 
 
 @dataclass(frozen=True)
@@ -65,19 +75,22 @@ class ImageDataConfig:
     """What latents are kept in there; auto: bfloat16, or float32 where latents are the pixels themselves."""
 
     def __post_init__(self):
-        _require("clip-temperature", self.clip_temperature, self.clip_temperature > 0, "above 0")
+        require_caption("data.caption", self.caption)
+        require("data.clip-temperature", self.clip_temperature, self.clip_temperature > 0, "above 0")
         for name in ("clip_threshold", "clip_temperature"):
             value, own = getattr(self, name), getattr(ImageDataConfig, name)
             read = self.caption_choice == "clipscore" or value == own
-            _require(name.replace("_", "-"), value, read, f"{own} where --data.caption-choice is not clipscore")
-        _require("resolution", self.resolution, self.resolution is None or self.resolution >= 1, "1 or more")
-        _require("crops", self.crops, self.crops >= 1, "1 or more")
-        _require("crops", self.crops, self.crops == 1 or self.crop == "random", "1 where --data.crop is center")
-        _require("minimum-size", self.minimum_size, self.minimum_size >= 0, "0 (none) or more")
-        _require("max-bad-share", self.max_bad_share, 0 <= self.max_bad_share <= 1, "0 to 1")
-        _require("validation-share", self.validation_share, 0 <= self.validation_share < 1, "0 up to, not including, 1")
-        _require(
-            "proportions",
+            require(f"data.{name}", value, read, f"{own} where --data.caption-choice is not clipscore")
+        require("data.resolution", self.resolution, self.resolution is None or self.resolution >= 1, "1 or more")
+        require("data.crops", self.crops, self.crops >= 1, "1 or more")
+        require("data.crops", self.crops, self.crops == 1 or self.crop == "random", "1 where --data.crop is center")
+        require("data.minimum-size", self.minimum_size, self.minimum_size >= 0, "0 (none) or more")
+        require("data.max-bad-share", self.max_bad_share, 0 <= self.max_bad_share <= 1, "0 to 1")
+        require(
+            "data.validation-share", self.validation_share, 0 <= self.validation_share < 1, "0 up to, not including, 1"
+        )
+        require(
+            "data.proportions",
             " ".join(self.proportions) or "(none)",
             bool(self.proportions) == (self.caption_choice == "proportion"),
             "one kind=weight or more where --data.caption-choice is proportion, and none elsewhere",
@@ -85,7 +98,7 @@ class ImageDataConfig:
         self.weights()
         for condition in self.conditions:
             name, equals, kind = condition.partition("=")
-            _require("conditions", condition, bool(name and equals and kind), "name=kind, as in control=image")
+            require("data.conditions", condition, bool(name and equals and kind), "name=kind, as in control=picture")
 
     def weights(self) -> dict[str, float]:
         """``proportions`` by kind of caption.
@@ -101,12 +114,14 @@ class ImageDataConfig:
             except ValueError:
                 weight = -1.0
             allowed = "kind=weight with each kind once and weights of 0 or more, as in prompt=1 llava=3"
-            _require(
-                "proportions", proportion, bool(kind) and 0 <= weight < float("inf") and kind not in found, allowed
+            require(
+                "data.proportions", proportion, bool(kind) and 0 <= weight < float("inf") and kind not in found, allowed
             )
             found[kind] = weight
         if found:
-            _require("proportions", " ".join(self.proportions), sum(found.values()) > 0, "one weight above 0 or more")
+            require(
+                "data.proportions", " ".join(self.proportions), sum(found.values()) > 0, "one weight above 0 or more"
+            )
         return found
 
 
@@ -154,35 +169,40 @@ class VideoDataConfig(ImageDataConfig):
         frames, stride, fps = self.clip_frames, self.clip_stride, self.clip_fps
         near = max(0, frames - 1) // 4 * 4 + 1
         allowed = f"4k + 1 frames; the nearest are {near} and {near + 4}"
-        _require("clip-frames", frames, frames >= 1 and frames % 4 == 1, allowed)
-        _require("clip-fps", fps, 0 < fps < float("inf"), "above 0")
-        _require("clip-stride", stride, stride is None or stride >= 1, "1 or more")
-        _require("clips-per-video", self.clips_per_video, (self.clips_per_video or 1) >= 1, "1 or more")
-        _require("clips-per-video", 0, self.clips_per_video != 0, "1 or more")
+        require("data.clip-frames", frames, frames >= 1 and frames % 4 == 1, allowed)
+        require("data.clip-fps", fps, 0 < fps < float("inf"), "above 0")
+        require("data.clip-stride", stride, stride is None or stride >= 1, "1 or more")
+        require("data.clips-per-video", self.clips_per_video, (self.clips_per_video or 1) >= 1, "1 or more")
+        require("data.clips-per-video", 0, self.clips_per_video != 0, "1 or more")
         size = self.clip_size
         shown = "" if size is None else " ".join(map(str, size))
-        _require("clip-size", shown, size is None or min(size) >= 1, "a height and a width of 1 px or more")
-        _require("resolution", self.resolution, size is None or self.resolution is None, "none beside --data.clip-size")
+        require("data.clip-size", shown, size is None or min(size) >= 1, "a height and a width of 1 px or more")
+        require(
+            "data.resolution", self.resolution, size is None or self.resolution is None, "none beside --data.clip-size"
+        )
         rate = self.source_fps
-        _require("source-fps", rate, rate is None or 0 < rate < float("inf"), "above 0")
+        require("data.source-fps", rate, rate is None or 0 < rate < float("inf"), "above 0")
         formats = self.formats
-        _require("format", self.format, self.format in formats, f"{', '.join(formats)} for clips")
-        _require("conditions", " ".join(self.conditions), not self.conditions, "none for clips")
+        require("data.format", self.format, self.format in formats, f"{', '.join(formats)} for clips")
+        require("data.conditions", " ".join(self.conditions), not self.conditions, "none for clips")
         every, pictures = self.joint_interval, self.joint_pictures
-        _require("joint-interval", every, every == 0 or every >= 2, "0 (clips alone), or 2 or more")
+        require("data.joint-interval", every, every == 0 or every >= 2, "0 (clips alone), or 2 or more")
         both = "--data.joint-interval and --data.joint-pictures together, or neither"
-        _require("joint-interval", every, bool(every) == (pictures is not None), both)
+        require("data.joint-interval", every, bool(every) == (pictures is not None), both)
         caption = self.joint_caption
-        _require("joint-caption", caption, caption is None or bool(every), "none without --data.joint-pictures")
-        _require("joint-interval", every, not every or frames > 1, "0 for clips of one frame, which are pictures")
+        require("data.joint-caption", caption, caption is None or bool(every), "none without --data.joint-pictures")
+        require_caption("data.joint-caption", caption)
+        require("data.joint-interval", every, not every or frames > 1, "0 for clips of one frame, which are pictures")
         cache = self.joint_cache
-        _require("joint-cache", cache, cache is None or bool(every), "none without --data.joint-pictures")
+        require("data.joint-cache", cache, cache is None or bool(every), "none without --data.joint-pictures")
         rows = self.joint_batch_size
-        _require("joint-batch-size", rows, rows is None or bool(every), "none without --data.joint-pictures")
-        _require("joint-batch-size", rows, rows is None or rows >= 1, "1 or more, a multiple of --batch-size")
+        require("data.joint-batch-size", rows, rows is None or bool(every), "none without --data.joint-pictures")
+        require("data.joint-batch-size", rows, rows is None or rows >= 1, "1 or more, a multiple of --batch-size")
         self.score_limits()
         some, chosen = " ".join(self.filters), self.path is not None or self.cache is None
-        _require("filters", some, chosen or not some, "none where --data.cache is taken as it is, without --data.path")
+        require(
+            "data.filters", some, chosen or not some, "none where --data.cache is taken as it is, without --data.path"
+        )
 
     def score_limits(self) -> dict[str, tuple[float, float]]:
         """``filters`` by the name of the score: the least and the greatest value.
@@ -267,14 +287,9 @@ class MovingDigitsDataConfig:
     """Of the split, and of where a digit starts."""
 
     def __post_init__(self):
-        _require("frames", self.frames, self.frames >= 2, "2 or more: a single frame does not move")
-        _require("canvas", self.canvas, self.canvas >= 10, "10 or more, so that a digit of 8 px has room to move")
+        require("data.frames", self.frames, self.frames >= 2, "2 or more, since a single frame does not move")
+        require("data.canvas", self.canvas, self.canvas >= 10, "10 or more, so that a digit of 8 px has room to move")
         most = (self.canvas - 1) // 2
-        _require("speed", self.speed, 1 <= self.speed <= most, f"1 to {most}, below half the canvas's side")
-        _require("held-out", self.held_out, 0 <= self.held_out < 1, "0 up to, not including, 1")
-        _require("seed", self.seed, self.seed >= 0, "0 or more")
-
-
-def _require(option: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"--data.{option} {value} is not allowed; choose {allowed}")
+        require("data.speed", self.speed, 1 <= self.speed <= most, f"1 to {most}, below half the canvas's side")
+        require("data.held-out", self.held_out, 0 <= self.held_out < 1, "0 up to, not including, 1")
+        require("data.seed", self.seed, self.seed >= 0, "0 or more")

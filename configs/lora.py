@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sana_jax.errors import UserError
+from configs.checks import require
 from sana_jax.lora.targets import LARGEST_RANK
 from sana_jax.models.sana import SanaConfig
 
@@ -32,11 +32,11 @@ class LoraConfig:
     of whole paths, as transformer_blocks/attn1/to_q."""
 
     def __post_init__(self):
-        _require("rank", self.rank, 1 <= self.rank <= LARGEST_RANK, f"1 to {LARGEST_RANK}")
+        require("lora.rank", self.rank, 1 <= self.rank <= LARGEST_RANK, f"1 to {LARGEST_RANK}")
         good = self.alpha is None or 0 < self.alpha < math.inf
-        _require("alpha", self.alpha, good, "above 0, or None for the rank")
-        _require("dropout", self.dropout, 0 <= self.dropout < 1, "0 up to, not including, 1")
-        _require("targets", "without a value", bool(self.targets), "one or more layers, as attention")
+        require("lora.alpha", self.alpha, good, "above 0, or None for the rank")
+        require("lora.dropout", self.dropout, 0 <= self.dropout < 1, "0 up to, not including, 1")
+        require("lora.targets", "without a value", bool(self.targets), "one or more layers, as attention")
 
     @property
     def scale(self) -> float:
@@ -68,8 +68,3 @@ def distilled_warnings(transformer: SanaConfig) -> list[str]:
         "warning: the base model is distilled to few steps (SANA-Sprint); diffusion loss on a distilled model is "
         "experimental and may undo the distillation: prefer SANA or SANA-1.5"
     ]
-
-
-def _require(option: str, value, condition: bool, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"--lora.{option} {value} is not allowed; allowed is {allowed}: change it, or leave it out")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from configs.checks import require
 from sana_jax.errors import UserError
 
 PHOTOGRAPHS = ("china", "flower", "astronaut", "chelsea", "coffee")
@@ -44,16 +45,21 @@ class MovingCameraDataConfig:
             wrong = ", ".join(unknown) if self.photographs else "(none)"
             raise UserError(f"--data.photographs {wrong}: choose one or more of {', '.join(PHOTOGRAPHS)}")
         words = len(self.caption.split())
-        _require("caption", repr(self.caption), 1 <= words <= self.max_words, f"one to {self.max_words} words")
-        _require("frames", self.frames, self.frames >= 2, "2 or more: a single frame does not move")
-        _require("canvas", self.canvas, self.canvas >= 8, "8 or more")
-        _require("field-of-view", self.field_of_view, 25 <= self.field_of_view <= 120, "25 to 120 degrees")
+        require("data.caption", repr(self.caption), 1 <= words <= self.max_words, f"one to {self.max_words} words")
+        require("data.frames", self.frames, self.frames >= 2, "2 or more, since a single frame does not move")
+        require("data.canvas", self.canvas, self.canvas >= 8, "8 or more")
+        require("data.field-of-view", self.field_of_view, 25 <= self.field_of_view <= 120, "25 to 120 degrees")
         furthest = (self.frames - 1) * self.translation_speed
         moves = self.translation_speed > 0 and furthest < 1
-        _require("translation-speed", self.translation_speed, moves, f"above 0 and below {1 / (self.frames - 1):g}")
-        _require("rotation-speed", self.rotation_speed, self._sees_the_plane(), self._rotation_allowed())
-        _require("held-out", self.held_out, 0 < self.held_out < 1, "above 0 and below 1: it is what is measured on")
-        _require("seed", self.seed, self.seed >= 0, "0 or more")
+        require("data.translation-speed", self.translation_speed, moves, f"above 0 and below {1 / (self.frames - 1):g}")
+        require("data.rotation-speed", self.rotation_speed, self._sees_the_plane(), self._rotation_allowed())
+        require(
+            "data.held-out",
+            self.held_out,
+            0 < self.held_out < 1,
+            "above 0 and below 1, for that is what is measured on",
+        )
+        require("data.seed", self.seed, self.seed >= 0, "0 or more")
 
     def _sees_the_plane(self) -> bool:
         """Whether the outermost ray of a camera that has turned all the time, sideways and upwards, meets the plane."""
@@ -68,8 +74,3 @@ class MovingCameraDataConfig:
             f"more than 0 and so few degrees that a camera that turns in all {self.frames - 1} steps, sideways and "
             "upwards at once, has the photograph's plane before it in all of its view"
         )
-
-
-def _require(option: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"--data.{option} {value} is not allowed; choose {allowed}")

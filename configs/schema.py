@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from configs.checks import require
 from configs.controlnet import ControlNetConfig
 from configs.data import ClipPicturesConfig, ImageDataConfig, MovingDigitsDataConfig, VideoDataConfig
 from configs.longsana import ChunkCausalConfig, OdeInitializationConfig, SelfForcingConfig
@@ -292,56 +293,58 @@ class RunConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self):
-        _require("steps", self.steps, self.steps >= 1, "1 or more")
-        _require("batch-size", self.batch_size, self.batch_size >= 1, "1 or more")
-        _require("accumulation", self.accumulation, self.accumulation >= 1, "1 or more")
+        require("steps", self.steps, self.steps >= 1, "1 or more")
+        require("batch-size", self.batch_size, self.batch_size >= 1, "1 or more")
+        require("accumulation", self.accumulation, self.accumulation >= 1, "1 or more")
         prepares = self.encoders is None or (self.model is None and isinstance(self.data, ImageDataConfig))
         allowed = "None with --model, whose own are used, and where the data is no pictures"
-        _require("encoders", self.encoders, prepares, allowed)
-        _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
-        _require("checkpoint.every", self.checkpoint.every, self.checkpoint.every >= 1, "1 or more")
-        _require("checkpoint.keep-last", self.checkpoint.keep_last, self.checkpoint.keep_last >= 1, "1 or more")
-        _require("logging.every", self.logging.every, self.logging.every >= 1, "1 or more")
-        _require("logging.sigma-bins", self.logging.sigma_bins, self.logging.sigma_bins >= 1, "1 or more")
-        _require("preview.every", self.preview.every, self.preview.every >= 0, "0 (none) or more")
-        _require("preview.per-caption", self.preview.per_caption, self.preview.per_caption >= 1, "1 or more")
+        require("encoders", self.encoders, prepares, allowed)
+        require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
+        require("checkpoint.every", self.checkpoint.every, self.checkpoint.every >= 1, "1 or more")
+        require("checkpoint.keep-last", self.checkpoint.keep_last, self.checkpoint.keep_last >= 1, "1 or more")
+        kept = self.checkpoint.keep_every
+        require("checkpoint.keep-every", kept, kept is None or kept >= 1, "1 or more, or None")
+        require("logging.every", self.logging.every, self.logging.every >= 1, "1 or more")
+        require("logging.sigma-bins", self.logging.sigma_bins, self.logging.sigma_bins >= 1, "1 or more")
+        require("preview.every", self.preview.every, self.preview.every >= 0, "0 (none) or more")
+        require("preview.per-caption", self.preview.per_caption, self.preview.per_caption >= 1, "1 or more")
         dropout = self.flow.caption_dropout
-        _require("flow.caption-dropout", dropout, 0 <= dropout < 1, "0 up to, not including, 1")
+        require("flow.caption-dropout", dropout, 0 <= dropout < 1, "0 up to, not including, 1")
         shift, scale = self.flow.flow_shift, self.preview.guidance_scale
-        _require("flow.flow-shift", shift, shift is None or shift > 0, "above 0")
+        require("flow.flow-shift", shift, shift is None or shift > 0, "above 0")
         averages = self.optimizer.name != "schedule_free_adamw" or self.ema.enabled
-        _require("ema.enabled", self.ema.enabled, averages, "True with schedule_free_adamw, whose average it keeps")
-        _require("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "0 up to, not including, 1")
+        require("ema.enabled", self.ema.enabled, averages, "True with schedule_free_adamw, whose average it keeps")
+        require("ema.decay", self.ema.decay, 0 <= self.ema.decay < 1, "0 up to, not including, 1")
         own = self.optimizer.name != "schedule_free_adamw" or not self.ema.start
-        _require("ema.start", self.ema.start, self.ema.start >= 0, "0 or more")
-        _require("ema.start", self.ema.start, own, "0 with schedule_free_adamw, whose average it keeps")
+        require("ema.start", self.ema.start, self.ema.start >= 0, "0 or more")
+        require("ema.start", self.ema.start, own, "0 with schedule_free_adamw, whose average it keeps")
         steps = self.preview.num_inference_steps
-        _require("preview.num-inference-steps", steps, steps >= 1, "1 or more")
-        _require("preview.guidance-scale", scale, scale is None or scale >= 0, "0 or more")
-        _require("preview.captions", self.preview.captions, self.preview.captions >= 1, "1 or more")
-        _require("max-nonfinite", self.max_nonfinite, self.max_nonfinite >= 0, "0 or more")
+        require("preview.num-inference-steps", steps, steps >= 1, "1 or more")
+        require("preview.guidance-scale", scale, scale is None or scale >= 0, "0 or more")
+        require("preview.captions", self.preview.captions, self.preview.captions >= 1, "1 or more")
+        require("max-nonfinite", self.max_nonfinite, self.max_nonfinite >= 0, "0 or more")
         check_optimizer(self.optimizer)
         self._check_context()
-        _require("tokens", "without --lora", self.tokens is None or self.lora is not None, "tokens beside a LoRA")
+        require("tokens", "without --lora", self.tokens is None or self.lora is not None, "tokens beside a LoRA")
         self._check_few_steps()
         v = self.validation
         few = self.sprint or self.few_steps
         allowed = "0 where the loss is not flow matching's: for Sprint, ODE initialisation and self-forcing"
-        _require("validation.every", v.every, not few or not v.every, allowed)
-        _require("validation.every", v.every, v.every >= 0, "0 (none) or more")
-        _require("validation.samples", v.samples, v.samples >= 1, "1 or more")
+        require("validation.every", v.every, not few or not v.every, allowed)
+        require("validation.every", v.every, v.every >= 0, "0 (none) or more")
+        require("validation.samples", v.samples, v.samples >= 1, "1 or more")
         levels = bool(v.sigmas) and all(0 < sigma < 1 for sigma in v.sigmas)
-        _require("validation.sigmas", " ".join(map(str, v.sigmas)), levels, "one or more above 0 and below 1")
+        require("validation.sigmas", " ".join(map(str, v.sigmas)), levels, "one or more above 0 and below 1")
         at = " ".join(map(str, self.preview.at))
-        _require("preview.at", at, self.preview.every > 0 or not at, "none where --preview.every is 0")
+        require("preview.at", at, self.preview.every > 0 or not at, "none where --preview.every is 0")
         in_memory = isinstance(self.data, DigitsDataConfig | MovingDigitsDataConfig | MovingCameraDataConfig)
         if in_memory and self.transformer is not None:
             width, wanted = self.data.embedding_dim, self.transformer.caption_channels
-            _require("data.embedding-dim", width, width == wanted, f"--transformer.caption-channels, which is {wanted}")
+            require("data.embedding-dim", width, width == wanted, f"--transformer.caption-channels, which is {wanted}")
         if isinstance(self.flow, VideoFlowConfig):
             share, shift = self.flow.image_to_video, self.flow.sampling_flow_shift
-            _require("flow.image-to-video", share, 0 <= share <= 1, "0 to 1")
-            _require("flow.sampling-flow-shift", shift, shift is None or shift > 0, "above 0")
+            require("flow.image-to-video", share, 0 <= share <= 1, "0 to 1")
+            require("flow.sampling-flow-shift", shift, shift is None or shift > 0, "above 0")
         self._check_unread()
         self._check_kind()
         self._check_longsana()
@@ -349,23 +352,23 @@ class RunConfig:
     def _check_unread(self) -> None:
         """What a run of this kind would not read is left alone."""
         variant, named = self.model_variant, self.model is not None or self.encoders is not None
-        _require("model-variant", variant, variant is None or named, "None without --model or --encoders")
+        require("model-variant", variant, variant is None or named, "None without --model or --encoders")
         emulates = self.compute.emulate_fp16_saturation
         allowed = "False without --model, whose weights may need it"
-        _require("compute.emulate-fp16-saturation", emulates, not emulates or self.model is not None, allowed)
+        require("compute.emulate-fp16-saturation", emulates, not emulates or self.model is not None, allowed)
         told, network = self.flow.embedded_guidance, self.transformer
         if network is not None and self.sprint is None:
             distilled = getattr(network, "guidance_embeds", False)
             allowed = "a scale of 0 or more for a network that has it for an input" if distilled else _NO_INPUT
             good = told is None if not distilled else told is not None and 0 <= told < math.inf
-            _require("flow.embedded-guidance", told, good, allowed)
+            require("flow.embedded-guidance", told, good, allowed)
         if self.sprint is None:
             return
         unread = FlowConfig(flow_shift=None)
         for entry in dataclasses.fields(self.flow):
             value, alone = getattr(self.flow, entry.name), getattr(unread, entry.name)
             allowed = f"{alone} for Sprint, which reads none of --flow but has levels of its own (--sprint)"
-            _require(f"flow.{entry.name.replace('_', '-')}", value, value == alone, allowed)
+            require(f"flow.{entry.name}", value, value == alone, allowed)
 
     @property
     def trains_a_world(self) -> bool:
@@ -388,7 +391,7 @@ class RunConfig:
         """World models alone cut a sample, over its frames; a network that is not known yet may be one."""
         either = self.transformer is None and isinstance(self.data, _FOR_LONGSANA)
         context, world = self.mesh.context, self.trains_a_world or either
-        _require("mesh.context", context, context == 1 or world, "1: of all networks SANA-WM's alone cuts its frames")
+        require("mesh.context", context, context == 1 or world, "1: of all networks SANA-WM's alone cuts its frames")
 
     def _check_few_steps(self) -> None:
         """Previews of distilled models are drawn with their own sampler, LongSANA's in its own steps, unguided."""
@@ -403,17 +406,17 @@ class RunConfig:
             "longsana": "longsana for ODE initialisation and self-forcing",
             "world_stream": "world_stream for ODE initialisation and self-forcing of SANA-WM",
         }
-        _require("preview.sampler", sampler, fits, names.get(wanted, "dpm_solver or flow_euler"))
+        require("preview.sampler", sampler, fits, names.get(wanted, "dpm_solver or flow_euler"))
         if self.few_steps is not None:
             steps, scale, count = (
                 self.preview.num_inference_steps,
                 self.preview.guidance_scale,
                 len(self.few_steps.timesteps),
             )
-            _require("preview.num-inference-steps", steps, steps == count, f"{count}, as the timesteps are")
-            _require("preview.guidance-scale", scale, scale == 1, "1: the model learns guided predictions")
+            require("preview.num-inference-steps", steps, steps == count, f"{count}, as the timesteps are")
+            require("preview.guidance-scale", scale, scale == 1, "1: the model learns guided predictions")
             unread = "left alone: this training reads none of --flow, but its own settings"
-            _require("flow", "with changes", self.flow == VideoFlowConfig(), unread)
+            require("flow", "with changes", self.flow == VideoFlowConfig(), unread)
 
     def _check_longsana(self) -> None:
         """One way of training at a time, and the data that it reads."""
@@ -424,25 +427,25 @@ class RunConfig:
         if chosen and chosen[0] != "lora" and not self.trains_on_clips:
             raise UserError(f"--{chosen[0]} is for video models, and the preset {self.preset} trains on pictures")
         data, allowed = self.data, "ODE initialisation (--ode), and nothing else trains on them"
-        _require("data", "trajectories", isinstance(data, TrajectoriesDataConfig) == (self.ode is not None), allowed)
+        require("data", "trajectories", isinstance(data, TrajectoriesDataConfig) == (self.ode is not None), allowed)
         prompts = isinstance(data, PromptsDataConfig) and self.self_forcing is None
-        _require("data", "prompts without videos", not prompts, "self-forcing (--self-forcing)")
+        require("data", "prompts without videos", not prompts, "self-forcing (--self-forcing)")
         rows, size = getattr(data, "joint_batch_size", None), self.batch_size
         allowed = f"a multiple of --batch-size {size}, as {4 * size}"
-        _require("data.joint-batch-size", rows, rows is None or rows % size == 0, allowed)
+        require("data.joint-batch-size", rows, rows is None or rows % size == 0, allowed)
         if isinstance(self.chunk_causal, ChunkCausalConfig):
             share, instead = self.flow.image_to_video, "0 with --chunk-causal; set --chunk-causal.image-to-video"
-            _require("flow.image-to-video", share, share == 0, instead)
+            require("flow.image-to-video", share, share == 0, instead)
         if self.few_steps is not None:
             self._check_few_step_network()
         if self.self_forcing is None:
             return
         stream = self.self_forcing.stream
         parts, one = self.accumulation, "1 with --self-forcing.stream, whose windows follow one another"
-        _require("accumulation", parts, stream is None or parts == 1, one)
+        require("accumulation", parts, stream is None or parts == 1, one)
         negative = getattr(data, "negative_prompt", "")
         allowed = "none with --self-forcing.guidance 0, which has no unconditional branch"
-        _require("data.negative-prompt", repr(negative), not negative or self.self_forcing.guidance > 0, allowed)
+        require("data.negative-prompt", repr(negative), not negative or self.self_forcing.guidance > 0, allowed)
 
     def _check_few_step_network(self) -> None:
         """LongSANA's settings are for video models, and SANA-WM's for world models, which need a camera."""
@@ -461,7 +464,7 @@ class RunConfig:
                     f"choose a preset of that kind: {use}"
                 )
         camera = not (world and isinstance(self.data, PromptsDataConfig))
-        _require("data", "prompts without videos", camera, "clips with the camera's path, for SANA-WM")
+        require("data", "prompts without videos", camera, "clips with the camera's path, for SANA-WM")
 
     def _check_kind(self) -> None:
         """Clips are for video models, clips with a camera for world models, and pictures for the others."""
@@ -501,14 +504,12 @@ class RunConfig:
                 )
         if not self.trains_a_world:
             of_a_world = isinstance(self.chunk_causal, WorldChunksConfig)
-            _require(
-                "chunk-causal", "of a world model", not of_a_world or self.transformer is None, "for SANA-WM alone"
-            )
+            require("chunk-causal", "of a world model", not of_a_world or self.transformer is None, "for SANA-WM alone")
             return
         sampler = self.preview.sampler
-        _require("preview.sampler", sampler, bool(self.few_steps) or sampler == "flow_euler", "flow_euler for SANA-WM")
+        require("preview.sampler", sampler, bool(self.few_steps) or sampler == "flow_euler", "flow_euler for SANA-WM")
         longsana = isinstance(self.chunk_causal, ChunkCausalConfig)
-        _require("chunk-causal", "of a video model", not longsana, "that of world models: sana_wm_2b_chunk_causal")
+        require("chunk-causal", "of a video model", not longsana, "that of world models: sana_wm_2b_chunk_causal")
 
 
 _WORLD_DATA = MovingCameraDataConfig | WorldDataConfig
@@ -516,8 +517,3 @@ _FOR_LONGSANA = TrajectoriesDataConfig | PromptsDataConfig
 
 
 _NO_INPUT = "None for a network that has no such input, as all but SANA-Sprint's"
-
-
-def _require(option: str, value, condition: bool, allowed: str) -> None:
-    if not condition:
-        raise UserError(f"--{option} {value} is not allowed; allowed is {allowed}: change it, or leave it out")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from sana_jax.errors import UserError
+from configs.checks import require
 
 
 @dataclass(frozen=True)
@@ -55,43 +55,41 @@ class SprintConfig:
     """Learning rate of the heads; None for that of the student."""
 
     def __post_init__(self):
-        _require("scm-weight", self.scm_weight, self.scm_weight >= 0, "0 or more")
-        _require("adversarial-weight", self.adversarial_weight, self.adversarial_weight >= 0, "0 or more")
+        require("sprint.scm-weight", self.scm_weight, self.scm_weight >= 0, "0 or more")
+        require("sprint.adversarial-weight", self.adversarial_weight, self.adversarial_weight >= 0, "0 or more")
         weights = self.scm_weight + self.adversarial_weight
-        _require("scm-weight", self.scm_weight, weights > 0, "above 0 where --sprint.adversarial-weight is 0")
-        _require("tangent-warmup-steps", self.tangent_warmup_steps, self.tangent_warmup_steps >= 0, "0 or more")
+        require("sprint.scm-weight", self.scm_weight, weights > 0, "above 0 where --sprint.adversarial-weight is 0")
+        require("sprint.tangent-warmup-steps", self.tangent_warmup_steps, self.tangent_warmup_steps >= 0, "0 or more")
         for name in ("sigma_data", "generator_std", "discriminator_std"):
-            _require(name, getattr(self, name), 0 < getattr(self, name) < math.inf, "above 0")
+            require(f"sprint.{name}", getattr(self, name), 0 < getattr(self, name) < math.inf, "above 0")
         for name in ("generator_mean", "discriminator_mean"):
-            _require(name, getattr(self, name), math.isfinite(getattr(self, name)), "a finite number")
+            require(f"sprint.{name}", getattr(self, name), math.isfinite(getattr(self, name)), "a finite number")
         # the published constant is a little above π/2
-        _require("largest-angle", self.largest_angle, 0 < self.largest_angle <= 1.571, "above 0, at most 1.5708 (π/2)")
+        require(
+            "sprint.largest-angle", self.largest_angle, 0 < self.largest_angle <= 1.571, "above 0, at most 1.5708 (π/2)"
+        )
         probability = self.largest_angle_probability
-        _require("largest-angle-probability", probability, 0 <= probability <= 1, "0 to 1")
+        require("sprint.largest-angle-probability", probability, 0 <= probability <= 1, "0 to 1")
         scales = self.guidance_scales
-        _require("guidance-scales", scales, len(scales) > 0 and all(s >= 0 for s in scales), "one or more, 0 or more")
+        require(
+            "sprint.guidance-scales", scales, len(scales) > 0 and all(s >= 0 for s in scales), "one or more, 0 or more"
+        )
         blocks = self.head_blocks
         distinct = len(blocks) > 0 and len(set(blocks)) == len(blocks) and min(blocks) >= 0
-        _require("head-blocks", blocks, distinct, "one or more different numbers of blocks, from 0")
-        _require("virtual-batch", self.virtual_batch, self.virtual_batch >= 1, "1 or more")
-        _require("r1-weight", self.r1_weight, self.r1_weight >= 0, "0 or more")
+        require("sprint.head-blocks", blocks, distinct, "one or more different numbers of blocks, from 0")
+        require("sprint.virtual-batch", self.virtual_batch, self.virtual_batch >= 1, "1 or more")
+        require("sprint.r1-weight", self.r1_weight, self.r1_weight >= 0, "0 or more")
         rate = self.discriminator_learning_rate
-        _require("discriminator-learning-rate", rate, rate is None or 0 < rate < 1, "above 0 and below 1, or None")
+        require(
+            "sprint.discriminator-learning-rate", rate, rate is None or 0 < rate < 1, "above 0 and below 1, or None"
+        )
         if not self.adversarial:
             used = {"discriminator_learning_rate": None, "r1_weight": 0.0}
             for name, unused in used.items():
                 value = getattr(self, name)
-                _require(name, value, value == unused, f"{unused} where --sprint.adversarial-weight is 0")
+                require(f"sprint.{name}", value, value == unused, f"{unused} where --sprint.adversarial-weight is 0")
 
     @property
     def adversarial(self) -> bool:
         """Whether there is a discriminator."""
         return self.adversarial_weight > 0
-
-
-def _require(option: str, value, condition: bool, allowed: str) -> None:
-    option = option.replace("_", "-")
-    if isinstance(value, tuple):
-        value = " ".join(map(str, value)) or "(none)"
-    if not condition:
-        raise UserError(f"--sprint.{option} {value} is not allowed; allowed is {allowed}: change it, or leave it out")

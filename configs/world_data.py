@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from configs.checks import require
-from configs.data import VideoDataConfig
+from configs.data import MissingCaptions, VideoDataConfig
 
 _NOT_FOR_WORLDS = ("flip", "joint_interval")
 # What is said of how clips are cut out of videos: not for latents that are there already.
-_OF_VIDEOS = ("clip_stride", "clips_per_video", "clip_size", "source_fps", "motion_score")
+_OF_VIDEOS = ("clip_stride", "clips_per_video", "clip_size", "source_fps", "motion_score", "pose_column")
+# And of how pictures are encoded: not for latents, which have sizes and a dtype of their own.
+_OF_ENCODING = ("resolution", "aspect_buckets", "rare_buckets", "minimum_size", "latent_dtype")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class WorldDataConfig(VideoDataConfig):
     """Frames of a clip: 8k + 1, as the published autoencoder takes them."""
     clip_size: tuple[int, int] = (704, 1280)
     """Height and width of every clip in pixels. Latents of zip files have sizes of their own."""
+    missing_captions: MissingCaptions = "error"
+    """Clips without a caption: an error that lists them, leave them out, or train them with an empty caption. Samples
+    of zip files are listed and left out, as long as --data.max-bad-share allows it."""
     pose_column: str = "poses"
     """Column of a manifest that names each video's .npz or .npy."""
     axes: Literal["opencv", "opengl"] = "opencv"
@@ -58,11 +63,10 @@ class WorldDataConfig(VideoDataConfig):
             self._check_latents()
 
     def _check_latents(self) -> None:
-        """Latents of zip files are clips already."""
+        """Latents of zip files are clips already, and they are not encoded."""
         standard = {field.name: field.default for field in dataclasses.fields(self)}
-        for name in _OF_VIDEOS:
-            value = getattr(self, name)
-            option = f"data.{name.replace('_', '-')}"
-            require(
-                option, value, value == standard[name], "nothing with --data.format zip_latents, whose clips are cut"
-            )
+        for names, why in (_OF_VIDEOS, "whose clips are cut"), (_OF_ENCODING, "whose clips are encoded"):
+            for name in names:
+                value, own = getattr(self, name), standard[name]
+                allowed = f"{own} with --data.format zip_latents, {why}"
+                require(f"data.{name.replace('_', '-')}", value, value == own, allowed)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from convert.sources import (
     Component,
     Model,
     check_pipeline,
+    has_own_components,
     index_of,
     open_model,
     tensor_bytes,
@@ -182,7 +183,7 @@ def export_opened(
             _say_revision(component, report)
         _write_small(model, temporary)
         if model.index is not None:
-            write_json(temporary / INDEX, {key: value for key, value in model.index.items() if key not in _OURS})
+            write_json(temporary / INDEX, _exported_index(model.index))
     report(f"exported: {destination}")
 
 
@@ -293,6 +294,12 @@ def _say_revision(component: Component, report: Report) -> None:
             f"{where}the revision is {revision}, which diffusers 0.42.1 does not know: it computes these weights as "
             "legacy, without a word"
         )
+
+
+def _exported_index(index: Mapping[str, Any]) -> dict[str, Any]:
+    """An index without what diffusers does not know; with our defaults where a component is one that it cannot open."""
+    left_out = ("contract",) if has_own_components(index) else _OURS
+    return {key: value for key, value in index.items() if key not in left_out}
 
 
 def _say_pipeline(model: Model, destination: str | Path, report: Report) -> None:

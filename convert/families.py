@@ -72,6 +72,26 @@ def stem_of(class_name: str | None) -> str:
     return TRANSFORMERS_STEM if class_name in _BY_MODEL_TYPE.values() else DIFFUSERS_STEM
 
 
+# components of our own that a configuration describes in full
+WITHOUT_WEIGHTS = ("WordEncoder", "PixelAutoencoder", "PixelVideoAutoencoder")
+
+
+def is_without_weights(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a component of our own training runs that it describes in full.
+
+    Raises:
+        UserError: it is of one, and is damaged.
+    """
+    from sana_jax.autoencoders.pixel import PixelAutoencoder, PixelVideoAutoencoder
+    from sana_jax.text_encoders.words import WordEncoder
+
+    for kind in (WordEncoder, PixelAutoencoder, PixelVideoAutoencoder):
+        if config.get("_class_name") == kind.__name__:
+            kind.from_config(config)
+            return True
+    return False
+
+
 def network_of(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> Network:
     """The network of a ``config.json``.
 

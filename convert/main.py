@@ -23,25 +23,60 @@ from sana_jax.errors import UserError, run_command_line
 PROG = "python -m convert.main"
 
 
-@dataclasses.dataclass(frozen=True)
-class ImportConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """What all commands ask of what they read."""
+
+    source: str
+    """Model directory, one component's directory, a training run, or an original file."""
+    variant: str | None = None
+    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
+    weights: Literal["auto", "params", "ema"] = "auto"
+    """Weights of a training run or an original file: averaged (ema), raw (params), or the averaged if any (auto)."""
+    image_size: int | None = None
+    """Of an original file: pixels per side that it was trained for, where the file does not say."""
+    revision: Literal["legacy", "current"] | None = None
+    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
+    and says so) or by the original code now (current)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSourceConfig(SourceConfig):
+    """What the commands ask that read training runs as well."""
+
+    checkpoint_step: int | None = None
+    """Checkpoint of a training run by its step; None: the newest."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteConfig(RunSourceConfig):
+    """What the commands ask that write a model for others."""
+
+    layout: Literal["diffusers", "original"] = "diffusers"
+    """A directory that diffusers loads, or one file with the transformer or ControlNet as NVlabs save it (original)."""
+    max_shard_size: str | None = None
+    """Weights above this size become several files and an index; None: 5GB."""
+    flow_shift: float | None = None
+    """Of an original file: shift of the noise schedule; None: as published for the size."""
+    pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
+    """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
+    says, else SANA-Video, with a note. With --layout original also of a lone transformer or a training run."""
+    dry_run: bool = False
+    """Say which bytes would be read and written, and stop."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImportConfig(SourceConfig):
     """Converts a published or original checkpoint to a directory of ours: import SRC DST."""
 
     source: str
     """Model directory as published, one component's directory, or an original .pth or .safetensors file."""
     destination: str
     """New directory; it appears when everything is in it."""
-    variant: str | None = None
-    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
     weights: Literal["auto", "params", "ema"] = "auto"
     """Weights of an original file: raw (params), averaged (ema), or whichever there is (auto)."""
-    image_size: int | None = None
-    """Of an original file: pixels per side that it was trained for, where the file does not say."""
     flow_shift: float | None = None
     """Of an original file: shift of the noise schedule; None: as published for the size."""
-    revision: Literal["legacy", "current"] | None = None
-    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
-    and says so) or by the original code now (current)."""
     pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
     """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
     says, else SANA-Video, with a note."""
@@ -51,8 +86,8 @@ class ImportConfig:
     """Say which bytes would be read and written, and stop."""
 
 
-@dataclasses.dataclass(frozen=True)
-class ExportConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportConfig(WriteConfig):
     """Writes a directory that diffusers loads, or a file in NVlabs' own layout: export SRC DST."""
 
     source: str
@@ -60,34 +95,12 @@ class ExportConfig:
     file."""
     destination: str
     """New directory; it appears when everything is in it. With --layout original a new .safetensors or .pth file."""
-    layout: Literal["diffusers", "original"] = "diffusers"
-    """A directory that diffusers loads, or one file with the transformer or ControlNet as NVlabs save it (original)."""
-    max_shard_size: str | None = None
-    """Weights above this size become several files and an index; None: 5GB."""
-    variant: str | None = None
-    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
-    weights: Literal["auto", "params", "ema"] = "auto"
-    """Weights of a training run or an original file: averaged (ema), raw (params), or the averaged if any (auto)."""
-    checkpoint_step: int | None = None
-    """Checkpoint of a training run by its step; None: the newest."""
-    image_size: int | None = None
-    """Of an original file: pixels per side that it was trained for, where the file does not say."""
-    flow_shift: float | None = None
-    """Of an original file: shift of the noise schedule; None: as published for the size."""
-    revision: Literal["legacy", "current"] | None = None
-    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
-    and says so) or by the original code now (current)."""
-    pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
-    """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
-    says, else SANA-Video, with a note. With --layout original also of a lone transformer or a training run."""
     lora: Literal["only", "merged"] | None = None
     """Of a training run of a LoRA: its file alone, or the base model with it in its weights."""
-    dry_run: bool = False
-    """Say which bytes would be read and written, and stop."""
 
 
-@dataclasses.dataclass(frozen=True)
-class MergeConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeConfig(WriteConfig):
     """Writes what export does, with a LoRA in the transformer's weights: merge SRC LORA DST."""
 
     source: str
@@ -98,54 +111,23 @@ class MergeConfig:
     """New directory; it appears when everything is in it. With --layout original a new .safetensors or .pth file."""
     layout: Literal["diffusers", "original"] = "diffusers"
     """A directory that diffusers loads, or one file with the transformer as NVlabs save it (original)."""
-    max_shard_size: str | None = None
-    """Weights above this size become several files and an index; None: 5GB."""
-    variant: str | None = None
-    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
-    weights: Literal["auto", "params", "ema"] = "auto"
-    """Weights of a training run or an original file: averaged (ema), raw (params), or the averaged if any (auto)."""
-    checkpoint_step: int | None = None
-    """Checkpoint of a training run by its step; None: the newest."""
-    image_size: int | None = None
-    """Of an original file: pixels per side that it was trained for, where the file does not say."""
-    flow_shift: float | None = None
-    """Of an original file: shift of the noise schedule; None: as published for the size."""
-    revision: Literal["legacy", "current"] | None = None
-    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
-    and says so) or by the original code now (current)."""
-    pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
-    """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
-    says, else SANA-Video, with a note. With --layout original also of a lone transformer or a training run."""
-    dry_run: bool = False
-    """Say which bytes would be read and written, and stop."""
 
 
-@dataclasses.dataclass(frozen=True)
-class InspectConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectConfig(RunSourceConfig):
     """Says what a checkpoint is, from headers alone: inspect SRC. Exit status 1 if something does not fit."""
 
-    source: str
-    """Model directory, one component's directory, a training run, or an original file."""
     all: bool = False
     """Name every tensor and file, not the first few."""
-    variant: str | None = None
-    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
     weights: Literal["auto", "params", "ema"] = "auto"
     """Weights of a training run or an original file: averaged (ema), raw (params), or whichever there is (auto)."""
-    checkpoint_step: int | None = None
-    """Checkpoint of a training run by its step; None: the newest."""
-    image_size: int | None = None
-    """Of an original file: pixels per side that it was trained for, where the file does not say."""
-    revision: Literal["legacy", "current"] | None = None
-    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
-    and says so) or by the original code now (current)."""
     pipeline: Literal["SanaVideoPipeline", "LongSanaVideoPipeline"] | None = None
     """Of an original file of SANA-Video or LongSANA, whose weights look alike: which of them it is; None: as the file
     says, else SANA-Video, with a note."""
 
 
-@dataclasses.dataclass(frozen=True)
-class VerifyConfig:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyConfig(RunSourceConfig):
     """Compares it with PyTorch, module by module and as a pipeline: verify SRC. Exit status 1 past a threshold."""
 
     source: str
@@ -178,17 +160,6 @@ class VerifyConfig:
     """List the layers within the modules too, not only those past their thresholds."""
     json: str | None = None
     """File that everything compared is written to."""
-    variant: str | None = None
-    """Variant of the published weight files, such as bf16 or fp16; None: the plain files."""
-    weights: Literal["auto", "params", "ema"] = "auto"
-    """Weights of a training run or an original file: averaged (ema), raw (params), or the averaged if any (auto)."""
-    checkpoint_step: int | None = None
-    """Checkpoint of a training run by its step; None: the newest."""
-    image_size: int | None = None
-    """Of an original file: pixels per side that it was trained for, where the file does not say."""
-    revision: Literal["legacy", "current"] | None = None
-    """Of an original file of SANA-WM: how its camera branch is computed, as by diffusers 0.42.1 (legacy; None takes it
-    and says so) or by the original code now (current)."""
 
 
 def _import(config: ImportConfig) -> int:

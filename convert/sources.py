@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from convert.families import Network, class_of, network_of, stem_of
+from convert.families import WITHOUT_WEIGHTS, Network, class_of, is_without_weights, network_of, stem_of
 from sana_jax.contract import Contract, contract_of, license_of, names_of
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import read_json
@@ -248,6 +248,10 @@ def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
                 )
         else:
             try:
+                if is_without_weights(read_json(folder / CONFIG)):
+                    copies[folder / CONFIG] = f"{name}/{CONFIG}"
+                    notes.append(f"{name}: {entry[-1]}, which has no weights")
+                    continue
                 components.append(open_component(folder, name, choices.variant, notes, checksums))
             except (UserError, FileNotFoundError) as error:
                 failures[name] = error
@@ -424,7 +428,31 @@ def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     left = [name for name in others if name != "transformer"]
     if left:
         notes.append(f"left out: {', '.join(left)}; of a training run the transformer alone is converted")
-    return Model(path, None, (component,), contract=_lone_contract(path, component), notes=tuple(notes))
+    # weights of our own components have no needs, and sizes that no published autoencoder makes
+    contract = None if has_own_components(index) else _lone_contract(path, component)
+    return Model(path, None, (component,), contract=contract, notes=tuple(notes))
+
+
+def has_own_components(index: Mapping[str, Any]) -> bool:
+    """Whether an index names a component of our training runs that is described in full, and has no weights."""
+    return any(isinstance(entry, list) and entry[-1:] and entry[-1] in WITHOUT_WEIGHTS for entry in index.values())
+
+
+def as_directory(model: Model) -> Model:
+    """A training run's transformer as a whole model directory, where the run's own files describe the other components.
+
+    Others stay as they are: their text encoder and autoencoder are those of a published model.
+    """
+    index = index_of(model)
+    folders = [name for name, entry in index.items() if isinstance(entry, list) and name != "transformer"]
+    files = {name: SCHEDULER_CONFIG if name == "scheduler" else CONFIG for name in folders}
+    if not has_own_components(index) or not all((model.path / name / file).is_file() for name, file in files.items()):
+        return model
+    copies = {model.path / name / file: f"{name}/{file}" for name, file in files.items()}
+    (transformer,) = model.components
+    components = (dataclasses.replace(transformer, folder="transformer"),)
+    notes = tuple(note for note in model.notes if not note.startswith("left out"))
+    return dataclasses.replace(model, index=index, components=components, copies=copies, notes=notes)
 
 
 def _controlnet_config(path: Path, trained_from: BaseModelFile) -> dict[str, Any]:
@@ -478,7 +506,7 @@ def _contract(path: Path, index: Mapping[str, Any], components: list[Component])
     if "contract" in index:
         return Contract.from_dict(index["contract"], f"contract of {path / INDEX}")
     parts = {component.folder: component for component in components}
-    if "transformer" not in parts:
+    if "transformer" not in parts or has_own_components(index):
         return None
     scheduler = path / "scheduler" / SCHEDULER_CONFIG
     named = [part.get("_name_or_path") for part in (index, parts["transformer"].config)]

@@ -235,6 +235,25 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; see {self.prog} --help")
 
 
+# What is read where nothing is measured.
+_READ = {"compare": ("compare", "across_devices"), "picks": ("picks", "ops", "implementations")}
+
+
+def _refuse_unread(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Raises ``ValueError`` for options that a command which measures nothing would not read."""
+    for mode, read in _READ.items():
+        if not getattr(options, mode):
+            continue
+        others = [name for name in vars(options) if name not in read]
+        unused = [
+            f"--{name.replace('_', '-')}" for name in others if getattr(options, name) != parser.get_default(name)
+        ]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} would not be used with --{mode}, which measures nothing; leave it out"
+            )
+
+
 def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = _Parser(
@@ -254,6 +273,7 @@ def parse_options(argv: Sequence[str]) -> argparse.Namespace:
     add("--compare", nargs=2, type=pathlib.Path, metavar=("A.json", "B.json"), help="only compare two reports")
     add("--across-devices", action="store_true", help="with --compare: allow reports from different devices")
     options = parser.parse_args(list(argv))
+    _refuse_unread(options, parser)
     options.argv = list(argv)
     if options.across_devices and not options.compare:
         raise ValueError("--across-devices would not be used without --compare; leave it out")

@@ -14,7 +14,7 @@ import pathlib
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from sana_jax.errors import UserError
@@ -41,6 +41,8 @@ def parse(
     prog: str,
     aliases: Mapping[str, str] | None = None,
     allow_empty: bool = True,
+    description: str | None = None,
+    elsewhere: Callable[[str], str | None] | None = None,
 ) -> Config:
     """Reads a command line into ``config_class``, a dataclass that may nest other dataclasses.
 
@@ -55,6 +57,8 @@ def parse(
         prog: what the user types, for the messages: ``"python -m train.main"``.
         aliases: further names of options, such as ``{"out": "output"}``; say so in the option's help.
         allow_empty: whether an option that takes several values may come without any, for none.
+        description: what ``--help`` says above the options; None: the docstring of ``config_class``.
+        elsewhere: what to say of an unknown option, by its name without dashes, where other configurations have it.
 
     Raises:
         UserError: one line with the offending value, what is allowed, and the next step. Errors that the dataclasses
@@ -65,8 +69,8 @@ def parse(
     given: dict[str, list[str]] = {}
     for token, values in _split(argv, prog):
         if token in ("-h", "--help"):
-            _print_help(config_class, default, prog)
-        name, values = _resolve(token, values, options, aliases or {}, prog)
+            _print_help(config_class, default, prog, description)
+        name, values = _resolve(token, values, options, aliases or {}, prog, elsewhere)
         if name in given and not _takes_many(options[name].type):
             raise UserError(
                 f"--{name} is given twice ({' '.join(given[name])}, then {' '.join(values)}); it is allowed once: "
@@ -89,6 +93,11 @@ def parse(
         raise
     except ValueError as error:
         raise UserError(f"{error}; see {prog} --help") from error
+
+
+def option_names(config_class: type[Config], default: Config | None = None) -> set[str]:
+    """The names, without dashes, of the options that ``parse`` takes; as for ``parse``."""
+    return {_spelling(option.path) for option in _collect(config_class, default, ())}
 
 
 def _collect(config_class: type, instance: Any, prefix: tuple[str, ...]) -> list[_Option]:
@@ -156,7 +165,12 @@ def _split(argv: Sequence[str], prog: str) -> list[tuple[str, list[str]]]:
 
 
 def _resolve(
-    token: str, values: list[str], options: Mapping[str, _Option], aliases: Mapping[str, str], prog: str
+    token: str,
+    values: list[str],
+    options: Mapping[str, _Option],
+    aliases: Mapping[str, str],
+    prog: str,
+    elsewhere: Callable[[str], str | None] | None = None,
 ) -> tuple[str, list[str]]:
     name = token.lstrip("-").replace("_", "-")
     name = aliases.get(name, name) if token.startswith("--") else ""
@@ -170,15 +184,18 @@ def _resolve(
         if values:
             raise UserError(f"{token} takes no value, not {' '.join(values)!r}; write {token} or --{positive} True")
         return positive, ["False"]
-    raise UserError(f"unknown option {token}; {_suggest(token, options, aliases)}; {prog} --help lists every option")
+    hint = (None if elsewhere is None else elsewhere(name)) or _suggest(token, options, aliases)
+    raise UserError(f"unknown option {token}; {hint}; {prog} --help lists every option")
 
 
 def _suggest(token: str, options: Mapping[str, _Option], aliases: Mapping[str, str]) -> str:
     wanted = token.lstrip("-").replace("_", "-").lower()
     names = [*options, *aliases]
     by_last_word = {name: name.rpartition(".")[2] for name in names}
-    last = wanted.rpartition(".")[2]
-    close = difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
+    group, _, last = wanted.rpartition(".")
+    initials = [name for name in names if "".join(word[:1] for word in by_last_word[name].split("-")) == last]
+    close = sorted((name for name in initials if len(last) > 1), key=lambda name: name.rpartition(".")[0] != group)
+    close += difflib.get_close_matches(wanted, names, n=3, cutoff=0.6)
     close += [name for name in names if by_last_word[name] in difflib.get_close_matches(last, [by_last_word[name]])]
     close += [name for name in names if len(last) > 2 and last in by_last_word[name]]
     if close:
@@ -218,10 +235,11 @@ def _no_value(name: str, option: _Option, prog: str) -> UserError:
     return UserError(f"--{name} has no value; {_allowed(option)}: write --{name} VALUE, or see {prog} --help")
 
 
-def _print_help(config_class: type, default: Any, prog: str) -> None:
+def _print_help(config_class: type, default: Any, prog: str, description: str | None = None) -> None:
     import tyro
 
-    tyro.cli(config_class, args=["--help"], default=_or_missing(default), prog=prog, config=_markers())
+    given = _or_missing(default)
+    tyro.cli(config_class, args=["--help"], default=given, prog=prog, config=_markers(), description=description)
 
 
 def _or_missing(default: Any) -> Any:

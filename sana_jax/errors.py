@@ -5,6 +5,7 @@ Everything else that escapes is a bug and keeps its traceback.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable
@@ -18,8 +19,23 @@ class CheckpointError(UserError):
     """Weights that are missing, damaged, or do not fit the network they are meant for."""
 
 
+def reason_of(error: object, limit: int = 200) -> str:
+    """An error's words for a message of one line, cut to ``limit`` characters; its class where it has none."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return words if len(words) <= limit else f"{words[: limit - 3]}..."
+
+
+def counted(count: int, noun: str) -> str:
+    """A number and what it counts, as in "1 frame" and "2 frames"."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def run_command_line(main: Callable[[], int | None]) -> None:
-    """Runs a command's ``main`` and turns the user's mistakes into one line on stderr and exit status 2."""
+    """Runs a command's ``main`` and turns the user's mistakes into one line on stderr and exit status 2.
+
+    Ctrl-C ends the process at once with 130: an orderly end would wait for a program that is being compiled, and
+    crash in it. What a ``KeyboardInterrupt`` says, such as the next step, stands behind "interrupted".
+    """
     try:
         status = main()
         sys.stdout.flush()
@@ -30,7 +46,9 @@ def run_command_line(main: Callable[[], int | None]) -> None:
         sys.stdout.flush()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        status = 130
+    except KeyboardInterrupt as error:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr, flush=True)
+        os._exit(130)
     sys.exit(status or 0)

@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
+from sana_jax.errors import reason_of
 from sana_jax.files import atomic_file
 
 ENVIRONMENT = "SANA_JAX_EXECUTABLES"
@@ -121,7 +122,7 @@ class ExecutableStore:
             payload, in_tree, out_tree = serialize_executable.serialize(compiled)
             body = pickle.dumps((payload, in_tree, out_tree))
         except (ValueError, TypeError, NotImplementedError, pickle.PicklingError, jax.errors.JaxRuntimeError) as error:
-            raise ValueError(" ".join(str(error).split())[:200]) from error
+            raise ValueError(reason_of(error)) from error
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         content = self._content(key, traced)
         header = json.dumps({"bytes": len(body), "sha256": hashlib.sha256(body).hexdigest()}).encode()
@@ -170,7 +171,7 @@ class ExecutableStore:
                 payload, in_tree, out_tree, backend=key.device.client, execution_devices=[key.device]
             )
         except Exception as error:  # whatever another build of the libraries makes of it, compiling goes on
-            return f"{path} can't be loaded ({' '.join(str(error).split())[:200]})"
+            return f"{path} can't be loaded ({reason_of(error)})"
         with contextlib.suppress(OSError):
             os.utime(path)
         return compiled, len(whole)
@@ -212,7 +213,15 @@ class ExecutableStore:
 
 # -- the store of this process ---------------------------------------------------------------------------------------
 
-_current: ExecutableStore | None = None
+
+@dataclasses.dataclass
+class _OfThisProcess:
+    """There is one store, as there is one persistent cache of JAX: what compiles in any thread takes it."""
+
+    store: ExecutableStore | None = None
+
+
+_process = _OfThisProcess()
 
 
 def enable_executables(cache_directory: str | os.PathLike[str]) -> str:
@@ -221,18 +230,17 @@ def enable_executables(cache_directory: str | os.PathLike[str]) -> str:
     Returns:
         Where they are kept, or ``"off"``.
     """
-    global _current
     wanted = os.environ.get(ENVIRONMENT, "")
     if wanted.lower() in ("0", "off", "false", "no"):
-        _current = None
+        _process.store = None
         return "off"
-    _current = ExecutableStore(wanted or pathlib.Path(cache_directory) / "executables")
-    return str(_current.directory)
+    _process.store = ExecutableStore(wanted or pathlib.Path(cache_directory) / "executables")
+    return str(_process.store.directory)
 
 
 def executable_store() -> ExecutableStore | None:
     """Where this process keeps programs; None where it does not."""
-    return _current
+    return _process.store
 
 
 @contextlib.contextmanager

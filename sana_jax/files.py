@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
@@ -14,6 +15,32 @@ from typing import Any, BinaryIO
 from sana_jax.errors import UserError
 
 _LONGEST_JSON = 1 << 26  # bytes; an index of 1,400 tensors takes 100,000
+
+
+def check_can_write(path: str | os.PathLike[str], name: str | None = None) -> None:
+    """Raises an error unless files can be made where ``path`` is to be; nothing is left there.
+
+    A file is made, since permissions alone do not tell: an administrator has them in /proc too. Folders that are
+    missing are made when the output is written; the nearest one that is there is tried.
+
+    Args:
+        path: of a file, or of a folder, which ends in a slash and may be there already.
+        name: what the message calls it; None for the path.
+
+    Raises:
+        UserError: they cannot be made there.
+    """
+    place, name = pathlib.Path(path).absolute(), os.fspath(path) if name is None else name
+    if os.fspath(path).endswith(("/", os.sep)):
+        place = place / "file"
+    try:
+        above = next(folder for folder in place.parents if folder.exists())
+        if not above.is_dir():
+            raise UserError(f"cannot write {name} ({above} is a file, not a folder); choose another folder")
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        raise UserError(f"cannot write {name} ({error.strerror}); choose a folder that can be written to") from error
 
 
 @contextlib.contextmanager

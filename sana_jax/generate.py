@@ -30,13 +30,14 @@ from sana_jax.generate_video import (
     check_output_name,
     check_video_output,
     long_video_arguments,
+    next_step_when_interrupted,
     video_arguments,
     video_settings,
     write_videos,
 )
 from sana_jax.generate_world import check_world, world_arguments
 from sana_jax.images import automatic_enlargement, check_png_path, enlarge_image, image_grid, save_png
-from sana_jax.pipelines.prompt_schedule import refuse_schedule
+from sana_jax.pipelines.prompt_schedule import note_untimed, refuse_schedule
 from sana_jax.pipelines.sweep import Sweep, check_sweep, draw_sweep, parse_condition, save_sweep
 
 if TYPE_CHECKING:
@@ -81,6 +82,7 @@ _PASSED = {
 }
 # as in diffusers, world models have another name for it
 _FRAMES = ("frames", "num_frames")
+_OF_A_REFINER = ("refiner_checkpoint", "checkpoint_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,8 @@ class GenerateConfig:
     them, each with the second from which it acts: "0s: a fox sleeps" "10s: it wakes up"."""
     output: str
     """The picture's name, ending in .png; several pictures become one sheet. A sweep may also end in .gif. A video's
-    name ends in .mp4, .gif or .npz, or is a folder for its frames (out/); several videos are numbered. --out is the
-    same option."""
+    name ends in .mp4, .gif or .npz, or is a folder for its frames (out/); of LongSANA and of a streamed world, .mp4 or
+    a folder. Several videos are numbered. --out is the same option."""
     negative_prompt: str = ""
     """What the pictures or videos should not be; needs guidance above 1."""
     num_images: int = 1
@@ -114,11 +116,12 @@ class GenerateConfig:
     """Pixels; None: the model's own, or the image's."""
     binning: Literal["nearest", "off", "error"] | None = None
     """Sizes the model was not trained at: sample the nearest trained one and crop, sample them, or refuse them. None:
-    nearest where the model has a table of sizes."""
+    nearest where the model has a table of sizes. Not for worlds."""
     image: str | None = None
-    """A picture to begin from; of a video, its first frame."""
+    """A picture to begin from; of a video, its first frame. A world needs one."""
     frames: int | None = None
-    """Frames of a video: 1 + 4k for SANA-Video of 480p, 1 + 8k for that of 720p; None: the model's own, 81."""
+    """Frames of a video: 1 + 4k for SANA-Video of 480p and LongSANA, 1 + 8k for SANA-Video of 720p and SANA-WM. None:
+    the model's own, 81 of SANA-Video; of a world, as its camera's path has."""
     seconds: float | None = None
     """Length of a video in place of frames, rounded to a number of frames that the model makes, which is printed."""
     fps: float | None = None
@@ -137,7 +140,8 @@ class GenerateConfig:
     """Latent frames of such blocks; a model that was trained with another number is refused."""
     action: str | None = None
     """The camera's path of a world model: keys and for how many frames they are held, as in "w-80,jw-40,w-40"; see
-    python -m sana_jax.camera --help. The video has one frame more."""
+    python -m sana_jax.camera --help. The video has one frame more, the image; with --refiner, which leaves that out, as
+    many as the keys."""
     action_scheme: Literal["v1", "v2"] | None = None
     """What the keys mean: v1, diffusers', in which a and d go sideways; v2, the authors' current one. None: v1."""
     c2w: str | None = None
@@ -180,7 +184,7 @@ class GenerateConfig:
     """Layers that it perturbs; None: the authors' choice for the model."""
     timesteps: tuple[float, ...] | None = None
     """SANA-Sprint's angles from noise to 0, one more than steps; None: 1.5708, 1.3, 0 for two steps, else even. Of a
-    streamed world, whole numbers from 1000 down; None: the model's own."""
+    streamed world, whole numbers from 1000 down; None: the model's own. Not for other models."""
     guidance_batching: Literal["auto", "batched", "split"] = "auto"
     """Prompt and negative prompt in one batch, or one after another in less memory; auto: as the device's memory
     allows."""
@@ -190,7 +194,8 @@ class GenerateConfig:
     step_cache_error: bool = False
     """Measures the error that this makes, by taking every step as well."""
     progress: bool = True
-    """Shows the steps; --no-progress takes them all in one call on the device."""
+    """Shows the steps; --no-progress takes them all in one call on the device. LongSANA and streamed worlds always do,
+    and do not take the option."""
     instruction: Literal["default", "none"] = "default"
     """Whether the instruction to enrich the prompt, with which SANA was trained, stands before it."""
     max_sequence_length: int | None = None
@@ -229,7 +234,8 @@ class GenerateConfig:
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes a GPU if JAX sees one."""
     enlarge: int = 0
-    """Whole number by which every pixel is enlarged; 0: so much that the shorter side reaches 128 pixels."""
+    """Whole number by which every pixel is enlarged; 0: so much that the shorter side reaches 128 pixels, and not at
+    all in an .npz."""
 
     def __post_init__(self) -> None:
         if self.sweep is None:
@@ -291,7 +297,7 @@ def generate(config: GenerateConfig) -> pathlib.Path:
         fixed = {"seed": config.seed, **long_video_arguments(config, settings, _metadata(config, settings))}
     elif _is_world(pipeline):
         del fixed[number]
-    with _with_option_names():
+    with _with_option_names(), next_step_when_interrupted(config, grows=_grows(pipeline)):
         if config.sweep is not None:
             sweep = Sweep.parse(config.sweep)
             results = draw_sweep(pipeline, sweep, list(config.prompt), {**fixed, **arguments})
@@ -327,7 +333,9 @@ def _check_output(config: GenerateConfig, directory: pathlib.Path) -> None:
 
     if (name := _pipeline_name(config, directory)) in WORLD_PIPELINES:
         check_world(config, streams=name in GROWING_PIPELINES)
-    if name != "LongSanaVideoPipeline":
+    if name == "LongSanaVideoPipeline":
+        note_untimed(config.prompt)
+    else:
         refuse_schedule(config.prompt, name)
     if name in VIDEO_PIPELINES:
         check_video_output(config, grows=name in GROWING_PIPELINES)
@@ -368,7 +376,7 @@ def _with_option_names() -> Iterator[None]:
         yield
     except (UserError, FileNotFoundError) as error:
         message = str(error)
-        for option, argument in sorted([*_PASSED.items(), _FRAMES], key=lambda pair: -len(pair[1])):
+        for option, argument in sorted([*_PASSED.items(), _FRAMES, _OF_A_REFINER], key=lambda pair: -len(pair[1])):
             if option != argument or "_" in argument:  # others are words of the language, too
                 message = re.sub(rf"(?<![\w/.-]){argument}(?![\w/-]|\.\w)", f"--{option.replace('_', '-')}", message)
         raise type(error)(message) from error

@@ -6,11 +6,10 @@ import contextlib
 import io
 import math
 import os
-import pathlib
-import tempfile
 from typing import TYPE_CHECKING
 
 from sana_jax.errors import UserError
+from sana_jax.files import check_can_write
 
 if TYPE_CHECKING:
     from sana_jax.generate import GenerateConfig
@@ -24,6 +23,8 @@ def check_values(config: GenerateConfig) -> None:
         raise UserError(f"--seed {config.seed} is not allowed; choose a whole number from 0 to {_LARGEST_SEED}")
     if config.steps is not None and config.steps < 1:
         raise UserError(f"--steps {config.steps} is not allowed; choose 1 or more")
+    if config.frames is not None and config.frames < 1:
+        raise UserError(f"--frames {config.frames} is not allowed; choose 1 or more, as the model makes them")
     if config.step_cache is not None and not 0 <= config.step_cache < math.inf:
         raise UserError(
             f"--step-cache {config.step_cache:g} is not allowed; choose a threshold from 0 (every step is computed)"
@@ -50,6 +51,11 @@ def check_files(config: GenerateConfig) -> None:
     ):
         if path is not None:
             _check_picture(path, option)
+    if config.refiner_checkpoint is not None and os.path.isfile(config.refiner_checkpoint):
+        raise UserError(
+            f"--refiner-checkpoint {config.refiner_checkpoint} is a file; allowed is a folder that is new, empty, or "
+            "an earlier call's: name one"
+        )
     if config.c2w is not None and config.action is None:
         from sana_jax.camera import read_array
 
@@ -59,25 +65,6 @@ def check_files(config: GenerateConfig) -> None:
 
         for text in config.lora:
             find_lora_file(parse_lora_option(text)[0])
-
-
-def check_can_write(path: str | os.PathLike[str]) -> None:
-    """Raises ``UserError`` unless files can be made where ``path`` is to be; nothing is left there.
-
-    A file is made, since permissions alone do not tell: an administrator has them in /proc too. Folders that are
-    missing are made when the output is written; the nearest one that is there is tried.
-    """
-    place = pathlib.Path(path).absolute()
-    if os.fspath(path).endswith(("/", os.sep)):
-        place = place / "frame"  # a folder of frames, which may be there already
-    try:
-        above = next(folder for folder in place.parents if folder.exists())
-        if not above.is_dir():
-            raise UserError(f"cannot write {path} ({above} is a file, not a folder); choose another folder")
-        with tempfile.TemporaryFile(dir=above):
-            pass
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from error
 
 
 def _check_picture(path: str, option: str) -> None:

@@ -14,7 +14,11 @@ if TYPE_CHECKING:
 
 
 def choose_sampler(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
-    """The sampler that is asked for, with the model's flow shift unless another is asked for."""
+    """The sampler that is asked for, with the model's flow shift unless another is asked for.
+
+    Raises:
+        UserError: the pipeline has a sampler of its own, or none has that name or takes that shift.
+    """
     from sana_jax.diffusion.samplers import SAMPLERS, SCM, LongSanaSampler, WorldStreamSampler, make_sampler
 
     if config.sampler is None and config.flow_shift is None:
@@ -30,7 +34,12 @@ def choose_sampler(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
 
 
 def load_tokens(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
-    """Token encoders: those that are named, or those beside a LoRA or in the model's directory."""
+    """Token encoders: those that are named, or those beside a LoRA or in the model's directory.
+
+    Raises:
+        UserError: an option that would not be used.
+        FileNotFoundError, CheckpointError: encoders that are missing, damaged, or of another model.
+    """
     from sana_jax.lora import parse_lora_option
 
     if not hasattr(pipeline, "load_condition_tokens"):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,6 +113,20 @@ def long_video_arguments(
     return {"output_path": config.output, "enlarge": factor, "metadata": metadata}
 
 
+@contextlib.contextmanager
+def next_step_when_interrupted(config: GenerateConfig, *, grows: bool) -> Iterator[None]:
+    """Ctrl-C is followed by what to do next, where an interrupted video can be gone on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if grows and os.path.isdir(f"{config.output.rstrip(os.sep)}.resume"):
+            resume = "" if config.resume else ", and --resume"
+            raise KeyboardInterrupt(f"go on behind the last whole block with the same command{resume}") from None
+        if config.refiner_checkpoint is not None:
+            raise KeyboardInterrupt("the same command goes on behind the refiner's last whole block") from None
+        raise
+
+
 def projected_guidance_of(config: GenerateConfig) -> Any:
     """The settings of adaptive projected guidance that the options give; None without any."""
     from sana_jax.diffusion.guidance import ProjectedGuidance
@@ -121,11 +136,19 @@ def projected_guidance_of(config: GenerateConfig) -> Any:
 
 
 def video_settings(config: GenerateConfig, pipeline: SamplingPipeline, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """What a video's notes say beside what a picture's do."""
+    """What a video's notes say beside what a picture's do.
+
+    Raises:
+        UserError: a number of frames that the model does not make.
+    """
+    from sana_jax.autoencoders.base import latent_frames
     from sana_jax.pipelines.video_base import DEFAULT_FRAMES
 
+    if (frames := arguments.get("frames")) is None:
+        frames = DEFAULT_FRAMES if pipeline.defaults.frames is None else pipeline.defaults.frames
+    latent_frames(frames, pipeline.autoencoder.temporal_factor)
     return {
-        "frames": arguments.get("frames") or pipeline.defaults.frames or DEFAULT_FRAMES,
+        "frames": frames,
         "fps": pipeline.fps if config.fps is None else config.fps,
         "motion_score": config.motion_score,
         "projected_guidance": arguments.get("projected_guidance"),
@@ -139,7 +162,8 @@ def write_videos(config: GenerateConfig, result: SanaVideoPipelineOutput, metada
     for index, (path, video) in enumerate(zip(paths, result.frames, strict=True)):
         frames = as_bytes(video)
         height, width = frames.shape[1:3]
-        factor = config.enlarge or automatic_enlargement(height, width)
+        # an array is for computing, not for looking at
+        factor = config.enlarge or (1 if video_kind(path) == "npz" else automatic_enlargement(height, width))
         enlarged = np.repeat(np.repeat(frames, factor, axis=1), factor, axis=2) if factor > 1 else frames
         prompt = config.prompt[index // config.num_images]
         write_video(path, enlarged, fps, metadata={**metadata, "prompt": prompt})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, counted
 
 if TYPE_CHECKING:
     from sana_jax.generate import GenerateConfig
@@ -19,7 +19,7 @@ _PATH = '--action "w-80,jw-40,w-40", or --c2w poses.npy'
 def check_world(config: GenerateConfig, *, streams: bool = False) -> None:
     """Raises ``UserError`` for options that a world model lacks or does not have, before its weights are looked at."""
     from sana_jax.pipelines.world_inputs import refuse_memory
-    from sana_jax.quantization.choice import parse_quantization
+    from sana_jax.quantization.choice import NETWORKS, parse_quantization
 
     if config.image is None:
         raise UserError(f"--image is missing; {config.model} makes videos that begin with a picture: name one")
@@ -29,8 +29,8 @@ def check_world(config: GenerateConfig, *, streams: bool = False) -> None:
     count = len(config.prompt) * config.num_images
     if count != 1:
         raise UserError(
-            f"{len(config.prompt)} prompts and --num-videos {config.num_images}: {config.model} makes one video at a "
-            "time; allowed is 1: call once for each, with a --seed and an --output of its own"
+            f"{counted(len(config.prompt), 'prompt')} and --num-videos {config.num_images}: {config.model} makes one "
+            "video at a time; allowed is 1: call once for each, with a --seed and an --output of its own"
         )
     if config.refiner_checkpoint is not None and config.refiner is None:
         raise UserError("--refiner-checkpoint would not be used without --refiner; name the refiner's directory")
@@ -43,7 +43,8 @@ def check_world(config: GenerateConfig, *, streams: bool = False) -> None:
         raise UserError("--refiner-stream-blocks would not be used without --refiner; name the refiner's directory")
     if config.refiner_quantization and config.refiner is None:
         raise UserError("--refiner-quantization would not be used without --refiner; name the refiner's directory")
-    parse_quantization(config.refiner_quantization)
+    networks = [name for name in NETWORKS if name != "autoencoder"]  # which is the model's
+    parse_quantization(config.refiner_quantization, "--refiner-quantization", networks)
     if streams:
         refuse_memory(config.memory)
 
@@ -57,15 +58,16 @@ def world_arguments(
         FileNotFoundError: a file is missing.
         UserError: a file that is damaged, or a path that is not allowed.
     """
-    from sana_jax.camera import find_scheme, read_array, summarize_trajectory
-    from sana_jax.pipelines.world_inputs import DEFAULT_SCHEME, camera_path
+    from sana_jax.camera import read_array, summarize_trajectory
+    from sana_jax.pipelines.world_inputs import camera_path, scheme_of
 
     made = dict(arguments)
     num_frames, scheme = made.pop("num_frames", None), made.pop("action_scheme", None)
     given = None if config.c2w is None else read_array(config.c2w, "--c2w", "poses (frames, 4, 4)")
     action = made.pop("action", None)
-    path = camera_path(action, given, num_frames, scheme, pipeline.autoencoder.temporal_factor)
-    named = None if action is None else find_scheme(DEFAULT_SCHEME if scheme is None else scheme).name
+    factor, defaults = pipeline.autoencoder.temporal_factor, pipeline.defaults
+    path = camera_path(action, given, num_frames, scheme, factor, defaults=defaults)
+    named = None if action is None else scheme_of(scheme, defaults).name
     read_as = "" if named is None else f", keys as in scheme {named}"
     print(f"camera: {summarize_trajectory(path).describe()}{read_as}")
     made["c2w"] = path

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.typing import Float
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from sana_jax.files import atomic_file
 
 if TYPE_CHECKING:
@@ -217,7 +217,8 @@ def save_gif(
         with atomic_file(path) as file:
             first.save(file, format="GIF", save_all=True, append_images=others, duration=duration, loop=0, **options)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from error
+        reason = error.strerror or reason_of(error)
+        raise UserError(f"cannot write {path} ({reason}); choose a folder that can be written to") from error
     return path
 
 
@@ -252,7 +253,8 @@ def save_png(
         with atomic_file(path) as file:
             picture.save(file, format="PNG", pnginfo=chunks)
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror}); choose a folder that can be written to") from error
+        reason = error.strerror or reason_of(error)
+        raise UserError(f"cannot write {path} ({reason}); choose a folder that can be written to") from error
     return path
 
 

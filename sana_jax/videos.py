@@ -23,8 +23,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from kernels.typing import Float, UInt8
-from sana_jax.errors import UserError
-from sana_jax.files import atomic_directory, atomic_file, read_json, write_json
+from sana_jax.errors import UserError, counted, reason_of
+from sana_jax.files import atomic_file, check_can_write, read_json, remove_partial, write_json
 from sana_jax.growing_file import GrowingFile, cut_to_whole_fragments
 from sana_jax.images import save_gif, save_png
 
@@ -90,9 +90,7 @@ def check_video_path(path: str | os.PathLike[str], *, progressive: bool = False,
             raise UserError(f"output folder {place} has something in it already; name a new or an empty folder")
     elif place.is_dir():
         raise UserError(f"output {place} is a folder; allowed is a file's name: try {place / 'out.mp4'}")
-    above = next(folder for folder in place.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"cannot write {place} ({above} cannot be written to); choose another folder")
+    check_can_write(f"{place}/" if kind == "frames" else place, str(place))
     if kind == "mp4":
         _encoder(_pyav("writing mp4"))
     return kind
@@ -117,6 +115,8 @@ class VideoWriter:
         keep_frames: goes on with the video that is there, of which so many frames are kept, bit for bit.
         separate: encodes every ``append`` for itself, so that what becomes of frames in the file does not depend on
             those before them: a video that was gone on with is then the one that was never interrupted.
+        named: what messages call the place; None for ``path``.
+        advice: what to do where the disk is full.
         say: prints a line.
 
     Raises:
@@ -135,8 +135,11 @@ class VideoWriter:
         metadata: Mapping[str, Any] | None = None,
         keep_frames: int = 0,
         separate: bool = False,
+        named: str | os.PathLike[str] | None = None,
+        advice: str = "make room on the disk, or name another place",
         say: Callable[[str], None] = print,
     ) -> None:
+        self._named, self._advice = os.fspath(path if named is None else named), advice
         self.fps, self._separate = check_fps(fps), separate
         self.kind = check_video_path(path, progressive=True, goes_on=keep_frames > 0)
         self.path = pathlib.Path(path)
@@ -180,12 +183,16 @@ class VideoWriter:
                     self._stream.write(frame, self.frame_count)
             except (OSError, UserError) as error:
                 self.close(finish=False)
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(
-                    f"writing {self.path} failed at frame {self.frame_count} ({reason}); the frames before it are "
-                    "there and can be played: make room on the disk, or name another place"
-                ) from error
+                raise self._failed(f"at frame {self.frame_count}", error) from error
             self.frame_count += 1
+
+    def _failed(self, where: str, error: Exception) -> UserError:
+        """What is said of a disk that takes no more, and of the frames that are there."""
+        cause = error.__cause__ or error
+        count = count_frames(self.path)
+        there = f"; the first {counted(count, 'frame')} can be played" if count else ""
+        reason = getattr(cause, "strerror", None) or reason_of(cause)
+        return UserError(f"writing {self._named} failed {where} ({reason}){there}: {self._advice}")
 
     def _open(self, size: tuple[int, int]) -> None:
         try:
@@ -196,9 +203,11 @@ class VideoWriter:
                 write_json(self.path / _NOTES, {"fps": self.fps, **{k: str(v) for k, v in self._notes.items()}})
             else:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._stream = _Mp4Stream(self.path, self.fps, size, self._notes, self._say, self.frame_count)
+                self._stream = _Mp4Stream(
+                    self.path, self.fps, size, self._notes, self._say, self.frame_count, self._named
+                )
         except OSError as error:
-            raise UserError(f"cannot write {self.path} ({error.strerror or error}); choose another place") from error
+            raise UserError(f"cannot write {self._named} ({error.strerror or error}); choose another place") from error
         self._size = size
 
     def close(self, *, finish: bool = True) -> None:
@@ -214,13 +223,10 @@ class VideoWriter:
             stream.close()
         except OSError as error:
             if finish:
-                raise UserError(
-                    f"writing {self.path} failed at its end ({error.strerror or error}); the frames before it are "
-                    "there and can be played: make room on the disk"
-                ) from error
+                raise self._failed("at its end", error) from error
             return
         if finish:
-            _lay_out_again(self.path, self._say)
+            _lay_out_again(self.path, self._named, self._say)
 
 
 class _Mp4Stream:
@@ -234,6 +240,7 @@ class _Mp4Stream:
         notes: Mapping[str, Any],
         say: Callable[[str], None],
         keep_frames: int,
+        named: str,
     ) -> None:
         av = self._av = _pyav("writing mp4")
         self._path, self._size = path, size
@@ -241,12 +248,12 @@ class _Mp4Stream:
         self._padding = ((0, height - size[0]), (0, width - size[1]), (0, 0))
         if (height, width) != tuple(size):
             say(
-                f"{path}: {size[0]}x{size[1]} becomes {height}x{width} pixels, the border repeated, since mp4 takes "
+                f"{named}: {size[0]}x{size[1]} becomes {height}x{width} pixels, the border repeated, since mp4 takes "
                 "even sizes"
             )
         encoder = _encoder(av)
         if encoder != _ENCODERS[0]:
-            say(f"{path}: written with {encoder}, since this PyAV has no {_ENCODERS[0]}")
+            say(f"{named}: written with {encoder}, since this PyAV has no {_ENCODERS[0]}")
         place = path.with_name(f".{path.stem}.{os.getpid()}.kept.mp4") if keep_frames else path
         self._file = GrowingFile(place)
         self._container = av.open(self._file, "w", format="mp4", options=_FRAGMENTED)
@@ -341,6 +348,8 @@ def write_video(
 ) -> pathlib.Path:
     """Writes a whole video, as the name's ending says; it appears whole or not at all.
 
+    Where the disk takes no more, an mp4 or a folder appears as far as it has come, in place of an older one.
+
     Args:
         path: ``.mp4``; ``.gif``, 256 colours in each frame; ``.npz`` with the arrays ``frames`` and ``fps``; or a
             folder, new or empty, for ``000000.png``, ``000001.png``, ...
@@ -370,23 +379,24 @@ def write_video(
 
 
 def _write_progressively(
-    kind: Kind, place: pathlib.Path, frames: Any, fps: float, notes: Mapping[str, Any], say: Callable[[str], None]
+    kind: Kind, named: pathlib.Path, frames: Any, fps: float, notes: Mapping[str, Any], say: Callable[[str], None]
 ) -> None:
-    """An mp4 or a folder under a temporary name, renamed when it is whole."""
+    """An mp4 or a folder under a temporary name, renamed when it is whole or the disk takes no more."""
+    place = named.absolute()
     place.parent.mkdir(parents=True, exist_ok=True)
-    if kind == "frames":
-        with atomic_directory(place) as temporary, VideoWriter(temporary, fps, metadata=notes, say=say) as writer:
-            writer.append(frames)
-        return
-    temporary = place.with_name(f".{place.stem}.{os.getpid()}.tmp.mp4")
+    temporary = place.with_name(f".{place.stem}.{os.getpid()}.tmp{'.mp4' if kind == 'mp4' else ''}")
     try:
-        with VideoWriter(temporary, fps, metadata=notes, say=say) as writer:
+        if kind == "frames":
+            temporary.mkdir()
+        with VideoWriter(temporary, fps, metadata=notes, named=named, say=say) as writer:
             writer.append(frames)
         os.replace(temporary, place)
-    except UserError as error:
-        raise UserError(f"cannot write {place} ({error.__cause__ or error}); choose another place") from error
+    except UserError:
+        if count_frames(temporary):
+            os.replace(temporary, place)
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        remove_partial(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
 
 
 def read_video(path: str | os.PathLike[str]) -> Video:
@@ -405,9 +415,8 @@ def read_video(path: str | os.PathLike[str]) -> Video:
     except (UserError, FileNotFoundError):
         raise
     except Exception as error:  # each kind of file fails in its own way
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"video {place} can't be read ({reason[:200]}); give another one, or its frames as pictures in a folder"
+            f"video {place} can't be read ({reason_of(error)}); give another one, or its frames as pictures in a folder"
         ) from error
     if not len(frames):
         raise UserError(f"video {place} has no frames; give another one")
@@ -486,7 +495,7 @@ def _encoder(av: Any) -> str:
     return found[0]
 
 
-def _lay_out_again(path: pathlib.Path, say: Callable[[str], None]) -> None:
+def _lay_out_again(path: pathlib.Path, named: str, say: Callable[[str], None]) -> None:
     """The same packets as an ordinary mp4 with its index in front; where that fails, the fragmented file stays."""
     av = _pyav("writing mp4")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.layout.mp4")
@@ -500,7 +509,7 @@ def _lay_out_again(path: pathlib.Path, say: Callable[[str], None]) -> None:
                     new.mux(packet)
         os.replace(temporary, path)
     except (OSError, av.error.FFmpegError) as error:
-        say(f"{path}: left as it was written, in fragments ({error.strerror or error}); it plays all the same")
+        say(f"{named}: left as it was written, in fragments ({error.strerror or error}); it plays all the same")
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
+from sana_jax.errors import reason_of
+from sana_jax.weights.messages import one_line
+
 PROGRAM = """
 from sana_jax.errors import run_command_line
 
@@ -26,3 +31,35 @@ def test_a_reader_that_has_enough():
     assert writer.stderr.read() == ""
     assert writer.wait(60) == 141
     writer.stderr.close()
+
+
+INTERRUPTED = """
+import atexit, os
+from sana_jax.errors import run_command_line
+
+def main():
+    atexit.register(os.abort)  # as the compiler's threads do when the interpreter is taken down around them
+    print("what was said before")
+    raise KeyboardInterrupt("go on with --resume")
+
+run_command_line(main)
+"""
+
+
+def test_an_interrupt_ends_the_process_at_once():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    said = (done.returncode, done.stdout, done.stderr)
+    assert said == (130, "what was said before\n", "interrupted: go on with --resume\n")
+
+
+@pytest.mark.parametrize("words", [reason_of, one_line])
+def test_a_reason_is_one_line_and_never_empty(words):
+    assert words(ValueError("two\n  lines\t of it\n")) == "two lines of it"
+    assert words(OSError()) == words(OSError(" \n")) == "OSError"
+    assert words(ValueError("é" * 9), 9) == "é" * 9
+    assert words(ValueError("a " * 9), 9) == "a a a ..."
+
+
+def test_a_storage_specification_is_left_out():
+    assert one_line(ValueError("NOT_FOUND: it\nis gone [tensorstore_spec='{...}']")) == "NOT_FOUND: it is gone"
+    assert one_line(ValueError(" [tensorstore_spec='{...}']")) == "ValueError"

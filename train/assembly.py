@@ -17,7 +17,7 @@ from configs.world_data import WorldDataConfig
 from kernels.typing import Float, Int
 from sana_jax.autoencoders import Autoencoder, VideoAutoencoder
 from sana_jax.autoencoders.base import pixel_frames
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import WORLD_PIPELINE, WORLD_STREAM
 from sana_jax.text_encoders import TextEncoder
@@ -163,7 +163,13 @@ def open_start(config: RunConfig) -> BaseModel | None:
     """
     if config.self_forcing is None or config.self_forcing.generator is None:
         return None
-    start = open_base_model(config.self_forcing.generator)
+    try:
+        start = open_base_model(config.self_forcing.generator)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"--self-forcing.generator {config.self_forcing.generator} is no model ({reason_of(error, 1000)}): name "
+            "the run that made a generator of a few steps, or leave the option out to begin as --model"
+        ) from error
     if start.parts.transformer_config != config.transformer:
         raise UserError(
             f"--self-forcing.generator {start.name} has another network than --model {config.model}; both must be of "
@@ -203,6 +209,8 @@ def assemble(
     recipe = make_recipe(config)
     declared = {condition.partition("=")[0] for condition in config.data.conditions}
     _check_conditions(recipe.conditions, declared)
+    if config.prior is not None and config.prior.caption is None:
+        say("prior preservation: none; --prior.caption 'a photo of a dog' would keep the subject's class as it is")
     dataset = open_prepared(config, encoders.parts, DATA, say, stop)
     if dataset is not None and config.prior is not None and config.prior.caption is not None:
         dataset = open_with_prior(config, base, dataset, say, stop)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from kernels.typing import Array, Float, Int
 
+# A dictionary, since JAX takes an immutable mapping for a leaf of a tree; nothing is ever put into it.
 NO_CONDITIONS: Mapping[str, Array] = {}
 # Conditions of world models: what the network is told of the camera of every latent frame (B, T, 20), Plücker
 # coordinates (B, T, H, W, 6·temporal factor), both as ``sana_jax.camera.camera_inputs`` makes them, and which frames

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from configs.schema import DistributedConfig
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 
 
 def join_processes(config: DistributedConfig) -> None:
@@ -81,7 +81,7 @@ def on_first_process(action: Callable[[], Path | None]) -> Path | None:
         try:
             outcome = f"made {path}" if (path := action()) is not None else "stopped"
         except Exception as caught:
-            error, outcome = caught, f"failed {' '.join(str(caught).split())}"
+            error, outcome = caught, f"failed {reason_of(caught, 1000)}"
     outcome = gather_messages(outcome)[0]
     if error is not None:
         raise error
@@ -106,7 +106,7 @@ def _initialize(coordinator: str | None, num_processes: int | None, process_id: 
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error, 300)
         raise UserError(
             f"the processes of this run did not find one another at {coordinator or 'the address SLURM gives'}: "
             f"{reason}; check that process 0 runs there and that the port is open"

@@ -268,7 +268,6 @@ class Source(NamedTuple):
     directory: Path
     prompts: Sequence[str]
     digits: tuple[int, ...]
-    is_digits_run: bool
 
 
 def _open_source(config: EvaluateConfig) -> Source:
@@ -301,7 +300,7 @@ def _open_source(config: EvaluateConfig) -> Source:
             f"{spread[0]} needs 2 or more pictures of each of {len(prompts)} prompts; --samples {config.samples} is "
             f"too few: choose {2 * len(prompts)} or more"
         )
-    return Source(directory, prompts, digits, is_digits)
+    return Source(directory, prompts, digits)
 
 
 def _draw_samples(

@@ -7,48 +7,31 @@ metrics: ``python -m train.evaluate digits --model runs/digits``.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from configs.schema import DigitsDataConfig
 from sana_jax.command_line import parse
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
-from sana_jax.files import atomic_file
 from sana_jax.pipelines.text_to_image import SanaPipeline
 from train.data.digits import DigitsData, load_images
 from train.evaluation.digits import Figures, describe, measure
+from train.evaluation.sampled_run import SampledRunConfig, report
 from train.run_directory import read_config
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SampledRunConfig):
     """Samples a digits model and measures what comes out."""
 
     model: str = "runs/digits"
     """The run's directory."""
     per_caption: int = 20
     """Samples of each caption; at least 2."""
-    seed: int = 1
-    """Seed of the noise."""
-    guidance_scale: float | None = None
-    """Guidance scale; None: the run's own."""
-    steps: int | None = None
-    """Sampling steps; None: the run's own."""
-    weights: Literal["auto", "ema", "params"] = "auto"
-    """Averaged weights where there are any (auto), or one of the two."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """What to run on."""
-    json: str | None = None
-    """Also write the figures to this file."""
 
     def __post_init__(self):
         if self.per_caption < 2:
@@ -84,14 +67,7 @@ def evaluate(config: EvaluateConfig) -> Figures:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     config = parse(EvaluateConfig, sys.argv[1:] if argv is None else argv, prog="python -m train.evaluate_digits")
-    choose_device(config.device)
-    enable_compilation_cache()
-    figures = evaluate(config)
-    for line in describe(figures):
-        print(line)
-    if config.json:
-        with atomic_file(config.json) as file:
-            file.write((json.dumps(dataclasses.asdict(figures), indent=2) + "\n").encode())
+    report(config, evaluate, describe)
 
 
 if __name__ == "__main__":

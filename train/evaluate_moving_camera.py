@@ -7,26 +7,22 @@ and with what the measurement finds in the true videos.
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from configs.moving_camera import MovingCameraDataConfig
 from kernels.typing import Float
 from sana_jax.command_line import parse
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
-from sana_jax.files import atomic_file
 from sana_jax.pipelines.world_model import SanaWMPipeline
 from train.data.video.moving_camera import MovingCameraData, View
 from train.evaluation.moving_camera import CameraFigures, describe, measure
+from train.evaluation.sampled_run import SampledRunConfig, report
 from train.run_directory import read_config
 
 _SHOWN = 8  # clips of the picture
@@ -34,8 +30,8 @@ _GAP = 2  # pixels between them
 _ENLARGED = 6
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SampledRunConfig):
     """Samples a model that was trained on moving_camera and measures what comes out."""
 
     model: str = "runs/moving_camera"
@@ -44,16 +40,6 @@ class EvaluateConfig:
     """Held-out action strings; each is sampled as it is and with opposite keys."""
     seed: int = 1
     """Seed of the noise, and of what is chosen."""
-    guidance_scale: float | None = None
-    """Guidance scale; None: the run's own."""
-    steps: int | None = None
-    """Sampling steps; None: the run's own."""
-    weights: Literal["auto", "ema", "params"] = "auto"
-    """Averaged weights where there are any (auto), or one of the two."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """What to run on."""
-    json: str | None = None
-    """Also write the figures to this file."""
     picture: str | None = None
     """Also draw some of the clips, the true one above each, to this .png."""
 
@@ -163,14 +149,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     words = sys.argv[1:] if argv is None else argv
     config = parse(EvaluateConfig, words, prog="python -m train.evaluate_moving_camera")
-    choose_device(config.device)
-    enable_compilation_cache()
-    figures = evaluate(config)
-    for line in describe(figures):
-        print(line)
-    if config.json:
-        with atomic_file(config.json) as file:
-            file.write((json.dumps(dataclasses.asdict(figures), indent=2) + "\n").encode())
+    report(config, evaluate, describe)
 
 
 if __name__ == "__main__":

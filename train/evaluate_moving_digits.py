@@ -8,22 +8,17 @@ keeps it; ``--frames`` samples longer clips than the model was trained on.
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
 from configs.data import MovingDigitsDataConfig
 from kernels.typing import Float
 from sana_jax.command_line import parse
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device
 from sana_jax.errors import UserError, run_command_line
-from sana_jax.files import atomic_file
 from sana_jax.images import to_pil
 from sana_jax.pipelines.image_to_video import SanaImageToVideoPipeline
 from sana_jax.pipelines.long_video import LongSanaVideoPipeline
@@ -31,11 +26,12 @@ from sana_jax.pipelines.model_directory import pipeline_of
 from sana_jax.pipelines.text_to_video import SanaVideoPipeline
 from train.data.video.moving_digits import MovingDigitsData
 from train.evaluation.moving_digits import ClipFigures, describe, measure
+from train.evaluation.sampled_run import SampledRunConfig, report
 from train.run_directory import CONFIG_NAME, read_config
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(SampledRunConfig):
     """Samples a model of moving digits and measures what comes out."""
 
     model: str = "runs/moving_digits"
@@ -46,18 +42,6 @@ class EvaluateConfig:
     """Begin each clip with a picture of a digit that no training clip has."""
     frames: int | None = None
     """Frames of each clip; None: as it was trained."""
-    seed: int = 1
-    """Seed of the noise."""
-    guidance_scale: float | None = None
-    """Guidance scale; None: the run's own."""
-    steps: int | None = None
-    """Sampling steps; None: the run's own."""
-    weights: Literal["auto", "ema", "params"] = "auto"
-    """Averaged weights where there are any (auto), or one of the two."""
-    device: Literal["auto", "cpu", "gpu"] = "auto"
-    """What to run on."""
-    json: str | None = None
-    """Also write the figures to this file."""
 
     def __post_init__(self):
         if self.per_caption < 1:
@@ -139,20 +123,17 @@ def first_frames(dataset: MovingDigitsData, captions: Sequence[str]) -> Float[np
     return source.videos(chosen)[:, 0] / 2 + 0.5
 
 
+def _described(figures: Figures) -> Iterator[str]:
+    yield from describe(figures)
+    if figures.first_frame is not None:
+        yield f"first frame, greatest difference   {figures.first_frame:.4f}"
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     words = sys.argv[1:] if argv is None else argv
     config = parse(EvaluateConfig, words, prog="python -m train.evaluate_moving_digits")
-    choose_device(config.device)
-    enable_compilation_cache()
-    figures = evaluate(config)
-    for line in describe(figures):
-        print(line)
-    if figures.first_frame is not None:
-        print(f"first frame, greatest difference   {figures.first_frame:.4f}")
-    if config.json:
-        with atomic_file(config.json) as file:
-            file.write((json.dumps(dataclasses.asdict(figures), indent=2) + "\n").encode())
+    report(config, evaluate, _described)
 
 
 if __name__ == "__main__":

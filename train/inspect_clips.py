@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -23,6 +23,7 @@ from train.data.source import (
     IndexedSource,
     index_source,
     refuse_missing_captions,
+    refuse_no_pictures,
     refuse_too_many_bad,
 )
 from train.data.video.clips import Examined, examine, first_pixels
@@ -70,6 +71,13 @@ class InspectClipsConfig(VideoDataConfig):
     """Which way the cameras look: along z with y down (opencv), or along -z with y up (opengl)."""
     field_of_view: float | None = None
     """Degrees that the cameras span across, where the data has no intrinsics."""
+    cache: None = field(default=None, init=False)
+    latent_dtype: Literal["auto"] = field(default="auto", init=False)
+    joint_interval: int = field(default=0, init=False)
+    joint_pictures: None = field(default=None, init=False)
+    joint_batch_size: None = field(default=None, init=False)
+    joint_caption: None = field(default=None, init=False)
+    joint_cache: None = field(default=None, init=False)
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,14 +88,12 @@ class InspectClipsConfig(VideoDataConfig):
                 f"--{changed[0].replace('_', '-')} is not read without --cameras; add that, or leave it out"
             )
         check_options(self)
-        if self.joint_interval:
-            raise UserError("--joint-pictures are not looked at here; inspect them by themselves, with --no-clips")
         if not self.clips:
             raise UserError("--no-clips beside options of clips; leave it out")
 
 
-def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print) -> None:
-    """Reports line by line.
+def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print) -> bool:
+    """Reports line by line; returns whether nothing would stop training.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
@@ -102,6 +108,10 @@ def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print
     ]
     say_head(source, damaged, say)
     clips = WorldSource(source, _as_worlds(config)) if config.cameras else ClipSource(source, config)
+    if not source.records:  # none has a camera that can be used
+        for note in clips.notes:
+            say(note)
+        refuse_no_pictures(source)
     for line in (*_describe_times(source, looked), *describe_sizes([record.size for record in source.records])):
         say(line)
     for line in _describe_clips(clips):
@@ -115,7 +125,7 @@ def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print
             say(line.replace("pictures", "clips"))
     for line in (*describe_captions(source), *describe_columns(source), *describe_groups(source, config)):
         say(line)
-    say_what_stops_training(
+    trains = not say_what_stops_training(
         say,
         lambda: refuse_too_many_bad([*source.problems, *damaged], source.looked_at, config.max_bad_share),
         lambda: refuse_missing_captions(source, config),
@@ -125,6 +135,7 @@ def inspect_clips(config: InspectClipsConfig, say: Callable[[str], None] = print
     if config.contact_sheet is not None:
         _draw_sheet(source, config)
         say(f"contact sheet: {config.contact_sheet}")
+    return trains
 
 
 def _as_worlds(config: InspectClipsConfig) -> WorldDataConfig:

@@ -14,10 +14,10 @@ import pathlib
 import statistics
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import numpy as np
 
@@ -27,14 +27,16 @@ from sana_jax.command_line import parse
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.images import check_png_path, image_grid, save_png
 from train.data.buckets import BucketPlan, assign_buckets, size_table
-from train.data.captions import CaptionRule, caption_weights
+from train.data.captions import CaptionRule, caption_weights, check_scores
+from train.data.conditions import FILTERS, declared_conditions, missing_input
 from train.data.decoding import BadPicture, decode_picture, resize_and_crop_to
+from train.data.formats import names_below
+from train.data.records import Caption
 from train.data.source import (
     IndexedSource,
     Problem,
     Record,
     index_source,
-    names_below,
     refuse_missing_captions,
     refuse_no_pictures,
     refuse_too_many_bad,
@@ -51,7 +53,8 @@ _SHOWN = 3  # examples
 
 @dataclass(frozen=True)
 class InspectConfig(ImageDataConfig):
-    """Reports what a data set holds. The options are those of --data in training; the path may come first."""
+    """Reports what a data set holds. The options are those of --data in training; the path may come first. Those for
+    videos, --cameras among them, are listed by --clips --help, and those for latents by --format zip_latents --help."""
 
     batch_size: int = 16
     """Sizes with fewer pictures than this are rare."""
@@ -62,32 +65,44 @@ class InspectConfig(ImageDataConfig):
     clips: bool = False
     """Look for videos. Without it a folder that has videos and no pictures is looked through for videos too, unless
     --no-clips says otherwise."""
+    cache: None = field(default=None, init=False)
+    latent_dtype: Literal["auto"] = field(default="auto", init=False)
 
     def __post_init__(self):
         super().__post_init__()
         check_options(self)
 
 
+def in_training_alone(option: str) -> str | None:
+    """What to say of an option that training has and a report does not; None for others."""
+    if option in ("cache", "latent-dtype"):
+        return "it is for training, and nothing is prepared here: leave it out"
+    if option.startswith("joint-"):
+        return (
+            "pictures beside clips are inspected by themselves: leave it out, and give their own path with --no-clips"
+        )
+    return None
+
+
 def check_options(config: Any) -> None:
     """Refuses what neither kind of report can do; ``config`` is an InspectConfig or an InspectClipsConfig."""
     if config.batch_size < 1:
         raise UserError(f"--batch-size {config.batch_size} is not allowed; choose 1 or more")
-    if config.cache is not None:
-        raise UserError(f"--cache {config.cache} is not used here, nothing is prepared; leave it out")
     if config.contact_sheet is not None:
         check_png_path(config.contact_sheet)
 
 
-def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
-    """Reports line by line.
+def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> bool:
+    """Reports line by line; returns whether nothing would stop training.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
         UserError: it is of no known format, or has no picture that can be used.
     """
+    declared_conditions(config.conditions)  # kinds that there are not, before anything is read
     source = index_source(config)
     if config.check_pixels:
-        _check_pixels(source, config)
+        _check_pixels(source)
     say_head(source, (), say)
     pictures = [record for record in source.records if record.size is not None]
     plan = None
@@ -103,9 +118,11 @@ def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
         say(line)
     for line in (*_describe_features(source), *_describe_conditions(source, config)):
         say(line)
-    say_what_stops_training(
+    trains = not say_what_stops_training(
         say,
-        lambda: refuse_too_many_bad(source.problems, source.looked_at, config.max_bad_share),
+        lambda: refuse_too_many_bad(
+            [*source.problems, *_without_conditions(source, config)], source.looked_at, config.max_bad_share
+        ),
         lambda: refuse_missing_captions(source, config),
         lambda: say_choice(source, config, say),
     )
@@ -114,6 +131,7 @@ def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> None:
             raise UserError(f"--contact-sheet {config.contact_sheet}: {source.name} has features and no pictures")
         _draw_sheet(source, pictures, plan, config)
         say(f"contact sheet: {config.contact_sheet}")
+    return trains
 
 
 def say_head(source: IndexedSource, damaged: Sequence[Problem], say: Callable[[str], None]) -> None:
@@ -135,16 +153,19 @@ def say_head(source: IndexedSource, damaged: Sequence[Problem], say: Callable[[s
     refuse_no_pictures(source)
 
 
-def say_what_stops_training(say: Callable[[str], None], *checks: Callable[[], None]) -> None:
-    """Makes the checks that training makes, and says which would end it."""
+def say_what_stops_training(say: Callable[[str], None], *checks: Callable[[], None]) -> bool:
+    """Makes the checks that training makes, says which would end it, and returns whether one would."""
+    stops = False
     for check in checks:
         try:
             check()
         except UserError as error:
+            stops = True
             say(f"training would stop: {str(error).replace('--data.', '--')}")
+    return stops
 
 
-def _check_pixels(source: IndexedSource, config: InspectConfig) -> None:
+def _check_pixels(source: IndexedSource) -> None:
     """Moves the records whose pixels can't be read to the source's problems."""
     from tqdm import tqdm
 
@@ -220,8 +241,9 @@ def say_choice(source: IndexedSource, config: ImageDataConfig, say: Callable[[st
     """How often each kind of caption will be taken.
 
     Raises:
-        UserError: a picture has none of a kind that may be.
+        UserError: a picture has none of a kind that may be, or none has a score where they are chosen by it.
     """
+    say_scores((record.captions for record in source.records), config, say)
     rule, shares, pictures = CaptionRule.of(config), Counter(), 0
     for record in source.records:
         if not record.captions:
@@ -235,14 +257,35 @@ def say_choice(source: IndexedSource, config: ImageDataConfig, say: Callable[[st
         say(f"captions by --caption-choice {config.caption_choice}: {listed}")
 
 
+def say_scores(captions: Iterable[Sequence[Caption]], config: ImageDataConfig, say: Callable[[str], None]) -> None:
+    """Where captions are chosen by their scores and only some have one, a line that says so.
+
+    Raises:
+        UserError: none has one.
+    """
+    if note := check_scores(captions, config):
+        say(f"note: {note.replace('--data.', '--')}")
+
+
 def _describe_conditions(source: IndexedSource, config: InspectConfig) -> list[str]:
     lines = []
-    for condition in config.conditions:
-        name = condition.partition("=")[0]
-        count = sum(name in record.columns for record in source.records)
-        lines.append(f"condition {condition}: {count} of {len(source)} samples have the column {name}")
+    for text, declared in zip(config.conditions, declared_conditions(config.conditions)):
+        count = sum(missing_input(declared, record) is None for record in source.records)
+        what = f"have {declared.name}" if declared.kind not in FILTERS else "have a picture that it is drawn from"
+        lines.append(f"condition {text}: {count} of {len(source)} samples {what}")
     variants = config.crops * (1 + config.flip)
     return lines if variants == 1 else [*lines, f"variants of each picture: {variants} (crops and mirror images)"]
+
+
+def _without_conditions(source: IndexedSource, config: InspectConfig) -> list[Problem]:
+    """The samples that training leaves out, as unusable, since they have no input for one of its conditions."""
+    declared = declared_conditions(config.conditions)
+    found = []
+    for record in source.records:
+        reasons = (missing_input(condition, record) for condition in declared)
+        if (reason := next(filter(None, reasons), None)) is not None:
+            found.append(Problem(record.key, reason))
+    return found
 
 
 def describe_columns(source: IndexedSource) -> list[str]:
@@ -325,7 +368,7 @@ def short(text: str, most: int = 100) -> str:
 
 def _about_clips(arguments: Sequence[str]) -> bool:
     """Whether a command line is about videos: it says so, or its folder has videos and no pictures beside them."""
-    if any(word in ("--clips", "--clips=True") for word in arguments):
+    if any(word in ("--clips", "--clips=True", "--cameras", "--cameras=True") for word in arguments):
         return True
     places = [place for place, word in enumerate(arguments[:-1]) if word == "--path"]
     if "--no-clips" in arguments or not places or not os.path.isdir(arguments[places[0] + 1]):
@@ -347,7 +390,12 @@ def _about_latents(arguments: Sequence[str]) -> bool:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: a path, then options."""
+    """The command: a path, then options; its exit status is 1 where training would stop.
+
+    Raises:
+        UserError: an option that is not allowed, or data that cannot be trained on.
+        FileNotFoundError: there is no data.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and not arguments[0].startswith("-"):
         arguments = ["--path", *arguments]
@@ -355,18 +403,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if _about_latents(arguments):
             from train.inspect_worlds import InspectLatentsConfig, inspect_latents
 
-            inspect_latents(parse(InspectLatentsConfig, arguments, prog=PROG))
+            trains = inspect_latents(parse(InspectLatentsConfig, arguments, prog=PROG, elsewhere=in_training_alone))
         elif _about_clips(arguments):
             from train.inspect_clips import InspectClipsConfig, inspect_clips
 
-            inspect_clips(parse(InspectClipsConfig, arguments, prog=PROG))
+            trains = inspect_clips(parse(InspectClipsConfig, arguments, prog=PROG, elsewhere=in_training_alone))
         else:
-            inspect(parse(InspectConfig, arguments, prog=PROG))
+            trains = inspect(parse(InspectConfig, arguments, prog=PROG, elsewhere=in_training_alone))
     except UserError as error:  # the options are those of training, without their group
         raise UserError(str(error).replace("--data.", "--")) from error
     except FileNotFoundError as error:
         raise FileNotFoundError(str(error).replace("--data.", "--")) from error
-    return 0
+    return 0 if trains else 1
 
 
 if __name__ == "__main__":

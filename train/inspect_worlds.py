@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from configs.world_data import WorldDataConfig
@@ -12,8 +12,8 @@ from sana_jax.autoencoders.base import latent_frames
 from sana_jax.errors import UserError
 from train.data.source import refuse_too_many_bad
 from train.data.world.cameras import CameraShape
-from train.data.world.zip_files import ZipFindings, find_zip_samples
-from train.inspect_data import check_options, say_what_stops_training, short
+from train.data.world.zip_files import ZipFindings, find_zip_samples, what_of_no_caption
+from train.inspect_data import check_options, say_scores, say_what_stops_training, short
 
 _SHOWN = 3  # examples
 
@@ -30,13 +30,12 @@ class InspectLatentsConfig(WorldDataConfig):
     """Frames per latent frame, by which poses of pixel frames are counted; the published autoencoder's is 8."""
     spatial_factor: int = 32
     """Pixels per side of a latent pixel; the published autoencoder's is 32."""
-    contact_sheet: str | None = None
-    """Not for latents, which are no pictures."""
+    contact_sheet: None = field(default=None, init=False)  # latents are no pictures
+    cache: None = field(default=None, init=False)
+    latent_dtype: Literal["auto"] = field(default="auto", init=False)
 
     def __post_init__(self):
         super().__post_init__()
-        if self.contact_sheet is not None:
-            raise UserError(f"--contact-sheet {self.contact_sheet}: latents are no pictures; leave it out")
         check_options(self)
         for name in ("temporal_factor", "spatial_factor"):
             if getattr(self, name) < 1:
@@ -46,8 +45,8 @@ class InspectLatentsConfig(WorldDataConfig):
                 )
 
 
-def inspect_latents(config: InspectLatentsConfig, say: Callable[[str], None] = print) -> None:
-    """Reports line by line.
+def inspect_latents(config: InspectLatentsConfig, say: Callable[[str], None] = print) -> bool:
+    """Reports line by line; returns whether nothing would stop training.
 
     Raises:
         FileNotFoundError: there is nothing at the path.
@@ -62,15 +61,19 @@ def inspect_latents(config: InspectLatentsConfig, say: Callable[[str], None] = p
         say(f"unusable: {problem.name} {problem.reason}")
     if found.filtered:
         say(f"note: {found.filtered} samples do not pass --filters")
+    if found.without_caption:
+        say(f"note: {found.without_caption} samples {what_of_no_caption(config)}")
     if found.unusual:
         say(f"note: {len(found.unusual)} cameras are unusual, such as: {found.unusual[0]}")
     for line in _describe(found, config, frames):
         say(line)
-    say_what_stops_training(
+    trains = not say_what_stops_training(
         say,
         lambda: refuse_too_many_bad(found.problems, found.looked_at, config.max_bad_share),
         lambda: _refuse_none(found, config, frames),
+        lambda: say_scores((sample.captions for sample in found.samples), config, say),
     )
+    return trains
 
 
 def _describe(found: ZipFindings, config: InspectLatentsConfig, frames: int) -> list[str]:

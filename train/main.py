@@ -26,9 +26,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 import sana_jax
-from configs import DEFAULT_PRESET, PRESETS, load_preset
+from configs import DEFAULT_PRESET, load_preset
 from configs.schema import DistributedConfig, RunConfig
 from configs.serialization import to_dict
+from configs.unread import check_unread
 from kernels.typing import PyTree
 from sana_jax.command_line import parse
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
@@ -60,6 +61,7 @@ from train.state import TrainState, parameter_count, sampled_params
 from train.state_plan import StatePlan, plan_state
 from train.step import StepMetrics
 from train.trained_table import trained_count, trained_table
+from train.usage import OPTIONS_OF_TRAINING, TRAINING, about_preset, overview, where_else
 from train.validation import Validator
 
 PROG = "python -m train.main"
@@ -67,50 +69,57 @@ PROG = "python -m train.main"
 STEPS_IN_FLIGHT = 2
 
 
-def read_command_line(argv: Sequence[str]) -> RunConfig:
-    """The run that a command line describes.
+def read_command_line(argv: Sequence[str], prog: str = PROG, help_text: Callable[[], str] | None = None) -> RunConfig:
+    """The run that a command line describes. ``--help`` alone prints the presets and leaves with status 0.
+
+    Args:
+        argv: the words.
+        prog: the command, for messages.
+        help_text: of ``--help`` alone, where the command is not this one.
 
     Raises:
         UserError, FileNotFoundError: one line about what is wrong with it.
     """
     argv = list(argv)
+    if argv and argv[0] in ("-h", "--help"):
+        print(overview(prog, TRAINING, OPTIONS_OF_TRAINING) if help_text is None else help_text())
+        raise SystemExit(0)
     if argv and argv[0].partition("=")[0] == "--resume":
         head = argv.pop(0)
         run_dir = head.partition("=")[2] or (argv.pop(0) if argv and not argv[0].startswith("--") else "")
         if not run_dir:
-            raise UserError(f"--resume has no value; it takes a run directory: {PROG} --resume runs/{DEFAULT_PRESET}")
+            raise UserError(f"--resume has no value; it takes a run directory: {prog} --resume runs/{DEFAULT_PRESET}")
         saved = run_directory.read_config(Path(run_dir))
         run_directory.require_checkpoint(Path(run_dir))
         # Which processes there are belongs to a start, not to the run: other hosts may continue it.
         saved = dataclasses.replace(saved, run_dir=run_dir, distributed=DistributedConfig())
         saved = run_directory.located(saved, Path(run_dir))
-        config = parse(RunConfig, argv, default=saved, prog=f"{PROG} --resume {run_dir}")
+        config = parse(
+            RunConfig, argv, default=saved, prog=f"{prog} --resume {run_dir}", elsewhere=where_else(saved.preset)
+        )
         if config.run_dir != run_dir:
             raise UserError(
                 f"--run-dir {config.run_dir} with --resume {run_dir}: a run stays where it is; leave --run-dir out"
             )
+        check_unread(config, saved)
         return config
     if any(word.partition("=")[0] == "--resume" for word in argv):
-        raise UserError(f"--resume comes first: {PROG} --resume RUN_DIR [--field.sub value ...]")
+        raise UserError(f"--resume comes first: {prog} --resume RUN_DIR [--field.sub value ...]")
     name = argv.pop(0) if argv and not argv[0].startswith("-") else DEFAULT_PRESET
-    prog = f"{PROG} [{'|'.join(PRESETS)}] [--plan]"
-    config = parse(RunConfig, argv, default=load_preset(name), prog=prog)
+    config = parse(
+        RunConfig,
+        argv,
+        default=load_preset(name),
+        prog=f"{prog} {name}",
+        description=f"{about_preset(name)} {prog} --help lists the presets" + (" and --plan." if prog == PROG else "."),
+        elsewhere=where_else(name),
+    )
     if config.preset != name:
         raise UserError(
-            f"--preset {config.preset}: the preset is the first word, not an option: {PROG} {config.preset}"
+            f"--preset {config.preset}: the preset is the first word, not an option: {prog} {config.preset}"
         )
-    _check_average(config, load_preset(name))
+    check_unread(config, load_preset(name))
     return config
-
-
-def _check_average(config: RunConfig, preset: RunConfig) -> None:
-    """Raises ``UserError`` for settings of a moving average that the run does not keep, other than its preset's."""
-    kept = config.ema.enabled and config.optimizer.name != "schedule_free_adamw"
-    for name, value in () if kept else to_dict(config.ema).items():
-        if name != "enabled" and value != getattr(preset.ema, name):
-            why = "--optimizer.name schedule_free_adamw, which keeps an average of its own"
-            why = why if config.ema.enabled else "--ema.no-enabled"
-            raise UserError(f"--ema.{name} {value} would not be used with {why}; leave it out")
 
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
@@ -202,9 +211,8 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
         total = config.batch_size * (len(batch.latents) // (rows[1] - rows[0]))  # more where there are pictures
         return to_global(batch, rows_sharding, total, own_rows(rows, config.batch_size, total).start)
 
-    previewer.frozen = run.frozen = frozen
     with store:
-        status = run.loop(state, train_step, to_devices)
+        status = run.loop(state, frozen, train_step, to_devices)
     stop.nothing_to_lose = True
     return status
 
@@ -333,16 +341,20 @@ class Run:
     ):
         self.parts, self.config, self.stop, self.store, self.loader = parts, parts.config, stop, store, loader
         self.previewer, self.validator, self.say = previewer, validator, say
-        self.frozen: PyTree | None = None
         self.writer: MetricsWriter | None = None
+        self.progress: Progress | None = None
+        self.started = time.perf_counter()
         self.nonfinite = 0
         self.unchecked: list[tuple[int, StepMetrics]] = []
         self.kind = "clips" if self.config.trains_on_clips else "images"
         self.samples_per_second: list[float] = []
         self.waited, self.samples = 0.0, 0  # seconds for data, and what was trained on, since the last row
 
-    def loop(self, state: TrainState, train_step, to_devices) -> int:
-        """Steps to the end, or to a request to stop; returns the exit status."""
+    def loop(self, state: TrainState, frozen: PyTree | None, train_step, to_devices) -> int:
+        """Steps to the end, or to a request to stop; returns the exit status.
+
+        ``frozen`` are the base model's parameters, where the recipe keeps them: previews and validation read them.
+        """
         self.started = time.perf_counter()
         config, step = self.config, int(state.step)
         first = step
@@ -350,7 +362,7 @@ class Run:
         progress = self.progress = Progress(step, config.steps, self.kind)
         self.say = progress.say
         if self.previewer.missing(step):  # at step 0, or where the run was interrupted before it
-            self.preview(state, step)
+            self.preview(state, frozen, step)
         window, in_flight, window_started = [], deque(), time.perf_counter()
         try:
             while step < config.steps:
@@ -374,7 +386,7 @@ class Run:
                 if at_row:
                     jax.block_until_ready(metrics)
                     seconds, measuring = time.perf_counter() - window_started, time.perf_counter()
-                    validation = self.validator.measure(sampled_params(state), self.frozen) if validates else {}
+                    validation = self.validator.measure(sampled_params(state), frozen) if validates else {}
                     progress.pause(time.perf_counter() - measuring)
                     self.row(step, window, seconds, validation)
                     window = []
@@ -389,7 +401,7 @@ class Run:
                     self.save(state, step)
                 if not stopping:
                     if self.previewer.due(step):
-                        self.preview(state, step)
+                        self.preview(state, frozen, step)
                     stopping = asks and self.stop.agreed()  # it may have come during the save or the preview
                     if stopping and not due:
                         self.check_finite()
@@ -476,9 +488,9 @@ class Run:
         with self.stop.writing:
             publish(self.parts, sampled_params(state), step, self.previewer.newest)
 
-    def preview(self, state: TrainState, step: int) -> None:
+    def preview(self, state: TrainState, frozen: PyTree | None, step: int) -> None:
         """Draws samples."""
-        self.previewer.draw(step, sampled_params(state), self.writer, self.progress.say)
+        self.previewer.draw(step, sampled_params(state), frozen, self.writer, self.progress.say)
 
     def finish(self, first: int, step: int) -> None:
         """The last lines of a run."""
@@ -503,7 +515,8 @@ class Run:
                 f"trained {step - first} steps in {clock(seconds)}, median {speed:.0f} {self.kind}/s"
                 + "".join(f"; {note}" for note in notes)
             )
-        model, prompt = shlex.quote(config.run_dir), shlex.quote(self.previewer.example_prompt)
+        model, example = shlex.quote(config.run_dir), self.previewer.example_prompt
+        prompt = shlex.quote(example) if example.strip() else "TEXT"  # of samples without captions
         control = " --control-image PICTURE" if self.parts.recipe.kind == "controlnet" else ""
         if self.config.trains_a_world:
             control = f" --image PICTURE --action w-{self.parts.frames - 1}"

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from configs.checks import require
 from configs.data import ImageDataConfig, MovingDigitsDataConfig
 from kernels.typing import Array, Float, Int
 from sana_jax.autoencoders.base import latent_frames, pixel_frames
@@ -44,7 +45,7 @@ from sana_jax.errors import UserError, run_command_line
 from sana_jax.pipelines.checks import check_multiple
 from sana_jax.pipelines.model_directory import WORLD_PIPELINE, ModelDirectory, pipeline_of, read_model_directory
 from sana_jax.pipelines.opening import find_model
-from sana_jax.pipelines.sampling_function import Encoded, VideoNetwork, guided_velocity, is_guided
+from sana_jax.pipelines.sampling_function import Encoded, StepGuidance, VideoNetwork, guided_velocity, is_guided
 from sana_jax.pipelines.text_to_video import SanaVideoPipeline
 from sana_jax.pipelines.video_base import DEFAULT_FRAMES
 from sana_jax.pipelines.world_model import SanaWMPipeline
@@ -155,21 +156,21 @@ class MakeTrajectoriesConfig:
 
     def __post_init__(self):
         for name in ("per_caption", "num_steps", "batch_size"):
-            _require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
+            require(name, getattr(self, name), getattr(self, name) >= 1, "1 or more")
         for name in ("num_clips", "block_frames", "frames", "height", "width"):
             value = getattr(self, name)
-            _require(name, value, value is None or value >= 1, "1 or more")
-        _require("flow_shift", self.flow_shift, 0 < self.flow_shift < math.inf, "above 0")
+            require(name, value, value is None or value >= 1, "1 or more")
+        require("flow-shift", self.flow_shift, 0 < self.flow_shift < math.inf, "above 0")
         scale = self.guidance_scale
-        _require("guidance_scale", scale, scale is None or 0 <= scale < math.inf, "0 or more")
-        _require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
+        require("guidance-scale", scale, scale is None or 0 <= scale < math.inf, "0 or more")
+        require("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
         score = self.motion_score
-        _require("motion_score", score, score is None or 0 <= score <= 1000, "a whole number from 0 to 1000, as 10")
+        require("motion-score", score, score is None or 0 <= score <= 1000, "a whole number from 0 to 1000, as 10")
         steps = self.timesteps
         falls = all(later < earlier for earlier, later in itertools.pairwise(steps))
         within = bool(steps) and steps[0] <= 1000 and steps[-1] > 0
         allowed = "timesteps that fall, at most 1000 and above 0"
-        _require("timesteps", " ".join(map(str, steps)) or "(none)", falls and within, allowed)
+        require("timesteps", steps, falls and within, allowed)
         teacher_levels(steps, self.num_steps, self.flow_shift, self.snap)
         zip_data(self.data, self.zip_options)
 
@@ -178,11 +179,6 @@ class MakeTrajectoriesConfig:
         """What is said of zip files that is not the default."""
         standard = {field.name: field.default for field in dataclasses.fields(self)}
         return {name: getattr(self, name) for name in _OF_ZIP_FILES if getattr(self, name) != standard[name]}
-
-
-def _require(name: str, value: Any, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise UserError(f"--{name.replace('_', '-')} {value} is not allowed; choose {allowed}")
 
 
 class BatchInputs(NamedTuple):
@@ -268,9 +264,8 @@ class Teacher(NamedTuple):
             noise = noise if given is None else noise[:, given.frames.shape[1] :]
 
             def velocity(latents, timestep):
-                return guided_velocity(
-                    network, params, latents, timestep, positive, negative, self.guidance_scale, control=given
-                )
+                guidance = StepGuidance(positive, negative, self.guidance_scale, control=given)
+                return guided_velocity(network, params, latents, timestep, guidance)
 
             steps = (config.timesteps, config.num_steps, config.flow_shift, config.snap)
             states = teacher_trajectory(velocity, noise, *steps)
@@ -298,16 +293,17 @@ def open_teacher(config: MakeTrajectoriesConfig, directory: Path, say: Say = pri
         UserError: it is no video model, or its videos can't have this size or number of frames.
         CheckpointError: its weights are missing or damaged.
     """
-    teacher = (_open_world if pipeline_of(directory) == WORLD_PIPELINE else _open_video)(config, directory, say)
+    is_world = pipeline_of(directory) == WORLD_PIPELINE
+    teacher = _open_world(config, directory, say) if is_world else _open_video(config, directory)
     read = is_guided(teacher.guidance_scale) or not config.negative_prompt.strip()
-    _require("negative_prompt", repr(config.negative_prompt), read, "none without guidance: a scale of 1 or below")
+    require("negative-prompt", repr(config.negative_prompt), read, "none without guidance, at a scale of 1 or below")
     return teacher
 
 
-def _open_video(config: MakeTrajectoriesConfig, directory: Path, say: Say) -> Teacher:
+def _open_video(config: MakeTrajectoriesConfig, directory: Path) -> Teacher:
     """A SANA-Video model."""
     for name in ("data", "num_clips", "block_frames"):
-        _require(name, getattr(config, name), getattr(config, name) is None, "it for a world model (SANA-WM) alone")
+        require(name, getattr(config, name), getattr(config, name) is None, "a value for a world model (SANA-WM) alone")
     refuse_zip_options(config.zip_options)
     model = read_model_directory(directory, "SanaVideoPipeline")
     pipeline = SanaVideoPipeline.from_pretrained(directory, weights=config.weights)
@@ -328,7 +324,9 @@ def _open_video(config: MakeTrajectoriesConfig, directory: Path, say: Say) -> Te
 def _open_world(config: MakeTrajectoriesConfig, directory: Path, say: Say) -> Teacher:
     """A world model and the clips of which its trajectories are made."""
     for name in ("prompts", "motion_score", "height", "width"):
-        _require(name, getattr(config, name), getattr(config, name) is None, "none for a world model: clips have it")
+        require(
+            name, getattr(config, name), getattr(config, name) is None, "none for a world model, whose clips have it"
+        )
     model = read_model_directory(directory, WORLD_PIPELINE)
     pipeline = SanaWMPipeline.from_pretrained(directory, weights=config.weights)
     trained = model.trained_from

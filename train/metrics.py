@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from configs.schema import LoggingConfig
+from sana_jax.errors import reason_of
 from train.step import StepMetrics
 
 
@@ -112,7 +113,7 @@ class MetricsWriter:
         try:
             return action()
         except Exception as error:
-            reason = " ".join(str(error).split())
+            reason = reason_of(error, 300)
             self.failures.append(name)
             print(f"warning: {name} failed and is left out from here on: {type(error).__name__}: {reason}", flush=True)
             return None

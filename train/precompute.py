@@ -50,11 +50,16 @@ Say = Callable[[str], None]
 
 
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
-    """Runs the command; returns its exit status."""
+    """Runs the command; returns its exit status.
+
+    Raises:
+        UserError: an option that is not allowed, or a preset without data to prepare; and as ``precompute``.
+        FileNotFoundError, CheckpointError: as ``precompute``, and of the model.
+    """
     from train.base_model import open_encoders
     from train.main import read_command_line
 
-    config = read_command_line(sys.argv[1:] if argv is None else argv)
+    config = read_command_line(sys.argv[1:] if argv is None else argv, PROG, _help_text)
     if not isinstance(config.data, ImageDataConfig):
         raise UserError(
             f"the preset {config.preset} has its data in memory, so there is nothing to prepare; choose one that "
@@ -76,6 +81,19 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
         if config.prior is not None and config.prior.caption is not None:
             return _prepare_class(config, directory, stop)
     return 0
+
+
+def _help_text() -> str:
+    """What ``--help`` says before a preset is chosen."""
+    from configs import PRESETS, load_preset
+    from train.usage import overview
+
+    does = (
+        "Turns the pictures or videos of a preset, and their captions, into a cache of latents and encoded prompts, as "
+        "training does before its first step. Takes the options of python -m train.main."
+    )
+    presets = [name for name in PRESETS if isinstance(load_preset(name).data, ImageDataConfig)]
+    return overview(PROG, does, (), presets)
 
 
 def _prepare_class(config: RunConfig, subject: Path, stop: StopRequest) -> int:

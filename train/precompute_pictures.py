@@ -119,7 +119,7 @@ class PictureRun:
         wanted = [text for text in wanted if text.strip()]
         encoded = self.cache.present(PROMPTS)
         self.texts = [text for text in wanted if ("text", text) not in encoded]
-        self._say_plan(records, present, wanted, encoded)
+        self._say_plan(records, present, wanted)
         self._check_room()
 
     def _usable_records(self) -> list[Record]:
@@ -202,7 +202,7 @@ class PictureRun:
         items = (Item(record, "center", View(0, 0), self.signature_of[record.key]) for record in records)
         return [item for item in items if present.get(item.name) != item.signature]
 
-    def _say_plan(self, records: Sequence[Record], present: Mapping, wanted: Sequence[str], encoded: Mapping) -> None:
+    def _say_plan(self, records: Sequence[Record], present: Mapping, wanted: Sequence[str]) -> None:
         keys = {record.key for record in records}
         dropped = {key for key, _ in present if key not in keys}
         if dropped:

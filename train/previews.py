@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from kernels.typing import PyTree
 from sana_jax.compilation import compile_ahead
+from sana_jax.errors import reason_of
 from sana_jax.images import automatic_enlargement, enlarge_image, image_grid, save_png, to_pil
 from sana_jax.pipelines.sampling_function import initial_latents
 from train.assembly import RunParts
@@ -31,13 +32,11 @@ class Previewer:
     """Draws ``samples/step_<step>.png``: one column per caption, one row per noise, below the control pictures if any.
 
     Of clips it is a table of their frames, and the clips themselves are beside it as ``.gif`` and, in colour, ``.mp4``.
-    ``writing`` is held while a file is written, so that nothing ends the process in between. ``frozen`` are the base
-    model's parameters, where the recipe keeps them; they are set before the first preview is drawn.
+    ``writing`` is held while a file is written, so that nothing ends the process in between.
     """
 
     def __init__(self, parts: RunParts, mesh: Mesh, writing: AbstractContextManager):
         self.failures = 0
-        self.frozen: PyTree | None = None
         self._parts, self._mesh, self._writing = parts, mesh, writing
         self._config = parts.config
         self._sample: Callable | None = None
@@ -133,13 +132,18 @@ class Previewer:
         name = f"sampling of {rows} previews ({shape} latents, {preview.num_inference_steps} steps)"
         jitted = jax.jit(sampling, out_shardings=everywhere)
         compiled = compile_ahead(name, jitted, abstract_params, frozen, *inputs, say=say)
-        self._sample = lambda params: compiled(params, self.frozen, *inputs)
+        self._sample = lambda params, frozen: compiled(params, frozen, *inputs)
 
-    def draw(self, step: int, params: PyTree, writer: MetricsWriter, say: Callable[[str], None]) -> Path | None:
-        """Samples, writes the grid, and returns where it is; None if it failed, which is said and counted."""
+    def draw(
+        self, step: int, params: PyTree, frozen: PyTree | None, writer: MetricsWriter, say: Callable[[str], None]
+    ) -> Path | None:
+        """Samples, writes the grid, and returns where it is; None if it failed, which is said and counted.
+
+        ``frozen`` are the base model's parameters, where the recipe keeps them.
+        """
         try:
             started = time.perf_counter()
-            latents = self._sample(params)
+            latents = self._sample(params, frozen)
             if self._control is not None:  # as what the network is given shows them
                 latents = jnp.concatenate([self._control.astype(latents.dtype), latents])
             images = self._decode(latents)
@@ -163,7 +167,7 @@ class Previewer:
             return path
         except Exception as error:
             self.failures += 1
-            reason = " ".join(str(error).split())[:300]
+            reason = reason_of(error, 300)
             say(f"warning: the preview at step {step} failed, training goes on: {type(error).__name__}: {reason}")
             return None
 

@@ -26,13 +26,14 @@ from pathlib import Path
 import jax
 
 from configs.changes import COMPUTED_OTHERWISE, all_differences, differing_fields, with_absolute_places
+from configs.moving_camera import MovingCameraDataConfig
 from configs.schema import RunConfig
 from configs.serialization import from_dict, to_dict
 from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
-from sana_jax.files import atomic_file
+from sana_jax.files import atomic_file, check_can_write
 from sana_jax.pipelines.base_model_file import BaseModelFile
-from sana_jax.pipelines.model_directory import SamplingDefaults, check_fit, write_model_directory
+from sana_jax.pipelines.model_directory import CAMERA_DEFAULTS, SamplingDefaults, check_fit, write_model_directory
 from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
 from train.assembly import RunParts
 from train.base_model import BaseModel, open_encoders
@@ -207,8 +208,12 @@ def hold(config: RunConfig) -> Iterator[None]:
             raise UserError(
                 f"another process is training in {run_dir}; wait until it has ended, or name another --run-dir"
             ) from error
-        except OSError:
-            pass  # a file system without locks
+        except OSError as error:  # a file system without locks
+            print(
+                f"warning: {run_dir} can't be locked ({error.strerror}), so that nothing keeps a second run out of it: "
+                "start no other one there",
+                flush=True,
+            )
         for folder in (run_dir, *(run_dir / name for name in NAMES if name != "checkpoints")):
             for path in folder.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
@@ -241,11 +246,7 @@ def check_writable(config: RunConfig) -> None:
     folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not folder.is_dir():
         raise UserError(f"--run-dir {run_dir} lies in {folder}, which is a file; name a place for a directory")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(
-            f"cannot write to --run-dir {run_dir} (no permission to write in {folder}); name a directory that can be "
-            "written to"
-        )
+    check_can_write(f"{run_dir}/", f"to --run-dir {run_dir}")
 
 
 def run_sampler(config: RunConfig) -> Sampler:
@@ -274,6 +275,14 @@ def _forget_another_beginning(config: RunConfig) -> None:
         shutil.rmtree(run_dir / "samples", ignore_errors=True)
         for name in ("metrics.jsonl", "base_model.json"):
             (run_dir / name).unlink(missing_ok=True)
+
+
+def _camera(parts: RunParts) -> dict[str, float | None]:
+    """The lens and the speeds of keys of made clips, also of those that the base model was trained on."""
+    made, base = parts.config.data, parts.base
+    if not isinstance(made, MovingCameraDataConfig):
+        made = None if base is None else base.parts.defaults
+    return {name: getattr(made, name, None) for name in CAMERA_DEFAULTS}
 
 
 def write(parts: RunParts) -> None:
@@ -306,6 +315,7 @@ def write(parts: RunParts) -> None:
                 license=None if base is None else base.parts.defaults.license,
                 frames=parts.frames,
                 fps=parts.fps,
+                **_camera(parts),
             ),
             pipeline=parts.pipeline,
             trained_from=parts.trained_from,

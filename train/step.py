@@ -17,6 +17,7 @@ from train.optimizers import evaluation_params, kept, learning_rate_schedule, st
 from train.sharding import batch_stays_cut
 from train.state import TrainState
 
+# A dictionary for JAX's sake, as ``batch.NO_CONDITIONS``.
 NO_FIGURES: Mapping[str, Array] = {}
 
 
@@ -124,7 +125,9 @@ def take_update(
     return Taken(optax.apply_updates(params, updates), opt_state, finite, grad_norm, update_norm)
 
 
-def accumulate(value_and_grad: Callable, params: PyTree, batch: Batch, draws: PyTree, parts: int):
+def accumulate(
+    value_and_grad: Callable, params: PyTree, batch: Batch, draws: PyTree, parts: int
+) -> tuple[Float[Array, ""], PyTree, PyTree]:
     """Loss, per-sample losses (in the batch's order) and gradient, computed in ``parts`` parts one after the other.
 
     Part p takes the rows p, p + parts, ...: every device then finds its share of each part among its own rows.
@@ -164,7 +167,7 @@ def moving_average(
     return jax.tree.map(lambda old, new: old + (1 - decay) * (new - old), average, params)
 
 
-def ema_decay(step, decay: float, warmup: bool):
+def ema_decay(step: int | Int[Array, ""], decay: float, warmup: bool) -> Float[Array, ""]:
     """The average's decay at a step."""
     step = jnp.asarray(step, jnp.float32)
     return jnp.minimum(decay, (1 + step) / (10 + step)) if warmup else jnp.float32(decay)

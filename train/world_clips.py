@@ -34,7 +34,7 @@ from train.run_directory import CONFIG_NAME, read_config
 
 Say = Callable[[str], None]
 _OPTIONS = {  # of a run, and of make_trajectories, which has no caption for all clips
-    ", or choose --data.caption": "",
+    ", or choose --data.caption, or --data.missing-captions skip or empty": "",
     "--data.path": "--data",
     "--data.field-of-view": "--field-of-view",
     "--data.max-bad-share": "--max-bad-share",

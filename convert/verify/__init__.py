@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from convert.sources import Choices, Component, Model, open_model
 from convert.verify import loading, refiner_pipelines
-from convert.verify.networks import WORLD_MODEL
+from convert.verify.networks import WORLD_MODEL, Inputs
 from convert.verify.report import Limits, Report, Section, print_section, verdict, write_json
 from sana_jax.compilation import readable_bytes
 from sana_jax.errors import CheckpointError, UserError
@@ -39,6 +40,17 @@ _BY_CLASS = {
 }
 _VIDEO_MULTIPLE = 32  # pixels; PyTorch's video pipelines refuse other sizes
 _SIDES = (3, 5)  # latent pixels: few, odd and not square, so that a published model takes minutes on a CPU
+
+
+class _Settings(NamedTuple):
+    """What is compared of every component, and how strictly."""
+
+    prompts: tuple[str, ...]
+    steps: int | None
+    dtype: str
+    limits: Limits
+    fp16_saturation: bool
+    every: bool
 
 
 def verify_model(
@@ -112,9 +124,8 @@ def verify_model(
     begin = time.perf_counter()
     with loading.full_precision(), loading.published(model, list(parts.values()), choices, report) as found:
         places = dict(zip(parts, found, strict=True))
-        sections = _compare(
-            model, wanted, places, inputs, tuple(prompts), steps, dtype, limits, emulate_fp16_saturation, every, report
-        )
+        settings = _Settings(tuple(prompts), steps, dtype, limits, fp16_saturation=emulate_fp16_saturation, every=every)
+        sections = _compare(model, wanted, places, inputs, settings, report)
     if json_file is not None:
         head = {
             "source": str(source),
@@ -181,9 +192,7 @@ def _require_whole(model: Model, parts: dict[str, Component], needed: set[str]) 
         )
 
 
-def _inputs(parts: dict[str, Component], height: int | None, width: int | None, seed: int) -> object:
-    from convert.verify.networks import Inputs
-
+def _inputs(parts: dict[str, Component], height: int | None, width: int | None, seed: int) -> Inputs:
     factor = parts["vae"].network.config.spatial_factor if "vae" in parts else 32
     sizes = [parts[name].network.config.patch_size for name in ("transformer", "controlnet") if name in parts]
     patches = [max(size) if isinstance(size, tuple) else size for size in sizes]
@@ -253,12 +262,18 @@ def _plan(wanted: tuple[str, ...], parts: dict[str, Component], dtype: str, repo
 
 
 def _compare(
-    model, wanted, places, inputs, prompts, steps, dtype, limits, fp16_saturation, every, report
+    model: Model,
+    wanted: Sequence[str],
+    places: Mapping[str, loading.Place],
+    inputs: Inputs,
+    settings: _Settings,
+    report: Report,
 ) -> list[Section]:
     from convert.verify.comparison import compare_component
     from convert.verify.pipelines import compare_pipeline, prompts_whole, states_whole
 
     sections = []
+    prompts, steps, dtype, limits, fp16_saturation, every = settings
     for name in wanted:
         report("")
         if name == PIPELINE:

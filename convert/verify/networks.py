@@ -136,7 +136,7 @@ def draw_caption(config: Any, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return normal(seed, "caption", 2, _CAPTION_TOKENS, config.caption_channels), mask
 
 
-def latent_size(config: Any, inputs: Inputs) -> tuple[int, int]:
+def latent_size(inputs: Inputs) -> tuple[int, int]:
     """Rows and columns of latent pixels."""
     return inputs.height // inputs.factor, inputs.width // inputs.factor
 
@@ -146,7 +146,7 @@ def transformer_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
     from sana_jax.models.sana import SanaTransformer
 
     config = network.config
-    latents = normal(inputs.seed, "latents", 2, *latent_size(config, inputs), config.in_channels)
+    latents = normal(inputs.seed, "latents", 2, *latent_size(inputs), config.in_channels)
     caption, mask = draw_caption(config, inputs.seed)
     sprint = config.guidance_embeds
     # The times at which the pipelines run: 0 to 1000 times the factor, or Sprint's noise level.
@@ -192,7 +192,7 @@ def video_transformer_passes(network: Network, inputs: Inputs, fp16_saturation: 
     from sana_jax.models.sana_video import SanaVideoTransformer
 
     config, frames = network.config, 3
-    size = latent_size(config, inputs)
+    size = latent_size(inputs)
     latents = normal(inputs.seed, "latents", 2, frames, *size, config.in_channels)
     caption, mask = draw_caption(config, inputs.seed)
     # the first frame of the second video is clean, as in image-to-video
@@ -235,7 +235,7 @@ def controlnet_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -
     from sana_jax.models.controlnet import SanaControlNet
 
     config = network.config
-    size = (2, *latent_size(config, inputs), config.in_channels)
+    size = (2, *latent_size(inputs), config.in_channels)
     latents, control = normal(inputs.seed, "latents", *size), normal(inputs.seed, "control", *size)
     caption, mask = draw_caption(config, inputs.seed)
     time = np.array([999.0, 412.5], np.float32)

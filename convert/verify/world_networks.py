@@ -40,7 +40,7 @@ def world_model_passes(network: Network, inputs: Inputs, fp16_saturation: bool) 
     from sana_jax.models.sana_wm import SanaWMTransformer
 
     config = dataclasses.replace(network.config, revision="legacy")
-    size = latent_size(config, inputs)
+    size = latent_size(inputs)
     latents = normal(inputs.seed, "latents", 2, _FRAMES, *size, config.in_channels)
     texts, mask = draw_caption(config, inputs.seed)
     time = np.array([[0.0] + [999.0] * (_FRAMES - 1), [412.5] * _FRAMES], np.float32)
@@ -139,7 +139,7 @@ def ltx2_passes(network: Network, inputs: Inputs, fp16_saturation: bool) -> tupl
     from sana_jax.models.ltx2 import LTX2VideoTransformer
 
     config = network.config
-    size = latent_size(config, inputs)
+    size = latent_size(inputs)
     latents = normal(inputs.seed, "latents", 2, _FRAMES, *size, config.in_channels)
     texts, mask = draw_caption(config, inputs.seed)
     time = np.array([[909.375] * _FRAMES, [0.0] + [421.875] * (_FRAMES - 1)], np.float32)

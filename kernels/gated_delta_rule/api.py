@@ -100,8 +100,14 @@ def _axes(rotated: bool, normalised: bool) -> Axes:
     return Axes((*arrays, None, None, None), ("B T S h e", state))
 
 
-def check_shapes(query, key, value, beta, decay) -> None:
-    """Raises ``ValueError`` unless the inputs fit each other."""
+def check_shapes(
+    query: tuple[int, ...],
+    key: tuple[int, ...],
+    value: tuple[int, ...],
+    beta: tuple[int, ...],
+    decay: tuple[int, ...],
+) -> None:
+    """Raises ``ValueError`` unless the inputs' shapes fit each other."""
     if len(query) != 5 or min(query) < 1:
         raise ValueError(f"query {query}: (batch, frames, tokens of a frame, heads, head size), all of them 1 or more")
     wanted = {"key": (key, query), "beta": (beta, query[:4]), "decay": (decay, (*query[:2], query[3]))}

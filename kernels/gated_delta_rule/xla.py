@@ -11,6 +11,7 @@ time, and go on from the memory that enters them; ``scan`` then keeps the update
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from kernels.gated_delta_rule.state import DeltaState
 from kernels.gated_delta_rule.updates import FrameUpdate, compose, frame_update, identity_update
 from kernels.linear_attention.rotation import rotate_pairs
 from kernels.split_frames import all_frames, own_part
-from kernels.typing import Array, Float
+from kernels.typing import Array, Bool, Float, PyTree
 
 # Lists below have one entry per memory: the numerator's, and the normaliser's where there is one. G counts the heads of
 # all examples.
@@ -91,8 +92,20 @@ def _scan(build, read, query, frames, angles, memory, starts_chunk, axis_name):
     return out, memory if axis_name is None else last
 
 
-def composed_frames(build, inputs, starts_chunk, memory):
-    """The update of all frames, forward and backward, per memory; and those of each frame."""
+def composed_frames(
+    build: Callable[..., list[FrameUpdate]],
+    inputs: tuple[PyTree, ...],
+    starts_chunk: Bool[Array, " T"],
+    memory: list[Float[Array, "G d _"]],
+) -> tuple[tuple[list[FrameUpdate], list[FrameUpdate]], list[FrameUpdate]]:
+    """The update of all frames, forward and backward, per memory; and those of each frame.
+
+    Args:
+        build: one frame's updates, one for each memory, from its part of ``inputs``.
+        inputs: arrays with an axis of T frames in front.
+        starts_chunk: whether a frame is the first of its chunk.
+        memory: any of the memories' shapes and dtypes.
+    """
 
     def forward(run, inputs):
         updates = build(*inputs)
@@ -115,7 +128,9 @@ def _compose_each(earlier: list[FrameUpdate], later: list[FrameUpdate]) -> list[
     return [compose(*pair) for pair in zip(earlier, later)]
 
 
-def entering_memories(updates: list[FrameUpdate], memory: list[Array], axis_name: str, reverse: bool = False):
+def entering_memories(
+    updates: list[FrameUpdate], memory: list[Float[Array, "G d _"]], axis_name: str, reverse: bool = False
+) -> tuple[list[Float[Array, "G d _"]], list[Float[Array, "G d _"]]]:
     """``entering_memory`` of every memory: those that enter, and those that leave."""
     found = [entering_memory(*pair, axis_name, reverse=reverse) for pair in zip(updates, memory)]
     return [enters for enters, _ in found], [leaves for _, leaves in found]

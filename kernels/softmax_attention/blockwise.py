@@ -19,8 +19,8 @@ from kernels.refusal import Refusal
 from kernels.softmax_attention.visibility import keys_by_length
 from kernels.typing import Array, Bool, Float, Int
 
-# Scores of one block are float32: at 20 heads these take 40 MB per example.
-QUERY_BLOCK, KEY_BLOCK = 1024, 512
+# Scores of one block are float32: at 20 heads these take 21 MB per example.
+QUERY_BLOCK, KEY_BLOCK = 512, 512
 _LOWEST = -1e30  # a maximum of no scores: finite, so that differences from it are numbers
 
 
@@ -60,8 +60,8 @@ def attend(
     multiply it, as fused attention does. Blocks of keys that no query of a block sees are skipped.
 
     Args:
-        query_block: queries taken at a time.
-        key_block: keys taken at a time.
+        query_block: queries taken at a time, at most.
+        key_block: keys taken at a time, at most.
 
     Raises:
         Refusal: for a bias, which has an entry for every pair, or a soft cap.
@@ -76,33 +76,50 @@ def attend(
     if rows > 1:  # heads that share keys become further rows of one head
         query = query.reshape(batch, queries, shared, rows, size).swapaxes(2, 3)
         query = query.reshape(batch, queries * rows, shared, size)
-    sizes = min(query_block, query.shape[1]), min(key_block, key.shape[1])
+    sizes = _block_size(query.shape[1], query_block), _block_size(key.shape[1], key_block)
     out = _attention(query, key, value, mask, _Form(size**-0.5 if scale is None else float(scale), sizes, rows, causal))
     if rows > 1:
         out = out.reshape(batch, queries, rows, shared, -1).swapaxes(2, 3)
     return out.reshape(batch, queries, heads, value.shape[-1])
 
 
+def _block_size(tokens: int, most: int) -> int:
+    """The largest block that leaves no rest, if it has half of ``most`` tokens or more; else blocks of about one size.
+
+    Where nothing is filled up, no score has to be left out, which costs as much as the products do on a CPU.
+    """
+    for size in range(min(tokens, most), most // 2, -1):
+        if tokens % size == 0:
+            return size
+    return math.ceil(tokens / math.ceil(tokens / most))
+
+
 def _blocks(arrays: tuple[Array, ...], size: int) -> tuple[Array, ...]:
-    """(B, N, ...) -> (blocks, B, size, ...), filled up with zeros."""
+    """(B, N, h, ...) -> (blocks, B, h, size, ...), filled up with zeros.
+
+    Heads come before tokens here, once, since products inside the loops would turn every block around.
+    """
 
     def cut(x: Array) -> Array:
         count = math.ceil(x.shape[1] / size)
         padding = [(0, 0)] * x.ndim
         padding[1] = (0, count * size - x.shape[1])
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(x.shape[0], count, size, *x.shape[2:]), 1, 0)
+        blocks = jnp.pad(x, padding).reshape(x.shape[0], count, size, *x.shape[2:])
+        return jnp.moveaxis(blocks, (1, 3), (0, 2))
 
     return tuple(cut(x) for x in arrays)
 
 
 def _joined(blocks: Array, tokens: int) -> Array:
     """The inverse of ``_blocks``, without what was filled up."""
-    moved = jnp.moveaxis(blocks, 0, 1)
+    moved = jnp.moveaxis(blocks, (0, 2), (1, 3))
     return moved.reshape(moved.shape[0], -1, *moved.shape[3:])[:, :tokens]
 
 
-def _seen(mask: Array | None, queries: Array, keys: Array, counts: tuple[int, int], form: _Form) -> Array:
-    """Whether query rows see key tokens, both given by number: (B or 1, 1, rows or 1, keys)."""
+def _seen(mask: Array | None, queries: Array, keys: Array, counts: tuple[int, int], form: _Form) -> Array | None:
+    """Whether query rows see key tokens, both given by number: (B or 1, 1, rows or 1, keys); None for all."""
+    if mask is None and not form.causal and counts[1] % form.sizes[1] == 0:
+        return None
     seen = (keys < counts[1])[None, None, None, :]
     if form.causal:
         seen = seen & (keys <= queries[:, None] // form.rows)
@@ -114,7 +131,7 @@ def _seen(mask: Array | None, queries: Array, keys: Array, counts: tuple[int, in
 
 
 def _scores(query: Array, key: Array, scale: float) -> Array:
-    return _product("bmhd,bnhd->bhmn", query, key) * scale
+    return _product("bhmd,bhnd->bhmn", query, key) * scale
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
@@ -128,7 +145,7 @@ def _attention(query, key, value, mask, form):
 
 
 def _forward(query, key, value, mask, form):
-    """The result, and of every query the logarithm of the sum of its exponentials (B, h, M)."""
+    """The result, and of every query the logarithm of the sum of its exponentials (B, M, h)."""
     scale, sizes = form.scale, form.sizes
     counts = (query.shape[1], key.shape[1])
     work = jnp.promote_types(query.dtype, jnp.float32)
@@ -138,7 +155,7 @@ def _forward(query, key, value, mask, form):
     def one_query_block(_, inputs):
         own, first = inputs
         numbers = first + jnp.arange(sizes[0])
-        rows = (own.shape[0], own.shape[2], sizes[0])
+        rows = own.shape[:3]
         begin = (
             jnp.full(rows, _LOWEST, work),
             jnp.zeros(rows, work),
@@ -151,11 +168,11 @@ def _forward(query, key, value, mask, form):
 
             def attend(carry):
                 highest, total, summed = carry
-                scores = jnp.where(seen, _scores(own, their_keys, scale), -jnp.inf)
+                scores = _where(seen, _scores(own, their_keys, scale), -jnp.inf)
                 higher = jnp.maximum(highest, scores.max(-1))
                 weights = jnp.exp(scores - higher[..., None])
                 shrink = jnp.exp(highest - higher)
-                added = _product("bhmn,bnhe->bhme", weights.astype(value.dtype), their_values)
+                added = _product("bhmn,bhne->bhme", weights.astype(value.dtype), their_values)
                 return higher, total * shrink + weights.sum(-1), summed * shrink[..., None] + added
 
             return _if_any(mask is None and not form.causal, seen, attend, carry), None
@@ -164,15 +181,18 @@ def _forward(query, key, value, mask, form):
         nothing = total == 0
         out = summed / jnp.where(nothing, 1, total)[..., None]
         log_sum = jnp.where(nothing, 0, highest + jnp.log(jnp.where(nothing, 1, total)))
-        return None, (jnp.swapaxes(out, 1, 2).astype(query.dtype), log_sum)
+        return None, (out.astype(query.dtype), log_sum)
 
     (queries,) = _blocks((query,), sizes[0])
     _, (out, log_sum) = jax.lax.scan(one_query_block, None, (queries, jnp.arange(len(queries)) * sizes[0]))
-    log_sum = jnp.moveaxis(log_sum, 0, 2).reshape(query.shape[0], query.shape[2], -1)[..., : counts[0]]
-    return _joined(out, counts[0]), log_sum
+    return _joined(out, counts[0]), _joined(log_sum, counts[0])
 
 
-def _if_any(all_seen: bool, seen: Array, attend: Any, carry: Any) -> Any:
+def _where(seen: Array | None, values: Array, otherwise: float) -> Array:
+    return values if seen is None else jnp.where(seen, values, otherwise)
+
+
+def _if_any(all_seen: bool, seen: Array | None, attend: Any, carry: Any) -> Any:
     """``attend(carry)``, or ``carry`` where nothing of the block is seen."""
     return attend(carry) if all_seen else jax.lax.cond(seen.any(), attend, lambda carry: carry, carry)
 
@@ -188,7 +208,7 @@ def _backward_rule(form, kept, cotangent):
     counts = (query.shape[1], key.shape[1])
     work = jnp.promote_types(query.dtype, jnp.float32)
     along = (out.astype(work) * cotangent.astype(work)).sum(-1)  # (B, M, h)
-    rows = (query, cotangent.astype(query.dtype), jnp.moveaxis(log_sum, 1, 2), along)
+    rows = (query, cotangent.astype(query.dtype), log_sum, along)
     queries = _blocks(rows, sizes[0])
     query_starts = jnp.arange(len(queries[0])) * sizes[0]
 
@@ -202,14 +222,13 @@ def _backward_rule(form, kept, cotangent):
 
             def attend(carry):
                 key_gradient, value_gradient, gradient = carry
-                log_sum_, along_ = (jnp.swapaxes(x, 1, 2)[..., None] for x in (log_sum, along))
                 scores = _scores(their, own_keys, scale)
-                weights = jnp.where(seen, jnp.exp(scores - log_sum_), 0)
-                added = _product("bhmn,bmhe->bnhe", weights.astype(value.dtype), upstream)
-                towards = _product("bmhe,bnhe->bhmn", upstream, own_values)
-                slope = (weights * (towards - along_)).astype(query.dtype)
-                key_gradient = key_gradient + scale * _product("bhmn,bmhd->bnhd", slope, their)
-                gradient = gradient + scale * _product("bhmn,bnhd->bmhd", slope, own_keys)
+                weights = _where(seen, jnp.exp(scores - log_sum[..., None]), 0.0)
+                added = _product("bhmn,bhme->bhne", weights.astype(value.dtype), upstream)
+                towards = _product("bhme,bhne->bhmn", upstream, own_values)
+                slope = (weights * (towards - along[..., None])).astype(query.dtype)
+                key_gradient = key_gradient + scale * _product("bhmn,bhmd->bhnd", slope, their)
+                gradient = gradient + scale * _product("bhmn,bhnd->bhmd", slope, own_keys)
                 return key_gradient, value_gradient + added, gradient
 
             carry = _if_any(mask is None and not form.causal, seen, attend, (*carry, gradient))

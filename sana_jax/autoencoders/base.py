@@ -41,13 +41,15 @@ class VideoAutoencoder(Protocol):
     """Videos to the latents that a transformer sees, and back; both channels-last.
 
     ``temporal_factor`` is how many frames one latent frame stands for. The first stands for one frame alone, so videos
-    have ``1 + k·temporal_factor`` frames. The other attributes are as in ``Autoencoder``.
+    have ``1 + k·temporal_factor`` frames. ``decoder_history`` is how many latent frames before a latent frame its
+    decoded frames depend on, None where nobody has said. The other attributes are as in ``Autoencoder``.
     """
 
     spatial_factor: int
     temporal_factor: int
     latent_channels: int
     image_channels: int
+    decoder_history: int | None
 
     def encode(self, videos: Float[Array, "B F H W P"]) -> Float[Array, "B T h w C"]:
         """Videos in [-1, 1] to latents."""

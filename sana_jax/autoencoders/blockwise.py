@@ -159,6 +159,11 @@ class BlockwiseVideoAutoencoder:
         """Channels of the videos."""
         return self.config.in_channels
 
+    @property
+    def decoder_history(self) -> int | None:
+        """Latent frames before a latent frame that its decoded frames depend on; None where nobody has said."""
+        return None
+
     def to_config(self) -> dict[str, Any]:
         """What ``vae/config.json`` holds."""
         return self.config.to_dict()

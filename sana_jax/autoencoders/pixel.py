@@ -84,6 +84,7 @@ class PixelVideoAutoencoder(PixelAutoencoder):
     """The same for videos: every latent frame is a frame. Arguments and errors as in ``PixelAutoencoder``."""
 
     temporal_factor: ClassVar[int] = 1
+    decoder_history: ClassVar[int] = 0
 
     def encode(self, videos: Float[Array, "B F H W C"]) -> Float[Array, "B F H W C"]:
         """Videos in [-1, 1], channels-last, to latents of the same shape."""

@@ -50,6 +50,11 @@ class WanAutoencoder(BlockwiseVideoAutoencoder):
         """Pixels, of all frames and videos together, that go through the networks at once."""
         return LARGEST_AT_ONCE
 
+    @property
+    def decoder_history(self) -> int:
+        """Latent frames before a latent frame that its decoded frames depend on."""
+        return self.config.decoder_history
+
     # One operation at a time, not in the networks' programs, and with a divisor for every latent: in sight of one for a
     # whole channel the compiler multiplies by its inverse.
     def _normalised(self, mean: Array) -> Array:

@@ -59,6 +59,20 @@ class BenchmarkConfig:
             raise ValueError(
                 f"torch_threads {self.torch_threads} is for --against diffusers, 1 or more; add that, or leave it out"
             )
+        if self.compare is not None:
+            self._check_compare()
+
+    def _check_compare(self) -> None:
+        """Raises ``ValueError`` for options that comparing two reports, which measures nothing, would not read."""
+        unused = [
+            f"--{field.name.replace('_', '-')}"
+            for field in dataclasses.fields(self)
+            if field.name not in ("compare", "across_devices") and getattr(self, field.name) != field.default
+        ]
+        if unused:
+            raise ValueError(
+                f"{', '.join(unused)} would not be used with --compare, which measures nothing; leave it out"
+            )
 
 
 Case = Callable[[Setting], list[dict[str, Any]]]

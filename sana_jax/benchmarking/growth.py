@@ -16,7 +16,6 @@ import numpy as np
 from kernels.benchmarking.timing import compile_timed, random_like, time_interleaved
 from kernels.linear_attention import relu_linear_attention
 from kernels.softmax_attention import softmax_attention
-from kernels.softmax_attention.blockwise import KEY_BLOCK, QUERY_BLOCK
 from sana_jax.benchmarking.sides import OURS, Setting
 
 LIMIT = 1.05  # of the exponents
@@ -60,7 +59,7 @@ def time_case(setting: Setting) -> list[dict[str, Any]]:
 def memory_case(setting: Setting) -> list[dict[str, Any]]:
     """Temporary memory of blockwise softmax attention with its gradients, by the compiler's own analysis."""
     heads, size = SOFTMAX_HEADS[setting.size]
-    tokens = [count * max(QUERY_BLOCK, KEY_BLOCK) // 1024 for count in TOKENS[setting.size]]
+    tokens = TOKENS[setting.size]
 
     def gradients(query: Any, key: Any, value: Any) -> Any:
         def scalar(*inputs: Any) -> Any:

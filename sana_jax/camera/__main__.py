@@ -74,8 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(title)
     print(summary.describe())
     if (nearest := snap_frames(summary.frames, available=summary.frames)) != summary.frames:
-        rule = f"SANA-WM's videos have 1 + {_TEMPORAL_FACTOR}k frames"
-        print(f"{rule}: of these {summary.frames} the first {nearest} are used")
+        print(f"a model with 1 + {_TEMPORAL_FACTOR}k frames, as SANA-WM, would use the first {nearest}")
     if npy is not None:
         with atomic_file(npy) as file:
             np.save(file, c2w.astype(np.float32))
@@ -90,7 +89,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _action_path(config: CameraConfig) -> tuple[Float[np.ndarray, "F 4 4"], str]:
     changed = {name: getattr(config, name) for name in ("translation_speed", "rotation_speed", "pitch_limit", "smooth")}
-    scheme = find_scheme(config.scheme, **changed)
+    try:
+        scheme = find_scheme(config.scheme, **changed)
+    except UserError as error:  # which begins with the name of what is wrong
+        name, _, rest = str(error).partition(" ")
+        raise UserError(f"--{name.replace('_', '-')} {rest}") from error
     c2w = action_to_c2w(config.action, scheme, num_frames=config.num_frames)
     pace = f"{scheme.translation_speed:g} units and {scheme.rotation_speed:g}° per frame"
     return c2w, f"{''.join(config.action.split())}   scheme {scheme.name} ({scheme.source}), {pace}"

@@ -53,7 +53,7 @@ def read_intrinsics(
         values = _from_matrices(values)
     elif shape not in ((4,), (*shape[:1], 4)):
         raise UserError(
-            f"intrinsics of shape {shape}; allowed is {_FORMS}: give fx, fy, cx, cy in pixels of the {width}x{height} "
+            f"intrinsics of shape {shape}; allowed is {_FORMS}: give fx, fy, cx, cy in pixels of the {height}x{width} "
             "image (width x height)"
         )
     if values.ndim == 1:
@@ -122,7 +122,7 @@ def _warn_of_field(values: np.ndarray, height: int, width: int, say: Callable[[s
         frame = int(np.flatnonzero(wrong)[0])
         say(
             f"intrinsics: the field of view is {fields[frame, 0]:.1f} x {fields[frame, 1]:.1f} degrees (frame {frame}),"
-            f" outside {NARROWEST_FIELD:g} to {WIDEST_FIELD:g}: are fx and fy in pixels of the {width}x{height} image?"
+            f" outside {NARROWEST_FIELD:g} to {WIDEST_FIELD:g}: are fx and fy in pixels of the {height}x{width} image?"
         )
 
 

@@ -103,24 +103,6 @@ class IncrementalTimesteps:
         _, right = jax.lax.scan(rightwards, anchor_level, (chunks, upward, uniform.T))
         return jnp.where(chunks <= anchor_chunk[:, None], left.T, right.T)
 
-    def sample_forward(self, start_level: Int[Array, "B"], uniform: Float[Array, "B F"]) -> Int[Array, "B F"]:
-        """Draws a whole sequence from the first chunk on, none of whose levels lies below ``start_level``.
-
-        Args:
-          start_level: the least level allowed at the first chunk, in [0, T).
-          uniform: U[0, 1) draws, one for every chunk.
-        """
-        start_level = jnp.asarray(start_level, jnp.int32)
-        top = jnp.full_like(start_level, self.num_levels)
-
-        def rightwards(level_left, entry):
-            log_count, draw = entry
-            level = _categorical(log_count, level_left, top, draw)
-            return level, level
-
-        _, levels = jax.lax.scan(rightwards, start_level, (jnp.asarray(self.log_upward.T), uniform.T))
-        return levels.T
-
 
 @functools.lru_cache(maxsize=8)
 def _log_counts(num_chunks: int, num_levels: int) -> np.ndarray:

@@ -30,7 +30,9 @@ class NoiseLevel(NamedTuple):
     timestep: Int[Array, "*S"]
 
 
-def shift_sigma(sigma, flow_shift: float):
+def shift_sigma(
+    sigma: float | Float[np.ndarray, "*S"] | Float[Array, "*S"], flow_shift: float
+) -> float | Float[np.ndarray, "*S"] | Float[Array, "*S"]:
     """Bends noise levels towards noise: σ' = s·σ / (1 + (s − 1)·σ), which fixes 0 and 1.
 
     Args:
@@ -50,6 +52,9 @@ def training_sigmas(flow_shift: float, num_levels: int = NUM_TRAIN_TIMESTEPS) ->
     """The table of shifted training levels, float64 of shape (num_levels,): entry i is i/num_levels after the shift.
 
     Entry 0 is exactly 0 (clean); pure noise, σ = 1, is not in the table.
+
+    Raises:
+      UserError: if ``num_levels`` is below 1, or ``flow_shift`` not positive.
     """
     if num_levels < 1:
         raise UserError(f"num_levels={num_levels} must be at least 1; the published models use {NUM_TRAIN_TIMESTEPS}")
@@ -125,15 +130,6 @@ def x0_from_velocity(
     noisy, velocity = jnp.asarray(noisy, jnp.float32), jnp.asarray(velocity, jnp.float32)
     _require_same_shape("noisy", noisy, "velocity", velocity)
     return noisy - align_leading(jnp.asarray(sigma, jnp.float32), noisy) * velocity
-
-
-def noise_from_velocity(
-    noisy: Float[Array, "B *X"], velocity: Float[Array, "B *X"], sigma: Float[Array, "*S"]
-) -> Float[Array, "B *X"]:
-    """The noise that a velocity comes from: noise = x_σ + (1 − σ)·velocity, in float32. Shapes as in ``add_noise``."""
-    noisy, velocity = jnp.asarray(noisy, jnp.float32), jnp.asarray(velocity, jnp.float32)
-    _require_same_shape("noisy", noisy, "velocity", velocity)
-    return noisy + (1.0 - align_leading(jnp.asarray(sigma, jnp.float32), noisy)) * velocity
 
 
 def flow_matching_loss(

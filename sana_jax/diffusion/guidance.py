@@ -1,4 +1,4 @@
-"""Classifier-free guidance, the doubled batch it runs on, and its adaptive projected form.
+"""Classifier-free guidance and its adaptive projected form.
 
 The network is evaluated once on a batch [negative, positive] and its two halves are combined
 (Ho and Salimans, arXiv 2207.12598). Guidance may be restricted to an interval of noise levels
@@ -13,10 +13,9 @@ import dataclasses
 import math
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
-from kernels.typing import Array, Float, PyTree, Shaped
+from kernels.typing import Array, Float
 from sana_jax.errors import UserError
 
 
@@ -134,26 +133,3 @@ def projected_guidance(
         ratio = jnp.std(positive, every, keepdims=True) / jnp.std(guided, every, keepdims=True)
         guided = settings.rescale * ratio * guided + (1.0 - settings.rescale) * guided
     return guided, running
-
-
-def join_negative_positive(negative: PyTree, positive: PyTree) -> PyTree:
-    """Stacks two batches into one, [negative, positive] along the first axis: (B, ...) and (B, ...) to (2·B, ...).
-
-    Works leaf by leaf on trees (embeddings with their masks). For latents, which both halves share, pass them twice.
-    """
-    return jax.tree.map(lambda first, second: jnp.concatenate([first, second], axis=0), negative, positive)
-
-
-def split_negative_positive(joined: Shaped[Array, "B2 *X"]) -> tuple[Shaped[Array, "B *X"], Shaped[Array, "B *X"]]:
-    """Takes a doubled batch apart: (2·B, ...) to (negative, positive), each (B, ...).
-
-    Raises:
-      UserError: if the batch is odd.
-    """
-    if joined.shape[0] % 2:
-        raise UserError(
-            f"a batch of {joined.shape[0]} cannot be halved into negative and positive; join both with "
-            "join_negative_positive first"
-        )
-    half = joined.shape[0] // 2
-    return joined[:half], joined[half:]

@@ -17,7 +17,7 @@ from kernels.typing import Array, Float
 from sana_jax.diffusion.flow import align_leading
 
 
-def sigma_from_angle(angle):
+def sigma_from_angle(angle: Float[Array, "*S"]) -> Float[Array, "*S"]:
     """The flow noise level s = sin t / (cos t + sin t) of an angle in radians; SANA-Sprint's network sees s itself."""
     angle = jnp.asarray(angle, jnp.float32)
     return jnp.sin(angle) / (jnp.cos(angle) + jnp.sin(angle))

@@ -168,7 +168,12 @@ def read_lora(
 
 
 def find_lora_file(path: str | os.PathLike[str], weight_name: str | None = None) -> Path:
-    """The safetensors file that a path and a name in it mean; errors as in ``read_lora``."""
+    """The safetensors file that a path and a name in it mean.
+
+    Raises:
+        FileNotFoundError: no such file.
+        UserError: a directory with several files and no ``weight_name``, or a file with one.
+    """
     path = Path(path)
     if path.is_dir():
         there = sorted(file.name for file in path.glob("*.safetensors"))

@@ -16,7 +16,7 @@ from sana_jax.errors import UserError
 from sana_jax.lora.reading import Lora
 from sana_jax.lora.targets import LARGEST_RANK, match_targets
 from sana_jax.weights.messages import first_few
-from sana_jax.weights.rules import flatten
+from sana_jax.weights.rules import flatten, nested
 
 Init = Literal["gaussian", "kaiming"]
 
@@ -37,7 +37,7 @@ def lora_tree(adapters: Sequence[tuple[Lora, float]], abstract: PyTree, dtype: A
         the blocks.
     """
     kernels = flatten(abstract)
-    tree: dict[str, Any] = {}
+    flat: dict[tuple[str, ...], Any] = {}
     paths = dict.fromkeys(layer.path for lora, _ in adapters for layer in lora.layers)
     for path in paths:
         own = [([layer for layer in lora.layers if layer.path == path], weight) for lora, weight in adapters]
@@ -53,8 +53,8 @@ def lora_tree(adapters: Sequence[tuple[Lora, float]], abstract: PyTree, dtype: A
                 down[(*index, slice(None), where)] = layer.down
                 up[(*index, where)] = layer.up.astype(np.float32) * np.float32(layer.scale * weight)
             begin += rank
-        _node(tree, path).update(down=down, up=up)
-    return tree
+        flat |= {(*path, "down"): down, (*path, "up"): up}
+    return nested(flat)
 
 
 def merge_lora(params: PyTree, lora: PyTree) -> PyTree:
@@ -105,7 +105,7 @@ def init_lora(
         raise UserError(f"LoRA rank {rank} is not allowed; choose 1 to {LARGEST_RANK}, 4 to 64 are usual")
     if init not in ("gaussian", "kaiming"):
         raise UserError(f"LoRA init {init!r} is not allowed; choose gaussian or kaiming")
-    tree: dict[str, Any] = {}
+    flat: dict[tuple[str, ...], Any] = {}
     for layer in match_targets(abstract, targets):
         stack = () if layer.layers is None else (layer.layers,)
         own_key, shape = jax.random.fold_in(key, _name_hash(layer.path)), (*stack, layer.inputs, rank)
@@ -115,8 +115,8 @@ def init_lora(
             bound = layer.inputs**-0.5
             down = jax.random.uniform(own_key, shape, jnp.float32, -bound, bound)
         up = jnp.zeros((*stack, rank, layer.outputs), jnp.float32)
-        _node(tree, layer.path).update(down=down, up=up)
-    return tree
+        flat |= {(*layer.path, "down"): down, (*layer.path, "up"): up}
+    return nested(flat)
 
 
 def scaled_lora(lora: PyTree, scale: float | Float[Array, ""]) -> PyTree:
@@ -151,7 +151,7 @@ def with_dropout(lora: PyTree, rate: float, keys: PRNGKeyArray) -> PyTree:
         raise UserError(f"LoRA dropout {rate} is not allowed; choose 0 (none) up to, not including, 1")
     if rate == 0:
         return lora
-    tree: dict[str, Any] = {}
+    flat: dict[tuple[str, ...], Any] = {}
     leaves = flatten(lora)
     for path in dict.fromkeys(path[:-1] for path in leaves):
         down, up = leaves[(*path, "down")], leaves[(*path, "up")]
@@ -162,19 +162,13 @@ def with_dropout(lora: PyTree, rate: float, keys: PRNGKeyArray) -> PyTree:
                 jnp.arange(stack[0])
             )
         rates = jnp.full(stack, rate, jnp.float32)
-        _node(tree, path).update(down=down, up=up, dropout_keys=own, dropout_rate=rates)
-    return tree
+        parts = {"down": down, "up": up, "dropout_keys": own, "dropout_rate": rates}
+        flat |= {(*path, name): leaf for name, leaf in parts.items()}
+    return nested(flat)
 
 
 def _name_hash(path: Sequence[str]) -> int:
     return zlib.crc32("/".join(path).encode())
-
-
-def _node(tree: dict[str, Any], path: Sequence[str]) -> dict[str, Any]:
-    """The dictionary at a path, made where it is not there."""
-    for key in path:
-        tree = tree.setdefault(key, {})
-    return tree
 
 
 @jax.jit

@@ -11,7 +11,6 @@ import math
 from typing import NamedTuple
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
@@ -22,8 +21,8 @@ from sana_jax.models.ltx2_prefix import LTX2Prefix, prefix_mask
 from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.embeddings import CaptionProjection, TimeEmbedding
 from sana_jax.nn.initializers import scaled_normal, torch_uniform
-from sana_jax.nn.layers import layers_of
-from sana_jax.nn.linear import LORA, Linear
+from sana_jax.nn.layers import run_layers
+from sana_jax.nn.linear import Linear
 from sana_jax.nn.ltx2_layers import KeysValues, LTX2Attention, LTX2FeedForward, bare_rms_norm, modulated_rms_norm
 from sana_jax.nn.ltx2_rope import GridRotation, HeadRotation, rotate_heads, spread
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
@@ -261,35 +260,12 @@ class LTX2VideoTransformer(nn.Module):
         """Runs the blocks over ``x``; sows all blocks' outputs, stacked."""
         keep_outputs = self.is_mutable_collection("intermediates")
         by_layer = None if prefix is None else (prefix.sink, prefix.history)
-        layers = self.config.num_layers
-        if self._scanned():
 
-            def body(block, x, own_prefix):
-                x, captured = block(x, shared, own_prefix, capture)
-                return x, (captured, x if keep_outputs else None)
+        def step(block, x, own_prefix):
+            return block(x, shared, own_prefix, capture)
 
-            scan = nn.scan(
-                body,
-                variable_axes={"params": 0, LORA: 0, "intermediates": 0},
-                split_rngs={"params": True},
-                length=layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            x, (captured, outputs) = scan(self.transformer_blocks, x, by_layer)
-        else:
-            stacked = {
-                collection: self.variables[collection]["transformer_blocks"]
-                for collection in ("params", LORA)
-                if "transformer_blocks" in self.variables.get(collection, {})
-            }
-            block = self._block_class()(self.config, self.dtype, parent=None)
-            captured, outputs = [], []
-            for variables, own_prefix in layers_of((stacked, by_layer), layers):
-                x, own_captured = block.apply(variables, x, shared, own_prefix, capture)
-                captured.append(own_captured)
-                outputs.append(x)
-            captured = jax.tree.map(lambda *parts: jnp.stack(parts), *captured)
-            outputs = jnp.stack(outputs)
+        layers, options = self.config.num_layers, {"scanned": self._scanned(), "keep_outputs": keep_outputs}
+        x, captured, outputs = run_layers(self.transformer_blocks, step, x, by_layer, layers, **options)
         if keep_outputs:
             self.sow("intermediates", "block_outputs", outputs)
         return x, captured

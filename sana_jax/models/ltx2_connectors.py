@@ -19,7 +19,7 @@ from sana_jax.component_config import known_fields
 from sana_jax.errors import UserError
 from sana_jax.models.sana import check_field
 from sana_jax.nn.initializers import torch_uniform
-from sana_jax.nn.layers import layers_of
+from sana_jax.nn.layers import run_layers
 from sana_jax.nn.linear import Linear
 from sana_jax.nn.ltx2_layers import LTX2Attention, LTX2FeedForward, bare_rms_norm
 from sana_jax.nn.ltx2_rope import INTERLEAVED, ROPE_TYPES, SPLIT, HeadRotation, text_rotation
@@ -204,23 +204,13 @@ class VideoConnector(nn.Module):
         return bare_rms_norm(x, NORM_EPSILON).astype(x.dtype)
 
     def _blocks(self, x: Array, rotation: HeadRotation, key_mask: Array | None) -> Array:
-        layers = self.config.video_connector_num_layers
-        if self.scan_blocks or self.is_initializing():
-            scan = nn.scan(
-                lambda block, x, _: (block(x, rotation, key_mask), None),
-                variable_axes={"params": 0},
-                split_rngs={"params": True},
-                length=layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            return scan(ConnectorBlock(self.config, self.dtype, name="transformer_blocks"), x, None)[0]
-        stacked, block = (
-            self.variables["params"]["transformer_blocks"],
-            ConnectorBlock(self.config, self.dtype, parent=None),
-        )
-        for params in layers_of(stacked, layers):
-            x = block.apply({"params": params}, x, rotation, key_mask)
-        return x
+        layers, scanned = self.config.video_connector_num_layers, self.scan_blocks or self.is_initializing()
+        block = ConnectorBlock(self.config, self.dtype, name="transformer_blocks")
+
+        def step(block, x, _):
+            return block(x, rotation, key_mask), None
+
+        return run_layers(block, step, x, None, layers, scanned=scanned)[0]
 
 
 def _uniform(key: PRNGKeyArray, shape: tuple[int, ...], dtype: Any) -> Array:

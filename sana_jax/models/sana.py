@@ -22,8 +22,8 @@ from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, LinearSelfAttention, mask_to_bias
 from sana_jax.nn.embeddings import CaptionProjection, PatchEmbed, TimeEmbedding, sincos_position_table
 from sana_jax.nn.initializers import scaled_normal, xavier_uniform
-from sana_jax.nn.layers import layers_of
-from sana_jax.nn.linear import LORA, Linear
+from sana_jax.nn.layers import run_layers
+from sana_jax.nn.linear import Linear
 from sana_jax.nn.mix_ffn import GLUMBConv
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
@@ -364,45 +364,22 @@ class SanaTransformer(nn.Module):
     def _blocks(self, x, caption, bias, time, grid, controlnet_residuals, identity):
         """Runs the blocks over ``x``, adding residual i after block i + 1; sows all blocks' outputs, stacked."""
 
-        def finish_block(x, layer):
+        def step(block, x, layer_and_identity):
+            layer, own_identity = layer_and_identity
+            x = block(x, caption, bias, time, grid, own_identity)
             if controlnet_residuals is not None:
                 count = controlnet_residuals.shape[0]
                 residual = controlnet_residuals[jnp.clip(layer - 1, 0, count - 1)]
                 x = x + jnp.where((layer >= 1) & (layer <= count), residual, 0).astype(x.dtype)
-            return x
+            return x, None
 
         scanned = self.scan_blocks or self.is_initializing()
         keep_outputs = self.is_mutable_collection("intermediates")
         block_class = remat_block(SanaBlock, self.remat, static_arguments=(5,), scanned=scanned)
+        block = block_class(self.config, self.dtype, self.fp16_saturation, name="transformer_blocks")
         layers = self.config.num_layers
-        if scanned:
-
-            def body(block, x, layer_and_identity):
-                layer, own_identity = layer_and_identity
-                x = finish_block(block(x, caption, bias, time, grid, own_identity), layer)
-                return x, x if keep_outputs else None
-
-            scan = nn.scan(
-                body,
-                variable_axes={"params": 0, LORA: 0, "intermediates": 0},
-                split_rngs={"params": True},
-                length=layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            block = block_class(self.config, self.dtype, self.fp16_saturation, name="transformer_blocks")
-            x, outputs = scan(block, x, (jnp.arange(layers), identity))
-        else:
-            stacked = {
-                collection: self.variables[collection]["transformer_blocks"]
-                for collection in ("params", LORA)
-                if "transformer_blocks" in self.variables.get(collection, {})
-            }
-            block = block_class(self.config, self.dtype, self.fp16_saturation, parent=None)
-            outputs = []
-            for layer, variables in enumerate(layers_of(stacked, layers)):
-                own_identity = None if identity is None else identity[layer]
-                x = finish_block(block.apply(variables, x, caption, bias, time, grid, own_identity), layer)
-                outputs.append(x)
+        by_layer = (jnp.arange(layers), identity)
+        x, _, outputs = run_layers(block, step, x, by_layer, layers, scanned=scanned, keep_outputs=keep_outputs)
         if keep_outputs:
-            self.sow("intermediates", "block_outputs", outputs if scanned else jnp.stack(outputs))
+            self.sow("intermediates", "block_outputs", outputs)
         return x

@@ -26,9 +26,9 @@ from sana_jax.nn.adaln import gated_residual, modulated_norm, modulation
 from sana_jax.nn.attention import CrossAttention, RotaryLinearSelfAttention, mask_to_bias
 from sana_jax.nn.embeddings import CaptionProjection, TimeEmbedding
 from sana_jax.nn.initializers import scaled_normal, torch_uniform, xavier_uniform
-from sana_jax.nn.layers import layers_of
-from sana_jax.nn.linear import LORA, Linear
-from sana_jax.nn.mix_ffn import TemporalGLUMBConv
+from sana_jax.nn.layers import run_layers
+from sana_jax.nn.linear import Linear
+from sana_jax.nn.mix_ffn import TemporalGLUMBConv, check_block_starts
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
 from sana_jax.nn.rope import Rotation, rope_3d
@@ -398,20 +398,10 @@ class SanaVideoTransformer(nn.Module):
             UserError: sizes that do not fit the patch size, the state or the table of rotary positions.
         """
         cfg = self.config
-        batch, frames, height, width, channels = hidden_states.shape
-        _, rows, columns = cfg.patch_size
-        if height % rows or width % columns:
-            raise UserError(
-                f"latent of {height}x{width}: height and width must be multiples of the patch size {rows}x{columns}; "
-                "crop or pad it"
-            )
-        grid = (frames, height // rows, width // columns)
-        _check_blocks(block_starts, frames)
-        if timestep.shape not in ((batch,), (batch, frames)):
-            raise UserError(
-                f"timestep of shape {timestep.shape}: allowed are one per sample ({batch},) or one per latent frame "
-                f"({batch}, {frames})"
-            )
+        batch, frames = hidden_states.shape[:2]
+        grid = self._check(hidden_states, timestep)
+        if block_starts is not None:
+            check_block_starts(tuple(block_starts), frames)
         rotation = rope_3d(grid, cfg.attention_head_dim, first_frame=first_frame, max_positions=cfg.rope_max_seq_len)
         wants_state = state is not None
         if wants_state and step_cache is not None:
@@ -421,19 +411,7 @@ class SanaVideoTransformer(nn.Module):
         elif block_starts is not None:
             state = init_state(cfg, batch, grid[1:], dtype=self.dtype)
 
-        # Each token holds a (row, column, channel) patch.
-        x = hidden_states.reshape(batch, frames, grid[1], rows, grid[2], columns, channels).swapaxes(3, 4)
-        inputs = rows * columns * channels
-        patches = x.reshape(batch, math.prod(grid), inputs)
-        embed = Linear(
-            cfg.inner_dim,
-            dtype=self.dtype,
-            kernel_init=xavier_uniform(),
-            bias_init=torch_uniform(inputs),
-            name="patch_embedding",
-        )
-        x = embed(patches)
-
+        x = self._embed(hidden_states, grid)
         # One embedding for every time that was given, and none for every token.
         embedding, time = TimeEmbedding(cfg.inner_dim, dtype=self.dtype, name="time_embed")(timestep.reshape(-1), None)
         embedding, time = (array.reshape(batch, -1, *array.shape[1:]) for array in (embedding, time))
@@ -447,17 +425,56 @@ class SanaVideoTransformer(nn.Module):
         else:
             x, *skipping = self._blocks_or_residual(x, step_cache, context, state)
 
-        table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
-        shift, scale = modulation(table, embedding[..., None, :])
-        outputs = rows * columns * cfg.velocity_channels
-        projection = Linear(outputs, dtype=self.dtype, kernel_init=xavier_uniform(), name="proj_out")
-        x = x.reshape(batch, frames, -1, cfg.inner_dim)
-        x = projection(modulated_norm(x, shift, scale, OUTPUT_NORM_EPSILON))
-        x = x.reshape(batch, *grid, rows, columns, cfg.velocity_channels).swapaxes(3, 4)
-        velocity = x.reshape(batch, frames, height, width, cfg.velocity_channels)
+        velocity = self._output(x, embedding, grid)
         if step_cache is not None:
             return velocity, *skipping
         return (velocity, state) if wants_state else velocity
+
+    def _check(self, hidden_states: Array, timestep: Array) -> tuple[int, int, int]:
+        """The grid of tokens, after a look at the shapes."""
+        batch, frames, height, width, _ = hidden_states.shape
+        _, rows, columns = self.config.patch_size
+        if height % rows or width % columns:
+            raise UserError(
+                f"latent of {height}x{width}: height and width must be multiples of the patch size {rows}x{columns}; "
+                "crop or pad it"
+            )
+        if timestep.shape not in ((batch,), (batch, frames)):
+            raise UserError(
+                f"timestep of shape {timestep.shape}: allowed are one per sample ({batch},) or one per latent frame "
+                f"({batch}, {frames})"
+            )
+        return frames, height // rows, width // columns
+
+    def _embed(self, latents: Float[Array, "B T H W C"], grid: tuple[int, int, int]) -> Float[Array, "B N D"]:
+        """Each token's (row, column, channel) patch, projected."""
+        batch, frames, _, _, channels = latents.shape
+        _, rows, columns = self.config.patch_size
+        x = latents.reshape(batch, frames, grid[1], rows, grid[2], columns, channels).swapaxes(3, 4)
+        count = rows * columns * channels
+        layer = Linear(
+            self.config.inner_dim,
+            dtype=self.dtype,
+            kernel_init=xavier_uniform(),
+            bias_init=torch_uniform(count),
+            name="patch_embedding",
+        )
+        return layer(x.reshape(batch, math.prod(grid), count))
+
+    def _output(
+        self, x: Float[Array, "B N D"], embedding: Float[Array, "B G D"], grid: tuple[int, int, int]
+    ) -> Float[Array, "B T H W Cout"]:
+        """The velocity: modulated by the raw embedding of the times, projected, patches laid out."""
+        cfg, batch = self.config, len(x)
+        table = self.param("scale_shift_table", scaled_normal(cfg.inner_dim**-0.5), (2, cfg.inner_dim), jnp.float32)
+        shift, scale = modulation(table, embedding[..., None, :])
+        _, rows, columns = cfg.patch_size
+        outputs = rows * columns * cfg.velocity_channels
+        projection = Linear(outputs, dtype=self.dtype, kernel_init=xavier_uniform(), name="proj_out")
+        x = x.reshape(batch, grid[0], -1, cfg.inner_dim)
+        x = projection(modulated_norm(x, shift, scale, OUTPUT_NORM_EPSILON))
+        x = x.reshape(batch, *grid, rows, columns, cfg.velocity_channels).swapaxes(3, 4)
+        return x.reshape(batch, grid[0], grid[1] * rows, grid[2] * columns, cfg.velocity_channels)
 
     def _blocks_or_residual(
         self, x: Float[Array, "B N D"], cache: StepCache, context: tuple, state: SanaVideoState | None
@@ -477,50 +494,16 @@ class SanaVideoTransformer(nn.Module):
         scanned = self.scan_blocks or self.is_initializing()
         keep_outputs = self.is_mutable_collection("intermediates")
         block_class = remat_block(SanaVideoBlock, self.remat, static_arguments=(6, 7), scanned=scanned)
-        arguments = (self.config, self.dtype, self.attention_epsilon)
+        block = block_class(self.config, self.dtype, self.attention_epsilon, name="transformer_blocks")
+
+        def step(block, x, own_state):
+            return block(x, *context, own_state)
+
         layers = self.config.num_layers
-        if scanned:
-
-            def body(block, x, state):
-                x, state = block(x, *context, state)
-                return x, (state, x if keep_outputs else None)
-
-            scan = nn.scan(
-                body,
-                variable_axes={"params": 0, LORA: 0, "intermediates": 0},
-                split_rngs={"params": True},
-                length=layers,
-                metadata_params={nn.PARTITION_NAME: "layers"},
-            )
-            x, (state, outputs) = scan(block_class(*arguments, name="transformer_blocks"), x, state)
-        else:
-            stacked = {
-                collection: self.variables[collection]["transformer_blocks"]
-                for collection in ("params", LORA)
-                if "transformer_blocks" in self.variables.get(collection, {})
-            }
-            block = block_class(*arguments, parent=None)
-            states, outputs = [], []
-            for variables, own_state in layers_of((stacked, state), layers):
-                x, own_state = block.apply(variables, x, *context, own_state)
-                states.append(own_state)
-                outputs.append(x)
-            state = jax.tree.map(lambda *parts: jnp.stack(parts), *states)
-            outputs = jnp.stack(outputs)
+        x, state, outputs = run_layers(block, step, x, state, layers, scanned=scanned, keep_outputs=keep_outputs)
         if keep_outputs:
             self.sow("intermediates", "block_outputs", outputs)
         return x, state
-
-
-def _check_blocks(block_starts: tuple[int, ...] | None, frames: int) -> None:
-    if block_starts is None:
-        return
-    starts = tuple(block_starts)
-    if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], frames))):
-        raise UserError(
-            f"block_starts={starts}: the first latent frames of the blocks must ascend from 0 and stay below the "
-            f"video's {frames}"
-        )
 
 
 def _check_state(state: SanaVideoState, config: SanaVideoConfig, batch: int, grid: tuple[int, int]) -> None:

@@ -47,7 +47,7 @@ from sana_jax.nn.embeddings import CaptionProjection, TimeEmbedding
 from sana_jax.nn.initializers import scaled_normal, torch_uniform, xavier_uniform
 from sana_jax.nn.layers import layers_of
 from sana_jax.nn.linear import LORA, Linear
-from sana_jax.nn.mix_ffn import TemporalGLUMBConv
+from sana_jax.nn.mix_ffn import TemporalGLUMBConv, check_block_starts
 from sana_jax.nn.norms import RMSNorm
 from sana_jax.nn.ray_transform import direction_map, ray_transforms
 from sana_jax.nn.remat import BLOCK_INPUT, remat_block
@@ -250,7 +250,7 @@ class SanaWMTransformer(nn.Module):
         starts = tuple(block_starts or (0,))
         restarts = starts if convolution_starts is None else tuple(convolution_starts)
         layout = CausalLayout(grid, starts, restarts, self.context_axis)
-        _check_starts("convolution_starts", restarts, all_frames(frames, self.context_axis))
+        check_block_starts(restarts, all_frames(frames, self.context_axis), "convolution_starts")
         if step_cache is not None and (state is not None or self.context_axis is not None):
             raise UserError(
                 f"a step_cache with state={state is not None} and context_axis={self.context_axis!r}; allowed is "
@@ -302,7 +302,7 @@ class SanaWMTransformer(nn.Module):
                 "crop or pad it"
             )
         if block_starts is not None:
-            _check_starts("block_starts", tuple(block_starts), all_frames(frames, self.context_axis))
+            check_block_starts(tuple(block_starts), all_frames(frames, self.context_axis))
         wanted = {
             "timestep": (timestep, (batch, frames), "one for each latent frame"),
             "camera_conditions": (camera_conditions, (batch, frames, 20), "see sana_jax.camera.camera_inputs"),
@@ -525,11 +525,3 @@ def _without_padding(
         harmless = np.concatenate([np.eye(4).reshape(-1), np.ones(4)]).astype(np.float32)
         camera_conditions = jnp.where(valid[..., None], camera_conditions, harmless)
     return camera_conditions, None if chunk_plucker is None else masked(chunk_plucker, valid)
-
-
-def _check_starts(name: str, starts: tuple[int, ...], frames: int) -> None:
-    if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], frames))):
-        raise UserError(
-            f"{name}={starts}: the first latent frames of the blocks must ascend from 0 and stay below the video's "
-            f"{frames}"
-        )

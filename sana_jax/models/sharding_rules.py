@@ -5,6 +5,10 @@ dimension is the layer. Axes: ``fsdp`` cuts a dimension that is gathered before 
 attention and of the Mix-FFN, so that the second product of each pair (out, point) ends in one reduction. Two costs of
 ``tensor``: the Mix-FFN's value and gate lie on one axis, so their product exchanges activations between the devices
 that hold the halves; and where the axis does not divide the number of heads (70 or 36, 20 or 16), heads are gathered.
+
+``train`` reads the rules of the networks that it trains. Pipelines open their weights on one device: ``LTX2`` and
+``LTX2_CONNECTORS`` are for programs that lay SANA-WM's refiner over a mesh of their own, as ``quantized_rules`` of
+``sana_jax.quantization.trees`` is for quantised weights.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ network). Field names and parameter names are those of the published transformer
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,10 +25,11 @@ from sana_jax.nn.norms import layer_norm
 WHOLE_MODEL, VISION_MODEL = "siglip", "siglip_vision_model"  # transformers' model_type
 _NATIVE_RESOLUTION = ("siglip2", "siglip2_vision_model")
 ACTIVATION = "gelu_pytorch_tanh"
+_LABEL = "image encoder config"
 # Larger numbers are a damaged file, and describing their arrays could take for ever.
 _LARGEST, _MOST_LAYERS = 1 << 16, 1 << 10
 # What transformers writes into every config.json, or what belongs to training and to classification.
-WITHOUT_EFFECT = frozenset({
+_WITHOUT_EFFECT = frozenset({
     "add_cross_attention", "architectures", "attention_dropout", "bos_token_id", "chunk_size_feed_forward",
     "cross_attention_hidden_size", "decoder_start_token_id", "dtype", "eos_token_id", "finetuning_task", "id2label",
     "initializer_factor", "is_decoder", "is_encoder_decoder", "label2id", "model_type", "output_attentions",
@@ -98,22 +100,37 @@ class SiglipVisionConfig:
             )
         if kind not in (WHOLE_MODEL, VISION_MODEL):
             raise _not_allowed("model_type", kind, f"{WHOLE_MODEL} or {VISION_MODEL}: choose such a model")
-        if kind == WHOLE_MODEL or "vision_config" in values:
-            values = values.get("vision_config") or {}
-            if not isinstance(values, dict):
-                raise _not_allowed("vision_config", values, "an object")
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(given) - fields - WITHOUT_EFFECT):
-            raise UserError(
-                f"image encoder config has unknown fields {unknown}, which could change the network; SigLIP's are "
-                f"{sorted(fields)}: remove the others"
-            )
-        return cls(**{key: value for key, value in given.items() if key in fields})
+        return cls(**tower_fields(values, "vision_config", cls, _LABEL))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a published ``config.json`` of a vision tower has them; transformers reads it as well."""
         return {"architectures": ["SiglipVisionModel"], "model_type": VISION_MODEL, **dataclasses.asdict(self)}
+
+
+def tower_fields(values: dict[str, Any], section: str, config_class: type, label: str) -> dict[str, Any]:
+    """The fields of a tower that a published ``config.json`` gives.
+
+    Args:
+        values: of a whole SigLIP, or of the tower alone.
+        section: the key that a whole SigLIP has the tower under.
+        config_class: dataclass of the fields.
+        label: what errors call the values.
+
+    Raises:
+        UserError: a section that is no object, or a key that is neither a field nor without effect.
+    """
+    if values.get("model_type") == WHOLE_MODEL or section in values:
+        values = values.get(section) or {}
+        if not isinstance(values, dict):
+            raise tower_error(label, section, values, "an object")
+    given = {key: value for key, value in values.items() if not key.startswith("_")}
+    fields = {field.name for field in dataclasses.fields(config_class)}
+    if unknown := sorted(set(given) - fields - _WITHOUT_EFFECT):
+        raise UserError(
+            f"{label} has unknown fields {unknown}, which could change the network; SigLIP's are {sorted(fields)}: "
+            "remove the others"
+        )
+    return {key: value for key, value in given.items() if key in fields}
 
 
 def check_tower(config: Any, largest: int, not_allowed: Callable[[str, Any, str], UserError]) -> None:
@@ -132,10 +149,12 @@ def check_tower(config: Any, largest: int, not_allowed: Callable[[str, Any, str]
         raise not_allowed("layer_norm_eps", config.layer_norm_eps, "a number between 0 and 1")
 
 
-def _not_allowed(name: str, value: Any, allowed: str) -> UserError:
-    return UserError(
-        f"image encoder config: {name}={value!r} is not allowed; allowed is {allowed}: mend its config.json"
-    )
+def tower_error(label: str, name: str, value: Any, allowed: str) -> UserError:
+    """The error about one value of a tower's configuration."""
+    return UserError(f"{label}: {name}={value!r} is not allowed; allowed is {allowed}: mend its config.json")
+
+
+_not_allowed = functools.partial(tower_error, _LABEL)
 
 
 def init_params(vision: SiglipVision, key: PRNGKeyArray) -> PyTree:

@@ -6,6 +6,7 @@ Paper: SigLIP (arXiv 2303.15343). Field names and parameter names are those of t
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -17,14 +18,16 @@ from sana_jax.models.siglip import (
     ACTIVATION,
     VISION_MODEL,
     WHOLE_MODEL,
-    WITHOUT_EFFECT,
     LayerNorm,
     check_tower,
     dense,
     run_layers,
+    tower_error,
+    tower_fields,
 )
 from sana_jax.nn.initializers import scaled_normal
 
+_LABEL = "text tower config"
 TEXT_MODEL = "siglip_text_model"  # transformers' model_type
 # Larger numbers are a damaged file, and describing their arrays could take for ever.
 _LARGEST = 1 << 20
@@ -78,26 +81,14 @@ class SiglipTextConfig:
             raise UserError(f"its config.json has model_type {kind!r}: a vision tower without its text tower")
         if kind not in (WHOLE_MODEL, TEXT_MODEL):
             raise _not_allowed("model_type", kind, f"{WHOLE_MODEL} or {TEXT_MODEL}: choose such a model")
-        if kind == WHOLE_MODEL or "text_config" in values:
-            values = values.get("text_config") or {}
-            if not isinstance(values, dict):
-                raise _not_allowed("text_config", values, "an object")
-        given = {key: value for key, value in values.items() if not key.startswith("_")}
-        fields = {field.name for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(given) - fields - WITHOUT_EFFECT):
-            raise UserError(
-                f"text tower config has unknown fields {unknown}, which could change the network; SigLIP's are "
-                f"{sorted(fields)}: remove the others"
-            )
-        return cls(**{key: value for key, value in given.items() if key in fields})
+        return cls(**tower_fields(values, "text_config", cls, _LABEL))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a published ``config.json`` of a text tower has them; transformers reads it as well."""
         return {"architectures": ["SiglipTextModel"], "model_type": TEXT_MODEL, **dataclasses.asdict(self)}
 
 
-def _not_allowed(name: str, value: Any, allowed: str) -> UserError:
-    return UserError(f"text tower config: {name}={value!r} is not allowed; allowed is {allowed}: mend its config.json")
+_not_allowed = functools.partial(tower_error, _LABEL)
 
 
 def init_params(text: SiglipTextModel, key: PRNGKeyArray) -> PyTree:

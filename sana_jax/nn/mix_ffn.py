@@ -17,6 +17,7 @@ from kernels.mix_ffn import mix_ffn
 from kernels.selection import DEFAULT, PLATFORMS, pick
 from kernels.split_frames import all_frames, earlier_frames, later_frames, own_part
 from kernels.typing import Array, Float
+from sana_jax.errors import UserError
 from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
 from sana_jax.nn.linear import Linear
@@ -101,6 +102,21 @@ class TemporalGLUMBConv(nn.Module):
             features, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="conv_temp"
         )
         return u + over_frames(_three_frames(u, block_starts, previous, axis_name)), u[:, -1]
+
+
+def check_block_starts(starts: tuple[int, ...], frames: int, name: str = "block_starts") -> None:
+    """Raises ``UserError`` unless these are the first frames of the blocks that a video of latent frames is cut into.
+
+    Args:
+        starts: the first frame of every block.
+        frames: T, of the whole video.
+        name: of the argument.
+    """
+    if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], frames))):
+        raise UserError(
+            f"{name}={starts}: the first latent frames of the blocks must ascend from 0 and stay below the video's "
+            f"{frames}"
+        )
 
 
 def _three_frames(

@@ -17,6 +17,7 @@ from sana_jax.pipelines.base import OutputType
 from sana_jax.pipelines.checks import check_common_options
 from sana_jax.videos import VideoWriter, count_frames, video_kind
 
+_ADVICE = "make room on the disk and go on with --resume (resume=True)"
 _MOST_BYTES = 1 << 33  # of frames that are held in memory where there is no output_path
 
 
@@ -45,7 +46,7 @@ class GrowingOutput:
         self.path = None if path is None else pathlib.Path(path)
         self._kept: list[np.ndarray] = []
         self._enlarge = enlarge
-        options = {"metadata": metadata, "keep_frames": keep_frames, "separate": True, "say": say}
+        options = {"metadata": metadata, "keep_frames": keep_frames, "separate": True, "advice": _ADVICE, "say": say}
         self._writer = None if path is None else VideoWriter(path, fps, **options)
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from kernels.typing import Float
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -69,7 +69,12 @@ def read_pictures(pictures: Any, name: str, shortest: int = SHORTEST_SIDE) -> li
 
 
 def open_picture(path: str | os.PathLike[str], name: str) -> Image.Image:
-    """A file's picture as it is; ``name`` and errors as in ``read_picture``."""
+    """A file's picture as it is; ``name`` as in ``read_picture``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        UserError: not a picture, damaged, animated, or larger than PIL's limit against decompression bombs.
+    """
     from PIL import Image
 
     path = pathlib.Path(path)
@@ -89,8 +94,7 @@ def open_picture(path: str | os.PathLike[str], name: str) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UserError(f"{name} {path} is not a picture of a kind that is known; save it as png or jpg") from error
     except Exception as error:  # each kind of file fails in its own way
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name} {path} can't be read ({reason[:200]}); save it again as png or jpg") from error
+        raise UserError(f"{name} {path} can't be read ({reason_of(error)}); save it again as png or jpg") from error
     return picture
 
 

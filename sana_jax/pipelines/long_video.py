@@ -15,7 +15,7 @@ from sana_jax.autoencoders.base import pixel_frames
 from sana_jax.compilation import readable_bytes
 from sana_jax.diffusion.samplers import LongSanaSampler
 from sana_jax.diffusion.samplers.longsana import causal_block_starts, generate_block, read_block
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, counted
 from sana_jax.models.sana_video import SanaVideoState, kv_cache_bytes, state_bytes
 from sana_jax.nn.rope import check_positions
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
@@ -242,7 +242,7 @@ class LongSanaVideoPipeline(VideoPipeline):
         later = "" if plan.blocks == 1 else f", then {plan.blocks - 1} of {self.sampler.block_frames}"
         say(
             f"{plan.frames} frames, {plan.frames / plan.fps:g} seconds at {plan.fps:g} per second: "
-            f"{plan.latent_frames} latent frames in {plan.blocks} blocks, the first of {first}{later}"
+            f"{plan.latent_frames} latent frames in {counted(plan.blocks, 'block')}, the first of {first}{later}"
         )
         own = state_bytes(config, grid, num_cached_blocks=plan.num_cached_blocks, dtype=dtype)
         cache = kv_cache_bytes(config, grid, plan.latent_frames, dtype=dtype)

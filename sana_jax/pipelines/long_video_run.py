@@ -15,7 +15,7 @@ import numpy as np
 
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.autoencoders.base import pixel_frames
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, counted
 from sana_jax.models.sana_video import SanaVideoState, init_state
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
 from sana_jax.pipelines.checks import check_finite
@@ -165,7 +165,7 @@ class LongVideoRun:
         if output_path is not None:
             keep = frames_to_keep(output_path, map(plan.frames_of, range(done + 1))) if done else 0
             if resume:
-                self._say_resumed(done, keep)
+                self._say_resumed(done, keep, self._decoded_from(done, keep))
         options = {"keep_frames": keep, "enlarge": enlarge, "metadata": metadata, "say": self.say}
         output = GrowingOutput(output_path, plan.fps, **options)
         try:
@@ -353,10 +353,24 @@ class LongVideoRun:
 
     # -- going on ------------------------------------------------------------------------------------------------
 
+    def _decoded_from(self, done: int, keep: int) -> int:
+        """The block to decode from, so that frames after the first ``keep`` are, to the bit, as if nothing had ended.
+
+        The video begins anew in that block, for the decoder: its program is another one than it was, and zeros stand
+        in place of what was before. So it lies whole before all that the first frames to be written depend on, and the
+        blocks between run the programs that they ran.
+        """
+        history, plan = self.pipeline.autoencoder.decoder_history, self.plan
+        if history is None:
+            return 0
+        written = next((block for block in range(done) if plan.frames_of(block + 1) > keep), done)
+        needed = plan.starts[written] - history
+        return max((block for block in range(written) if plan.starts[block + 1] <= needed), default=0)
+
     def _decoded_before(self, done: int, output: GrowingOutput) -> PyTree:
         """The autoencoder's state after the blocks that are there; those that the file lacks are written."""
         state = None
-        for block in range(done):
+        for block in range(self._decoded_from(done, output.frame_count), done):
             video, state = self._decode(jnp.asarray(self.folder.latents(block)), state)
             if self.plan.frames_of(block + 1) > output.frame_count:
                 self._write(video, output)
@@ -364,10 +378,11 @@ class LongVideoRun:
 
     # -- what is said --------------------------------------------------------------------------------------------
 
-    def _say_resumed(self, done: int, keep: int) -> None:
+    def _say_resumed(self, done: int, keep: int, first: int) -> None:
+        which = f"block {done} is" if first + 1 == done else f"blocks {first + 1} to {done} are"
         self.say(
-            f"resuming after block {done} of {self.plan.blocks}: {keep} frames of the file are kept, and the {done} "
-            "blocks are decoded again for the autoencoder's state"
+            f"resuming after block {done} of {self.plan.blocks}: {keep} frames of the file are kept, and {which} "
+            "decoded again for the autoencoder's state"
         )
 
     def _say_block(self, block: int) -> None:
@@ -383,7 +398,7 @@ class LongVideoRun:
         how = "made"
         if blocks < plan.blocks:
             how = f"ended by the callback{'' if self.folder is None else ', to be resumed,'} after"
-        line = f"{how} {plan.frames_of(blocks)} frames; {len(made)} blocks in {sum(made):.2f} s"
+        line = f"{how} {counted(plan.frames_of(blocks), 'frame')}; {counted(len(made), 'block')} in {sum(made):.2f} s"
         if later := made[2:] or made[1:]:
             middle = statistics.median(later)
             count = plan.frames - plan.frames_of(plan.blocks - 1)

@@ -7,8 +7,8 @@
     latents-00000.npy, ...  every block's clean latents (1, T, h, w, C); 4 MB each at 480p
 
 Each file is replaced atomically. The autoencoder's state is not written: at 480p it has 3.8 GB in float32, which would
-have to be written anew after every block of 2.5 seconds. The latents' frames give it again, bit for bit on the same
-device, and give the file's own frames again where the end came before they were all there.
+have to be written anew after every block of 2.5 seconds. Decoding as many latents as the decoder looks back gives it
+again, bit for bit on the same device, and the file's own frames where the end came before they were all there.
 """
 
 from __future__ import annotations

@@ -83,6 +83,8 @@ _WORLD_SIZE = (704, 1280)
 
 
 _OF_VIDEOS = ("frames", "fps")
+CAMERA_DEFAULTS = ("field_of_view", "translation_speed", "rotation_speed")
+_OPTIONAL = (*_OF_VIDEOS, *CAMERA_DEFAULTS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,8 @@ class SamplingDefaults:
     """What a pipeline does where a call leaves it open.
 
     ``height`` and ``width`` are pixels. ``license`` is printed when the model is used. ``frames``, and ``fps`` of them
-    per second, are for videos, None for pictures.
+    per second, are for videos, None for pictures. The last three are for worlds: the degrees that the lens spans across
+    a frame, and the units and degrees per frame of one key; None for those of any world.
     """
 
     guidance_scale: float = 4.5
@@ -100,11 +103,14 @@ class SamplingDefaults:
     license: str | None = None
     frames: int | None = None
     fps: float | None = None
+    field_of_view: float | None = None
+    translation_speed: float | None = None
+    rotation_speed: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """What an index holds of them: without those for videos where they are None."""
+        """What an index holds of them: without those for videos and worlds where they are None."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in _OF_VIDEOS or value is not None}
+        return {name: value for name, value in values.items() if name not in _OPTIONAL or value is not None}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any], source: str) -> SamplingDefaults:
@@ -114,13 +120,14 @@ class SamplingDefaults:
             UserError: a missing or unknown field.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        required = set(fields) - {"license", *_OF_VIDEOS}
+        required = set(fields) - {"license", *_OPTIONAL}
         if set(values) - set(fields) or required - set(values):
             raise UserError(
                 f"{source} has {', '.join(sorted(values)) or 'nothing'}; allowed are {', '.join(fields)}, all but "
-                "license, frames and fps required: mend it or write the model directory again"
+                f"license, {', '.join(_OPTIONAL)} required: mend it or write the model directory again"
             )
-        kinds = {"guidance_scale": (int, float), "license": (str, type(None)), "fps": (int, float, type(None))}
+        kinds = {"guidance_scale": (int, float), "license": (str, type(None))}
+        kinds |= dict.fromkeys(("fps", *CAMERA_DEFAULTS), (int, float, type(None)))
         for name, kind in kinds.items():
             if name in values and (isinstance(values[name], bool) or not isinstance(values[name], kind)):
                 raise UserError(f"{source} has {name}={values[name]!r}, which is of another type: mend it")
@@ -344,7 +351,10 @@ def check_pipeline(class_name: Any, pipeline: str, where: pathlib.Path) -> None:
 
 
 def _is_published(index: Mapping[str, Any], directory: pathlib.Path) -> bool:
-    """Whether diffusers has written the directory; by its index alone if the weights are missing."""
+    """Whether it is as diffusers writes and reads one; by its index alone if the weights are missing."""
+    text_encoder = index.get("text_encoder")
+    if isinstance(text_encoder, list) and text_encoder[-1:] == ["WordEncoder"]:  # which has no weights
+        return False
     source = index.get("transformer")
     named = isinstance(source, list) and source[:1] == ["diffusers"]
     return named or any((directory / "transformer").glob("*.safetensors*"))

@@ -221,7 +221,11 @@ def open_transformer_weights(
     """The weights, and of a training run their step and which of the two sets they are.
 
     ``abstract`` is the transformer's parameters as shapes: weights are cast to its dtypes and go to its shardings. The
-    other arguments and errors are those of ``ImagePipeline.from_pretrained``.
+    other arguments are those of ``ImagePipeline.from_pretrained``.
+
+    Raises:
+        UserError: an option of training runs for another model, or the other way round.
+        FileNotFoundError, CheckpointError: the weights are missing, damaged, or do not fit.
     """
     checkpoints, component = model.path / "checkpoints", model.path / "transformer"
     if checkpoints.is_dir():

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, counted
 
 _TIMED = re.compile(r"\s*(-?[\d.]+)\s*s\s*:\s*(.*)", re.DOTALL)
 _FORM = 'one text, or several that each begin with a time: "0s: a fox sleeps" "10s: it wakes up"'
@@ -91,7 +91,8 @@ def parse_prompts(prompt: Any) -> tuple[PromptSwitch, ...]:
     if not switches and len(given) == 1 and isinstance(given[0], str):
         switches = [PromptSwitch(0.0, given[0])]
     if not given or len(switches) != len(given):
-        raise UserError(f"{len(given)} prompts, {len(switches)} of them with a time, for one video; allowed is {_FORM}")
+        there = f"{counted(len(given), 'prompt')}, {len(switches)} with a time"
+        raise UserError(f"{there}, for one video; allowed is {_FORM}")
     times = [switch.seconds for switch in switches]
     said = ", ".join(f"{time:g} s" for time in times)
     if not all(math.isfinite(time) for time in times) or times[0] != 0:
@@ -121,6 +122,14 @@ def refuse_schedule(prompt: Any, pipeline: str) -> None:
             f"prompt {first!r} begins with a time, and prompts of {pipeline} do not change on the way, as LongSANA's "
             "do: leave the time out, or choose a LongSANA model"
         )
+
+
+def note_untimed(prompts: Sequence[str], say: Callable[[str], None] = print) -> None:
+    """Says which prompts begin as with a time and have no colon behind it, so that all of it is text."""
+    for text in prompts:
+        if found := re.match(r"\s*(\d[\d.]*)\s*s\s+(?!:)", text):
+            rest = text[found.end() :]
+            say(f'prompt {text!r} is text from its beginning; a time has a colon behind it: "{found[1]}s: {rest}"')
 
 
 def check_next_prompt(text: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import pathlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,26 +14,41 @@ import jax
 import numpy as np
 
 from kernels.typing import Array, Float
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from sana_jax.files import atomic_file, read_json, write_json
 
 _FORMAT = 2  # 1 said less of the networks: not how they are quantised, nor which autoencoder draws
 
 
+# arrays, in a user's words
+_ARRAYS = {
+    "image": "the image differs",
+    "poses": "the camera's path differs",
+    "intrinsics": "the lens (intrinsics) differs",
+    "latents": "the latents differ",
+    "prompt_embeds": "the embeddings of the prompt differ",
+    "negative_prompt_embeds": "the embeddings of the negative prompt differ",
+}
+
+
 def told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """All settings in which the run of the folder and this one differ, in words; empty where there are none."""
     names = [*now, *(name for name in before if name not in now)]
-    return "; ".join(
-        f"{name} {before.get(name)!r} there and {now.get(name)!r} here"
-        for name in names
-        if before.get(name) != now.get(name)
-    )
+    pairs = ((name, before.get(name), now.get(name)) for name in names)
+    return "; ".join(_told_difference(*pair) for pair in pairs if pair[1] != pair[2])
+
+
+def _told_difference(name: str, before: Any, now: Any) -> str:
+    """Of arrays, which are told apart by their digests, that they differ; of everything else how."""
+    ends = [value[-1] if isinstance(value, list) and value else value for value in (before, now)]
+    if any(isinstance(end, str) and re.fullmatch(r"[0-9a-f]{12}", end) for end in ends):
+        return _ARRAYS.get(name, f"{name} differs")
+    return f"{name} {before!r} there and {now!r} here"
 
 
 def damaged_file(path: pathlib.Path, folder: pathlib.Path, reason: Any) -> UserError:
     """The error about a file of the folder that cannot be gone on from."""
-    said = " ".join(str(reason).split())[:200] or type(reason).__name__
-    return UserError(f"{path} is damaged ({said}); remove {folder} and begin anew")
+    return UserError(f"{path} is damaged ({reason_of(reason)}); remove {folder} and begin anew")
 
 
 def write_manifest(path: pathlib.Path, settings: Mapping[str, Any]) -> None:

@@ -45,6 +45,28 @@ class Control(NamedTuple):
     scale: Float[Array, ""]
 
 
+class StepGuidance(NamedTuple):
+    """What one step's velocity follows, and how strongly.
+
+    Attributes:
+        positive: encoded prompts.
+        negative: encoded negative prompts, as many, or one for all; None leaves out classifier-free guidance. It has
+            (null) tokens where ``positive`` has tokens.
+        scale: of classifier-free guidance; read only with ``negative``.
+        perturbed_layers: layers whose self-attention is the identity in the perturbed part; empty leaves it out
+            (perturbed-attention guidance, arXiv 2403.17377).
+        pag_scale: of perturbed-attention guidance; read only with ``perturbed_layers``.
+        control: read only by a network with a ControlNet; of a video network the frames that are given.
+    """
+
+    positive: Encoded
+    negative: Encoded | None = None
+    scale: float | Float[Array, ""] = 1.0
+    perturbed_layers: Sequence[int] = ()
+    pag_scale: float | Float[Array, ""] = 0.0
+    control: Control | Float[Array, "B G H W C"] | None = None
+
+
 class Network(NamedTuple):
     """A transformer, alone or with a ControlNet; parameters are then ``{"transformer": ..., "controlnet": ...}``."""
 
@@ -186,12 +208,7 @@ def guided_velocity(
     params: PyTree,
     latents: Float[Array, "B *X C"],
     timestep: Float[Array, ""],
-    positive: Encoded,
-    negative: Encoded | None = None,
-    guidance_scale: float | Float[Array, ""] = 1.0,
-    perturbed_layers: Sequence[int] = (),
-    pag_scale: float | Float[Array, ""] = 0.0,
-    control: Control | Float[Array, "B G H W C"] | None = None,
+    guidance: StepGuidance,
     lora: PyTree | None = None,
     split: bool = False,
     step_cache: StepCache | None = None,
@@ -199,21 +216,14 @@ def guided_velocity(
     """One step's velocity (B, ..., C) with classifier-free and perturbed-attention guidance.
 
     The network sees the batch [negative, positive, perturbed], without the parts that are not asked for. The result is
-    ``negative + guidance_scale·(positive − negative) + pag_scale·(positive − perturbed)``.
+    ``negative + scale·(positive − negative) + pag_scale·(positive − perturbed)``.
 
     Args:
         network: the transformer, and its ControlNet if it has one.
         params: its parameters.
         latents: noised latents, channels-last.
         timestep: the sampler's.
-        positive: encoded prompts.
-        negative: encoded negative prompts, as many, or one for all; None leaves out classifier-free guidance. It has
-            (null) tokens where ``positive`` has tokens.
-        guidance_scale: read only with ``negative``.
-        perturbed_layers: layers whose self-attention is the identity in the perturbed part; empty leaves it out
-            (perturbed-attention guidance, arXiv 2403.17377).
-        pag_scale: read only with ``perturbed_layers``.
-        control: read only by a network with a ControlNet; of a video network the frames that are given.
+        guidance: prompts, what else is given, and the scales.
         lora: beside the transformer's parameters; None for none.
         split: the network sees the parts one after another, which takes the memory of one of them.
         step_cache: of the whole batch of parts; not with ``split``.
@@ -221,25 +231,25 @@ def guided_velocity(
     Returns:
         The velocity; with ``step_cache`` also the next step's, and what was decided.
     """
-    batch = latents.shape[0]
-    parts = [positive]
+    batch, negative = latents.shape[0], guidance.negative
+    parts = [guidance.positive]
     if negative is not None:
         parts.insert(0, jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), negative))
     identity = None
-    if perturbed_layers:
-        parts.append(positive)
-        chosen = np.isin(np.arange(network.transformer.config.num_layers), perturbed_layers)
+    if guidance.perturbed_layers:
+        parts.append(guidance.positive)
+        chosen = np.isin(np.arange(network.transformer.config.num_layers), guidance.perturbed_layers)
         perturbed = np.arange(batch * len(parts)) >= batch * (len(parts) - 1)
         identity = jnp.asarray(chosen[:, None] & perturbed)
     predictions, rest = _predictions(
-        network, params, latents, timestep, parts, identity, control, lora, split, step_cache
+        network, params, latents, timestep, parts, identity, guidance.control, lora, split, step_cache
     )
     conditional = predictions[0 if negative is None else 1]
     result = conditional
     if negative is not None:
-        result = classifier_free_guidance(predictions[0], conditional, guidance_scale)
-    if perturbed_layers:
-        result = result + pag_scale * (conditional - predictions[-1])
+        result = classifier_free_guidance(predictions[0], conditional, guidance.scale)
+    if guidance.perturbed_layers:
+        result = result + guidance.pag_scale * (conditional - predictions[-1])
     return (result, *rest) if rest else result
 
 
@@ -287,27 +297,25 @@ def projected_velocity(
     latents: Float[Array, "B *X C"],
     timestep: Float[Array, ""],
     sigma: Float[Array, ""],
-    positive: Encoded,
-    negative: Encoded,
-    guidance_scale: Float[Array, ""],
+    guidance: StepGuidance,
     settings: ProjectedGuidance,
     running: Float[Array, "B *X C"],
-    given: Float[Array, "B G H W C"] | None = None,
     lora: PyTree | None = None,
     split: bool = False,
     step_cache: StepCache | None = None,
 ) -> Any:
     """One step's velocity with adaptive projected guidance, which acts on the clean samples x − sigma·velocity.
 
-    Arguments as in ``guided_velocity`` and ``projected_guidance``; ``running`` is 0 before the first step, and what is
-    returned beside the velocity before the others. With ``step_cache`` its results follow these two.
+    Arguments as in ``guided_velocity`` and ``projected_guidance``, with negative prompts and no perturbed layers.
+    ``running`` is 0 before the first step, and what is returned beside the velocity before the others. With
+    ``step_cache`` its results follow these two.
     """
-    batch = latents.shape[0]
-    negative = jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), negative)
-    parts = [negative, positive]
+    batch, given = latents.shape[0], guidance.control
+    negative = jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), guidance.negative)
+    parts = [negative, guidance.positive]
     halves, rest = _predictions(network, params, latents, timestep, parts, None, given, lora, split, step_cache)
     unconditional, conditional = (latents - sigma * half for half in halves)
-    guided, running = projected_guidance(unconditional, conditional, guidance_scale, settings, running)
+    guided, running = projected_guidance(unconditional, conditional, guidance.scale, settings, running)
     return (latents - guided) / sigma, running, *rest
 
 
@@ -371,7 +379,7 @@ def _velocity_of_schedule(
         if interval is not None:
             index = jnp.argmin(jnp.abs(jnp.asarray(schedule.timesteps) - timestep))
             scale = scale_in_interval(guidance_scale, jnp.asarray(schedule.sigmas)[index], interval)
-        return guided_velocity(network, params, latents, timestep, positive, negative, scale, lora=lora)
+        return guided_velocity(network, params, latents, timestep, StepGuidance(positive, negative, scale), lora)
 
     return velocity
 

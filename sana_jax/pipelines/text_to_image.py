@@ -45,6 +45,7 @@ from sana_jax.pipelines.sampling_function import (
     Control,
     Encoded,
     Network,
+    StepGuidance,
     guided_velocity,
     is_guided,
     scale_in_interval,
@@ -434,27 +435,16 @@ def _step_velocity(network: Network, layers: tuple[int, ...], split: bool, cache
     def plain(params, inputs, step, latents, memory):
         weights, lora = params
         scale, pag_scale = step.numbers
-        conditions = inputs.positive, inputs.negative
-        velocity = guided_velocity(
-            network, weights, latents, step.timestep, *conditions, scale, layers, pag_scale, inputs.control, lora, split
-        )
-        return velocity, memory
+        guidance = StepGuidance(inputs.positive, inputs.negative, scale, layers, pag_scale, inputs.control)
+        return guided_velocity(network, weights, latents, step.timestep, guidance, lora, split), memory
 
     def cached(params, inputs, step, latents, memory):
         weights, lora = params
         scale, pag_scale, threshold, required = step.numbers
+        guidance = StepGuidance(inputs.positive, inputs.negative, scale, layers, pag_scale)
+        cache = cache_of(memory, threshold, required)
         velocity, cache, decision = guided_velocity(
-            network,
-            weights,
-            latents,
-            step.timestep,
-            inputs.positive,
-            inputs.negative,
-            scale,
-            layers,
-            pag_scale,
-            lora=lora,
-            step_cache=cache_of(memory, threshold, required),
+            network, weights, latents, step.timestep, guidance, lora, step_cache=cache
         )
         return velocity, memory_after(memory, step, cache, decision)
 

@@ -36,6 +36,7 @@ from sana_jax.pipelines.residency import AUTOENCODER
 from sana_jax.pipelines.resolution import Binning, resize_and_crop, video_size_to_sample
 from sana_jax.pipelines.sampling_function import (
     Encoded,
+    StepGuidance,
     VideoNetwork,
     guided_velocity,
     initial_latents,
@@ -379,11 +380,12 @@ def _step_velocity(network: Any, settings: ProjectedGuidance | None, split: bool
         (weights, lora), (positive, negative, given) = params, inputs
         own = (network, weights, latents, step.timestep)
         options = {"lora": lora, "split": split, "step_cache": step_cache}
+        guidance = StepGuidance(positive, negative, scale, control=given)
         if settings is None:
-            result = guided_velocity(*own, positive, negative, scale, control=given, **options)
+            result = guided_velocity(*own, guidance, **options)
             velocity, *rest = result if step_cache is not None else (result,)
             return velocity, running, *rest
-        return projected_velocity(*own, step.sigma, positive, negative, scale, settings, running, given, **options)
+        return projected_velocity(*own, step.sigma, guidance, settings, running, **options)
 
     def plain(params, inputs, step, latents, memory):
         return guided(params, inputs, step, latents, step.numbers, memory, None)

@@ -16,6 +16,7 @@ from sana_jax.camera import (
     action_to_c2w,
     camera_inputs,
     check_poses,
+    find_scheme,
     intrinsics_of_field,
     plan_resize_and_crop,
     read_intrinsics,
@@ -27,6 +28,8 @@ from sana_jax.pipelines.image_inputs import to_network_range
 
 if TYPE_CHECKING:
     from PIL import Image
+
+    from sana_jax.pipelines.model_directory import SamplingDefaults
 
 DEFAULT_FIELD = 60.0  # degrees across, where nothing is said of the camera's lens
 DEFAULT_SCHEME = "v1"
@@ -53,16 +56,18 @@ def camera_path(
     scheme: str | ActionScheme | None,
     temporal_factor: int,
     say: Callable[[str], None] = print,
+    defaults: SamplingDefaults | None = None,
 ) -> Float[np.ndarray, "F 4 4"]:
     """The poses of a video, 1 + temporal_factor·k of them; poses that are left out are said.
 
     Args:
         action: an action string, which must make ``num_frames`` frames where that is given.
         c2w: camera-to-world matrices in place of it, ``num_frames`` or more.
-        num_frames: of the video; None for as many as there are poses.
-        scheme: what the keys of ``action`` mean; None for ``v1``.
+        num_frames: of the video; None for as many as there are poses, less those that no latent frame has.
+        scheme: what the keys of ``action`` mean; None for ``v1``, at the speeds of the model where it has its own.
         temporal_factor: pixel frames per latent frame.
         say: prints a line.
+        defaults: of the model.
 
     Raises:
         UserError: both or neither of action and c2w, a malformed action, poses that are not rigid, a number of frames
@@ -75,7 +80,13 @@ def camera_path(
     if num_frames is not None and not whole:
         raise UserError(f"num_frames {num_frames!r} is not allowed; choose a whole number, 1 + {temporal_factor}·k")
     if action is not None:
-        poses = action_to_c2w(action, DEFAULT_SCHEME if scheme is None else scheme, num_frames=num_frames)
+        found = scheme_of(scheme, defaults)
+        poses = action_to_c2w(action, found, num_frames=num_frames)
+        if scheme is None and found != find_scheme(DEFAULT_SCHEME):
+            say(
+                f"keys of scheme {found.name} at the speed that the model was trained for: {found.translation_speed:g} "
+                f"units and {found.rotation_speed:g} degrees per frame"
+            )
     elif scheme is not None:
         raise UserError(
             "action_scheme would not be used with c2w; it says what the keys of an action mean: leave it out"
@@ -84,6 +95,8 @@ def camera_path(
         poses = check_poses(c2w)
     there = len(poses)
     asked = there if num_frames is None else int(num_frames)
+    if num_frames is not None:
+        _check_fits(asked, temporal_factor, action)
     if asked > there:
         raise UserError(
             f"num_frames {asked} with a c2w of {there} poses; allowed is one pose for every frame: give more poses, or "
@@ -92,10 +105,33 @@ def camera_path(
     frames = snap_frames(asked, available=there, temporal_factor=temporal_factor)
     _check_length(frames, asked, temporal_factor)
     if frames != asked:
-        say(f"{asked} frames become {frames}: videos of this model have 1 + {temporal_factor}k frames")
-    if frames != there and num_frames is not None and frames == asked:
+        longer = f"; end the action with ,none-{frames + temporal_factor - asked} for {frames + temporal_factor}"
+        rule = f"videos of this model have 1 + {temporal_factor}k frames"
+        say(f"{asked} frames become {frames}: {rule}{'' if action is None else longer}")
+    elif frames != there:
         say(f"c2w: the first {frames} of {there} poses are taken")
     return poses[:frames]
+
+
+def scheme_of(scheme: str | ActionScheme | None, defaults: SamplingDefaults | None) -> ActionScheme:
+    """The scheme that is asked for, or the default one at the speeds of the model."""
+    if scheme is not None or defaults is None:
+        return find_scheme(DEFAULT_SCHEME if scheme is None else scheme)
+    speeds = {name: getattr(defaults, name) for name in ("translation_speed", "rotation_speed")}
+    return find_scheme(DEFAULT_SCHEME, **speeds)
+
+
+def _check_fits(asked: int, temporal_factor: int, action: str | None) -> None:
+    """Refuses a number of frames that was asked for and that the model does not make."""
+    over = (asked - 1) % temporal_factor
+    if over:
+        above = asked - over + temporal_factor
+        near = above if asked < temporal_factor else f"{asked - over} or {above}"
+        longer = f", with ,none-{above - asked} at the action's end for {above}"
+        raise UserError(
+            f"num_frames {asked} is not allowed; videos of this model have 1 + {temporal_factor}k frames: ask for "
+            f"{near}{'' if action is None else longer}"
+        )
 
 
 def _check_length(frames: int, asked: int, temporal_factor: int) -> None:
@@ -121,6 +157,7 @@ def view_at(
     temporal_factor: int,
     spatial_factor: int,
     say: Callable[[str], None] = print,
+    field: float | None = None,
 ) -> WorldView:
     """The picture scaled to cover ``size`` (height, width) and cropped to its middle; the intrinsics move with it.
 
@@ -128,21 +165,27 @@ def view_at(
         picture: what the video begins with.
         c2w: a pose for every frame.
         intrinsics: fx, fy, cx, cy in pixels of the picture as it is given, in any of the forms of ``read_intrinsics``;
-            None for a camera that spans 60 degrees across.
+            None for a camera of square pixels that spans 60 degrees across the picture, or ``field`` across the video.
         size: of the video, in pixels.
         temporal_factor: pixel frames per latent frame.
         spatial_factor: pixels per side of a latent pixel.
         say: prints a line.
+        field: degrees across that the model was trained for, where it has its own.
 
     Raises:
         UserError: intrinsics that are none of this picture.
     """
     source = (picture.height, picture.width)
     if intrinsics is None:
-        intrinsics = intrinsics_of_field(DEFAULT_FIELD, *source)
+        intrinsics, whose = intrinsics_of_field(DEFAULT_FIELD, *source), ""
+        if field is not None:  # across what is left of the picture when it is cropped
+            whose = " as those that the model was trained for"
+            scale = max(length / there for length, there in zip(size, source))
+            intrinsics[:2] = intrinsics_of_field(field, *size)[0] / scale
+            intrinsics[2:] -= 0.5 / scale  # the middle lies between the video's pixels, as in training
         say(
-            f"intrinsics: none are given; a camera is taken that spans {DEFAULT_FIELD:g} degrees across, fx and fy "
-            f"{intrinsics[0]:.1f} in pixels of the {source[1]}x{source[0]} image"
+            f"intrinsics: none are given; a camera is taken{whose} that spans {field or DEFAULT_FIELD:g} degrees "
+            f"across, fx and fy {intrinsics[0]:.1f} in pixels of the {source[0]}x{source[1]} image"
         )
     values = read_intrinsics(intrinsics, len(c2w), *source)
     plan = plan_resize_and_crop(source, size)

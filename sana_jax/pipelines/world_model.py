@@ -37,6 +37,8 @@ from sana_jax.videos import check_fps
 
 # of the refiner's call, what is not its user's to say here
 _NOT_OPTIONS = ("self", "latents", "fps", "output_type")
+# and what does not say whether it can be made
+_OF_ITS_RUN = ("checkpoint_dir", "callback_on_block_end", "say")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,13 +252,14 @@ class SanaWMPipeline(VideoPipeline):
         fps = self.fps if fps is None else check_fps(fps)
         refiner, options = self._refiner(refine, refiner_options, request.prompt, fps)
         temporal, spatial = self.autoencoder.temporal_factor, self.autoencoder.spatial_factor
-        poses = camera_path(action, c2w, num_frames, action_scheme, temporal)
+        poses = camera_path(action, c2w, num_frames, action_scheme, temporal, defaults=self.defaults)
         size = self._world_size(height, width)
         start = self._noise(latents, 1, latent_frames(len(poses), temporal), size, seed)[:, 1:]
         if refiner is not None:
-            refiner.check((1, start.shape[1] + 1, *start.shape[2:]), output_type, **options)
+            checked = {name: value for name, value in options.items() if name not in _OF_ITS_RUN}
+            refiner.check((1, start.shape[1] + 1, *start.shape[2:]), output_type, **checked)
         picture = read_picture(image, shortest=min(SHORTEST_SIDE, *size.sampled))
-        view = view_at(picture, poses, intrinsics, size.sampled, temporal, spatial)
+        view = view_at(picture, poses, intrinsics, size.sampled, temporal, spatial, field=self.defaults.field_of_view)
         return self._make(_Asked(request, steps, scale, fps, size, poses, view, start, refiner, options))
 
     def _make(self, asked: _Asked) -> SanaWMPipelineOutput:

@@ -266,31 +266,34 @@ class SanaWMRefiner:
         whole = np.concatenate([video[:, : sampler.sink_frames], *finished], axis=1)
         frames = self._frames(whole, sampler, output_type)
         _spent(seconds, "decode", begin)
-        return SanaWMRefinerOutput(
-            frames,
-            len(finished),
-            len(finished) == len(blocks),
-            len(done),
-            tuple(block_seconds),
-            self.compile_seconds,
-            self._device_bytes,
-            seconds,
-        )
+        counts = (len(finished), len(finished) == len(blocks), len(done))
+        costs = (tuple(block_seconds), self.compile_seconds, self._device_bytes, seconds)
+        return SanaWMRefinerOutput(frames, *counts, *costs)
 
     def check(
-        self, shape: tuple[int, ...], output_type: OutputType | None = None, **given: Any
+        self,
+        shape: tuple[int, ...],
+        output_type: OutputType | None = None,
+        *,
+        prompt: str | None = None,
+        fps: float = DEFAULT_FPS,
+        sink_size: int = SINK_FRAMES,
+        seed: int = DEFAULT_SEED,
+        block_size: int | None = BLOCK_FRAMES,
+        kv_max_frames: int = WINDOW_FRAMES,
+        sigmas: Sequence[float] = SIGMAS,
+        noise: Float[Array, "B C N H W"] | None = None,
+        prompt_embeds: Float[Array, "b L D"] | None = None,
     ) -> tuple[RefinerSampler, Callable[[int, int], Float[Array, "B T H W C"]]]:
         """Raises what a call with these arguments would raise for latents (B, T, h, w, C) that are not there yet.
 
         Returns:
             (how the video is cut, (block, frames of it) -> its noise).
         """
-        names = {"sigmas": SIGMAS, "block_size": BLOCK_FRAMES, "sink_size": SINK_FRAMES, "kv_max_frames": WINDOW_FRAMES}
-        sampler = RefinerSampler(*(given.get(name, default) for name, default in names.items()))
+        sampler = RefinerSampler(sigmas, block_size, sink_size, kv_max_frames)
         self._output_type(output_type)
-        seed, rest = given.get("seed", DEFAULT_SEED), (given.get(name) for name in ("noise", "prompt", "prompt_embeds"))
-        _, drawn = self._asked(shape, sampler, seed, *rest)
-        self.transformer.config.rotation((1, 1, 1), fps=given.get("fps", DEFAULT_FPS))
+        _, drawn = self._asked(shape, sampler, seed, noise, prompt, prompt_embeds)
+        self.transformer.config.rotation((1, 1, 1), fps=fps)
         return sampler, drawn
 
     # -- its steps, also for a first stage whose latents come block by block ---------------------------------------

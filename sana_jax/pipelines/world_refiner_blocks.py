@@ -136,21 +136,6 @@ def read_block(
     return append_history(state, captured, place.frames)
 
 
-def refine_block(
-    transformer: LTX2VideoTransformer,
-    params: PyTree,
-    latents: Float[Array, "B T H W C"],
-    noise: Float[Array, "B T H W C"],
-    prompt: Float[Array, "B L D"],
-    place: BlockPlace,
-    state: LTX2Prefix,
-    schedule: Schedule,
-) -> tuple[Float[Array, "B T H W C"], LTX2Prefix]:
-    """``denoise_block``, then ``read_block``: (refined block, state after it)."""
-    block = denoise_block(transformer, params, latents, noise, prompt, place, state, schedule)
-    return block, read_block(transformer, params, block, prompt, place, state)
-
-
 def seen_by_block(x: Float[Array, "B T H W C"], place: BlockPlace, state: LTX2Prefix) -> dict[str, object]:
     """What a block's tokens see, as the network's arguments."""
     valid = jnp.broadcast_to(jnp.arange(x.shape[1]) < place.frames, x.shape[:2])

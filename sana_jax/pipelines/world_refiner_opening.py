@@ -80,10 +80,15 @@ def open_refiner(
     quantization: QuantizationChoice = None,
     fit: Fit | None = None,
 ) -> dict[str, Any]:
-    """What ``SanaWMRefiner`` is made of; arguments and errors as in ``SanaWMRefiner.from_pretrained``.
+    """What ``SanaWMRefiner`` is made of; arguments as in ``SanaWMRefiner.from_pretrained``.
 
     All configurations are read and all weights compared with them; the weights themselves are read later. ``fit``, of
     ``refiner_plan``, says what else is quantised and whether blocks are streamed.
+
+    Raises:
+        FileNotFoundError: the directory or one of its files is missing.
+        UserError: a file is damaged, a value is not allowed, or the networks do not belong together.
+        CheckpointError: weights are missing, damaged, or do not fit.
     """
     chosen = parse_quantization(quantization)
     if "autoencoder" in chosen:

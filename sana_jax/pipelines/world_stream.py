@@ -195,7 +195,7 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
         refiner, options = self._refiner(refine, refiner_options, request.prompt, fps, _NOT_OPTIONS)
         schedule = self._schedule(timesteps)
         temporal, spatial = self.autoencoder.temporal_factor, self.autoencoder.spatial_factor
-        poses = camera_path(action, c2w, num_frames, action_scheme, temporal, say)
+        poses = camera_path(action, c2w, num_frames, action_scheme, temporal, say, self.defaults)
         size = self._world_size(height, width)
         starts = self._starts(latent_frames(len(poses), temporal))
         given = None
@@ -205,7 +205,8 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
             given = np.asarray(self._noise(latents, 1, starts[-1], size, seed))
         refining = self._refining(refiner, options, starts[-1], size, say)
         picture = read_picture(image, shortest=min(SHORTEST_SIDE, *size.sampled))
-        view = view_at(picture, poses, intrinsics, size.sampled, temporal, spatial, say)
+        field = self.defaults.field_of_view
+        view = view_at(picture, poses, intrinsics, size.sampled, temporal, spatial, say, field)
         state = self._first_state(starts, num_cached_blocks, size)
         plan = StreamPlan(request, starts, size, poses, view, fps, schedule, given, state, refining, temporal)
         if output_path is None and output_type != "latent":

@@ -25,6 +25,7 @@ from sana_jax.autoencoders.base import pixel_frames
 from sana_jax.compilation import readable_bytes
 from sana_jax.diffusion.samplers import Schedule
 from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
+from sana_jax.errors import counted
 from sana_jax.models.sana_wm_state import SanaWMState
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
 from sana_jax.pipelines.checks import not_finite
@@ -511,7 +512,8 @@ class WorldStreamRun:
 
     def _say_end(self, count: int, finished: bool) -> None:
         how = "made" if finished else "ended by the callback, to be resumed, after"
-        line = f"{how} {count} frames; {len(self.chunks)} chunks in {sum(chunk.seconds for chunk in self.chunks):.2f} s"
+        seconds = sum(chunk.seconds for chunk in self.chunks)
+        line = f"{how} {counted(count, 'frame')}; {counted(len(self.chunks), 'chunk')} in {seconds:.2f} s"
         if later := self.chunks[2:] or self.chunks[1:]:
             middle = statistics.median(chunk.seconds for chunk in later)
             count = later[0].frames

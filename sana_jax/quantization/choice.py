@@ -31,12 +31,16 @@ class Quantization(NamedTuple):
 QuantizationChoice = str | Sequence[str] | Mapping[str, str | Quantization] | None
 
 
-def parse_quantization(given: QuantizationChoice) -> dict[str, Quantization]:
+def parse_quantization(
+    given: QuantizationChoice, name: str = "quantization", networks: Sequence[str] = NETWORKS
+) -> dict[str, Quantization]:
     """Network -> how it is quantised.
 
     Args:
         given: a format, for the transformer; a mapping of networks to formats or ``Quantization``; texts as the command
             line has them, each FORMAT or NETWORK=FORMAT; None for nothing.
+        name: what messages call it.
+        networks: that there are.
 
     Raises:
         UserError: a format or a network that is not known, or a network twice.
@@ -54,13 +58,13 @@ def parse_quantization(given: QuantizationChoice) -> dict[str, Quantization]:
     chosen: dict[str, Quantization] = {}
     for network, one in pairs:
         one = one if isinstance(one, Quantization) else Quantization(one)
-        if network not in NETWORKS or one.format not in FORMATS:
+        if network not in networks or one.format not in FORMATS:
             raise UserError(
-                f"quantization {network}={one.format} is not allowed; allowed is one of {', '.join(FORMATS)} for the "
-                f"transformer, or NETWORK=FORMAT with a network of {', '.join(NETWORKS)}: choose from those"
+                f"{name} {network}={one.format} is not allowed; allowed is one of {', '.join(FORMATS)} for the "
+                f"transformer, or NETWORK=FORMAT with a network of {', '.join(networks)}: choose from those"
             )
         if network in chosen:
-            raise UserError(f"quantization names {network} twice, {chosen[network].format} and {one.format}; keep one")
+            raise UserError(f"{name} names {network} twice, {chosen[network].format} and {one.format}; keep one")
         chosen[network] = one
     return chosen
 

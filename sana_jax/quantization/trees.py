@@ -19,13 +19,12 @@ from sana_jax.quantization.formats import (
     SCALE,
     TENSOR_SCALE,
     codes_name,
-    dequantize_kernel,
     format_of,
     leaf_shapes,
     quantize_kernel,
 )
 from sana_jax.weights.lazy import LazyArray
-from sana_jax.weights.rules import flatten
+from sana_jax.weights.rules import flatten, nested
 
 Path = tuple[str, ...]
 
@@ -130,25 +129,6 @@ class _LeavesOfAKernel:
 _quantize = jax.jit(quantize_kernel, static_argnums=1)
 
 
-def dequantized_params(params: PyTree, abstract: PyTree, dtype: Any = jnp.float32) -> PyTree:
-    """Parameters with plain kernels: what the quantised ones stand for.
-
-    Args:
-        params: with quantised layers.
-        abstract: the network's parameters as shapes, plain.
-        dtype: of the kernels that were quantised.
-    """
-    leaves, flat = flatten(params), {}
-    for path, shape in flatten(abstract).items():
-        if path in leaves:
-            flat[path] = leaves[path]
-            continue
-        own = {name: leaves[(*path[:-1], name)] for name in LEAVES if (*path[:-1], name) in leaves}
-        restore = functools.partial(dequantize_kernel, inputs=shape.shape[-2])
-        flat[path] = (jax.vmap(restore) if len(shape.shape) == 3 else restore)(own).astype(dtype)
-    return nested(flat)
-
-
 def stored_formats(tree: PyTree) -> dict[Path, str]:
     """The quantised layers of a tree, by its leaves' names, and their formats."""
     names: dict[Path, set[str]] = {}
@@ -189,14 +169,3 @@ def _leaf_sharding(leaf: Any, name: str) -> Any:
         return sharding
     axes = (*sharding.spec, *(None,) * (len(leaf.shape) - len(sharding.spec)))
     return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*_leaf_axes(axes, name)))
-
-
-def nested(flat: dict[Path, Any]) -> PyTree:
-    """A nested dictionary of leaves by their paths."""
-    tree: dict[str, Any] = {}
-    for path, leaf in flat.items():
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = leaf
-    return tree

@@ -17,7 +17,7 @@ import numpy as np
 from kernels.typing import Float, Int
 from sana_jax.compilation import compile_ahead
 from sana_jax.dtypes import parse_dtype
-from sana_jax.errors import CheckpointError, UserError
+from sana_jax.errors import CheckpointError, UserError, reason_of
 from sana_jax.files import read_json
 from sana_jax.models.siglip_text import SiglipTextConfig, SiglipTextModel, init_params
 from sana_jax.weights.components import CONVERTED, KEPT, TRANSFORMERS_STEM, Resident, open_tensors
@@ -154,12 +154,12 @@ class SiglipTokenizer:
             )
         except ImportError as error:
             raise UserError(
-                f"the tokenizer in {directory} needs a package that is not installed ({_first_line(error)}); install "
+                f"the tokenizer in {directory} needs a package that is not installed ({reason_of(error)}); install "
                 "it: pip install sentencepiece protobuf"
             ) from error
         except Exception as error:  # damaged files raise anything
             raise CheckpointError(
-                f"the tokenizer in {directory} can't be read ({_first_line(error)}); download it again"
+                f"the tokenizer in {directory} can't be read ({reason_of(error)}); download it again"
             ) from error
         self._directory, self._config, self._say = directory, config, say
         self._lowers_itself = type(self._tokenizer).__name__.lower().startswith("siglip")
@@ -207,7 +207,3 @@ def _open_tensors(directory: Path) -> SafetensorsSource:
     if not any(name.startswith(TEXT_PREFIX) for name in source.tensors):
         raise UserError(f"{source.location} has no text tower (no tensor {TEXT_PREFIX}...); {_CHOOSE}")
     return source
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:200]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sana_jax.errors import CheckpointError, UserError
+from sana_jax.errors import CheckpointError, UserError, reason_of
 
 TOKENIZER_FILE, CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 _LFS_POINTER = b"version https://git-lfs"
@@ -105,7 +105,7 @@ class PromptTokenizer:
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # the library's panics are BaseExceptions
-            raise CheckpointError(f"{self.location} cannot tokenise a text ({_reason(error)}); {_AGAIN}") from error
+            raise CheckpointError(f"{self.location} cannot tokenise a text ({reason_of(error)}); {_AGAIN}") from error
 
 
 def _read_tokenizer(path: Path) -> Any:
@@ -130,7 +130,7 @@ def _read_tokenizer(path: Path) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare Exceptions, and its panics are BaseExceptions
-        raise CheckpointError(f"{path} is not a tokenizer ({_reason(error)}); {_AGAIN}") from error
+        raise CheckpointError(f"{path} is not a tokenizer ({reason_of(error)}); {_AGAIN}") from error
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -140,7 +140,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({_reason(error)}); {_AGAIN}") from error
+        raise CheckpointError(f"{path} is damaged ({reason_of(error)}); {_AGAIN}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds a {type(config).__name__}, not a JSON object; {_AGAIN}")
     return config
@@ -154,7 +154,7 @@ def _check_added_tokens(tokenizer: Any, config: dict[str, Any], directory: Path)
         differing = [f"{text!r} as {number}" for number, text in named.items() if tokenizer.token_to_id(text) != number]
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(
-            f"{directory / CONFIG_FILE}: added_tokens_decoder is not numbers with tokens ({_reason(error)}); {_AGAIN}"
+            f"{directory / CONFIG_FILE}: added_tokens_decoder is not numbers with tokens ({reason_of(error)}); {_AGAIN}"
         ) from error
     if differing:
         raise CheckpointError(
@@ -178,8 +178,3 @@ def _begin_token_notes(tokenizer: PromptTokenizer, config: dict[str, Any]) -> li
         f"{tokenizer.location} {'adds' if added else 'does not add'} the begin token {token}, though {CONFIG_FILE} has "
         f"add_bos_token={wanted}; the former is followed, as transformers 5 does"
     ]
-
-
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else f"{text[:197]}..."

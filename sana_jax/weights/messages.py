@@ -8,6 +8,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from sana_jax.errors import reason_of
+
 NAMED_IN_A_MESSAGE = 5
 
 
@@ -24,8 +26,7 @@ def one_line(error: BaseException, limit: int = 240) -> str:
         what = re.search(r'Error (reading|writing) "([^"]+)"', text)
         return os.strerror(int(code[1])) + (f" while {what[1]} {what[2]}" if what else "")
     text = re.split(r" \[tensorstore_spec| See full TensorStore details", text)[0]
-    text = " ".join(text.split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+    return reason_of(text, limit) if text.strip() else type(error).__name__
 
 
 def describe_array(leaf: Any) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -196,15 +196,11 @@ def lazy_params(
     for name, where in wanted.items():
         by_path.setdefault(where.path, []).append((name, where))
     leaves = flatten(abstract)
-    tree: dict[str, Any] = {}
+    found: dict[tuple[str, ...], LazyArray] = {}
     for path, parts in by_path.items():
         dtype, shape = _one_dtype(source, parts), leaves[path].shape
-        read = functools.partial(_read_leaf, source, parts, shape, dtype)
-        node = tree
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = LazyArray(shape, dtype, read)
-    return tree
+        found[path] = LazyArray(shape, dtype, functools.partial(_read_leaf, source, parts, shape, dtype))
+    return nested(found)
 
 
 def _one_dtype(source: TensorSource, parts: list[tuple[str, Place]]) -> np.dtype:
@@ -256,22 +252,21 @@ class TreeSource:
         return np.asarray(where.layout.to_theirs(array), order="C")
 
 
-def write_params(
-    params: PyTree, rules: Sequence[Rule]
-) -> tuple[dict[str, TensorInfo], Iterator[tuple[str, np.ndarray]]]:
-    """The inverse of ``read_params``: what the checkpoint's tensors are, and the tensors, one at a time.
-
-    Returns:
-        (name -> dtype and shape, iterator of (name, array) in the same order), as ``write_safetensors`` takes them.
-    """
-    source = TreeSource(params, rules)
-    return source.tensors, ((name, source.read(name)) for name in source.tensors)
-
-
 def flatten(tree: PyTree) -> dict[tuple[str, ...], Any]:
     """A nested dict's leaves by their paths."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {tuple(key.key for key in path): leaf for path, leaf in flat}
+
+
+def nested(flat: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """The nested dict of leaves by their paths: the inverse of ``flatten``."""
+    tree: dict[str, Any] = {}
+    for path, leaf in flat.items():
+        node = tree
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = leaf
+    return tree
 
 
 def _pattern(ours: str) -> re.Pattern[str]:

@@ -255,9 +255,9 @@ def find_weights_file(directory: Path, stem: str, variant: str | None = None) ->
         return found[wanted]
     seen = ", ".join(name or "plain" for name in found) or "none"
     name = f"{stem}{'.' + variant if variant else ''}.safetensors"
+    advice = "choose one of them, or download the weights" if found else "download the weights"
     raise FileNotFoundError(
-        f"{directory} has no {name}, nor an index of shards; variants that are there: {seen}. Choose one of them, or "
-        "download the weights"
+        f"{directory} has no {name}, nor an index of shards; variants that are there: {seen}: {advice}"
     )
 
 

@@ -14,6 +14,7 @@ from kernels.typing import PyTree
 from sana_jax.errors import CheckpointError
 from sana_jax.weights.messages import describe_array, first_few, one_line
 from sana_jax.weights.quiet import quiet_orbax
+from sana_jax.weights.rules import nested
 
 
 def abstract_tree(tree: PyTree, dtype: jnp.dtype | None = None) -> PyTree:
@@ -48,14 +49,9 @@ def saved_structure(item_dir: Path) -> PyTree:
 
     # Orbax takes no relative paths.
     metadata = ocp.StandardCheckpointHandler().metadata(epath.Path(item_dir.absolute())).tree
-    tree: dict = {}
-    for path, leaf in ocp.tree.to_flat_dict(metadata).items():
-        if hasattr(leaf, "shape"):
-            node = tree
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            node[path[-1]] = jax.ShapeDtypeStruct(tuple(leaf.shape), jnp.dtype(leaf.dtype))
-    return tree
+    arrays = {path: leaf for path, leaf in ocp.tree.to_flat_dict(metadata).items() if hasattr(leaf, "shape")}
+    shapes = {path: jax.ShapeDtypeStruct(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for path, leaf in arrays.items()}
+    return nested(shapes)
 
 
 def tree_differences(item_dir: Path, abstract: PyTree, *, name: str = "", cast: bool = False) -> list[str]:
@@ -94,7 +90,11 @@ def mismatch_error(path: Path, differences: list[str], advice: str) -> Checkpoin
 
 
 def restore_tree(item_dir: Path, abstract: PyTree) -> PyTree:
-    """Reads one saved tree straight onto the devices that ``abstract`` names. Check files and differences first."""
+    """Reads one saved tree straight onto the devices that ``abstract`` names. Check files and differences first.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     import orbax.checkpoint as ocp
     from etils import epath
 

@@ -37,7 +37,13 @@ class Row(NamedTuple):
 
 
 ROWS = (
-    Row("SANA 1.6B, 1024 px", ("sana_cpu", "--full"), "network_1024", "network 1024 px", "torch_1024"),
+    Row(
+        "SANA 1.6B, 1024 px",
+        ("sana_cpu", "--full", "--pixels", "1024"),
+        "network_1024",
+        "network 1024 px",
+        "torch_1024",
+    ),
     Row("DC-AE decoder, 512 px", ("dc_ae_cpu", "--only", "decode"), "decode", "decode", "decode_torch"),
     Row("SANA-Video block, 5 x 15 x 26 tokens", ("sana_video_cpu",), "block", "block", "torch"),
     Row("SANA-WM block, delta rule, 3 x 22 x 40", ("sana_wm_cpu", "--kind", "delta rule"), "block", "block", "torch"),

@@ -15,7 +15,7 @@ import math
 import os
 import pathlib
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -218,28 +218,39 @@ def measure_block(side: int = 32, repetitions: int = 15, config: SanaConfig = CO
 
 
 def measure_network(
-    repetitions: int = 5, scan_blocks: bool = True, torch_threads: int = 2, config: SanaConfig = CONFIG
+    repetitions: int = 5,
+    scan_blocks: bool = True,
+    torch_threads: int = 2,
+    config: SanaConfig = CONFIG,
+    pixels: Sequence[int] = tuple(LATENT_SIDE),
 ) -> dict:
-    """The network at 512 and 1024 px beside its matrix products, then, its weights freed, PyTorch's."""
+    """The network at sizes of ``pixels`` beside its matrix products, then, its weights freed, PyTorch's.
+
+    Ours / PyTorch's is of each beside the products of its own rounds, so that a change of the machine's speed between
+    them cancels; "machine beside" is that change.
+    """
+    latent_sides = {size: LATENT_SIDE[size] for size in pixels}
     params = network_params(config)
     functions, compilation = {}, {}
-    for pixels, side in LATENT_SIDE.items():
-        name = f"network_{pixels}"
+    for size, side in latent_sides.items():
+        name = f"network_{size}"
         functions[name], compilation[name] = network_function(params, side, scan_blocks, config)
         functions[f"{name}_products"] = network_products_function(side, config)
     timings = time_interleaved(functions, repetitions, jax.block_until_ready)
     del params, functions
     gc.collect()
     jax.clear_caches()
-    sides = {f"torch_{pixels}": side for pixels, side in LATENT_SIDE.items()}
+    sides = {f"torch_{size}": side for size, side in latent_sides.items()}
     timings |= torch_seconds(sides, repetitions, torch_threads, config)
     ratios = {}
-    for pixels in LATENT_SIDE:
-        ours = timings[f"network_{pixels}"]
-        ratios[f"network {pixels} px / products"] = paired_ratio(ours, timings[f"network_{pixels}_products"])
-        ratios[f"network {pixels} px / torch"] = ratio(ours, timings[f"torch_{pixels}"])
-        products = [timings[f"{name}_{pixels}_products"] for name in ("network", "torch")]
-        ratios[f"machine beside network / machine beside torch, {pixels} px"] = ratio(*products)
+    for size in latent_sides:
+        ours, torch = (
+            paired_ratio(timings[f"{name}_{size}"], timings[f"{name}_{size}_products"]) for name in ("network", "torch")
+        )
+        ratios[f"network {size} px / products"] = ours
+        ratios[f"network {size} px / torch"] = ours / torch
+        products = [timings[f"{name}_{size}_products"] for name in ("network", "torch")]
+        ratios[f"machine beside network / machine beside torch, {size} px"] = ratio(*products)
     return {"timings": timings, "compilation": compilation, "ratios": ratios}
 
 
@@ -268,6 +279,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--repetitions", type=int, default=5, help="of the whole network; a block gets three times that"
     )
+    parser.add_argument(
+        "--pixels", type=int, nargs="+", choices=LATENT_SIDE, default=list(LATENT_SIDE), help="of the whole network"
+    )
     parser.add_argument("--model", choices=MODELS, default="1600m", help="which network")
     parser.add_argument("--unrolled", action="store_true", help="time the unrolled blocks instead of the scan")
     parser.add_argument("--torch-threads", type=int, default=2, help="threads of PyTorch")
@@ -278,7 +292,10 @@ def main(arguments: list[str] | None = None) -> None:
     config = MODELS[options.model]
     parts = [measure_block(repetitions=3 * options.repetitions, config=config)]
     if options.full:
-        parts.append(measure_network(options.repetitions, not options.unrolled, options.torch_threads, config))
+        network = measure_network(
+            options.repetitions, not options.unrolled, options.torch_threads, config, options.pixels
+        )
+        parts.append(network)
     for key in ("timings", "compilation", "ratios"):
         report[key] = {name: value for part in parts for name, value in part[key].items()}
     report["timings"] = {name: timing.summary() for name, timing in report["timings"].items()}

@@ -133,6 +133,8 @@ def test_what_the_time_does_not_allow_is_named(tmp_path):
         (["--torch-threads", "2"], "--against diffusers"),
         (["--across-devices"], "--compare"),
         (["--compare", "/nowhere/a.json", "/nowhere/b.json"], "is not a file"),
+        (["--compare", "a.json", "b.json", "--cases", "sana", "--steps=3"], "--cases, --steps would not .* --compare"),
+        (["--compare", "a.json", "b.json", "--output", "c"], "--output would not be used with --compare"),
     ],
 )
 def test_mistakes(words, told):
@@ -143,6 +145,8 @@ def test_mistakes(words, told):
 def test_training_has_one_size():
     with pytest.raises(UserError, match="--cases tiny"):
         train.benchmark.main(["--size", "full"])
+    with pytest.raises(UserError, match="--batch-size would not be used with --compare"):
+        train.benchmark.main(["--compare", "a.json", "b.json", "--batch-size", "4"])
 
 
 def test_without_torch_the_other_side_is_refused(monkeypatch):

@@ -62,7 +62,7 @@ def test_schemes_and_speeds(capsys):
     assert capsys.readouterr().out.splitlines() == [
         "d-10   scheme v2 (NVlabs/Sana since the streaming release), 0.025 units and 3° per frame",
         "11 frames, path 0.000 units, yaw +30.0°, pitch +0.0°",
-        "SANA-WM's videos have 1 + 8k frames: of these 11 the first 9 are used",
+        "a model with 1 + 8k frames, as SANA-WM, would use the first 9",
     ]
 
 
@@ -83,10 +83,11 @@ def test_as_a_program():
         (["w-8", "--c2w", "{tmp}/good.npy"], "an action and --c2w: both are given"),
         (["w-8", "--scheme", "v9"], "--scheme cannot be 'v9'; allowed is one of v1, v2"),
         (["w-8", "--num-frames", "17"], "makes 9 frames"),
+        (["w-8", "--translation-speed", "nan"], "--translation-speed nan is not allowed"),
         (["w-8", "--plot", "out.jpg"], "--plot 'out.jpg' is not allowed; its name ends in .png: try out.png"),
         (["w-8", "--npy", "out.npz"], "--npy 'out.npz' is not allowed; its name ends in .npy: try out.npy"),
         (["w-8", "--npy", "{tmp}/folder.npy"], "is a folder"),
-        (["w-8", "--pitch-limit", "95"], "pitch_limit 95"),
+        (["w-8", "--pitch-limit", "95"], "--pitch-limit 95"),
         (["--c2w", "{tmp}/good.npy", "--scheme", "v2"], "--scheme v2 would not be used with --c2w"),
         (["--c2w", "{tmp}/good.npy", "--smooth", "False"], "--smooth False would not be used with --c2w"),
         (["--c2w", "{tmp}/good.npy", "--num-frames", "9"], "has 2 frames, not the 9"),

@@ -92,7 +92,7 @@ def test_field_of_view(degrees, warned, capsys):
     assert len(lines) == warned
     if warned:
         assert lines[0].startswith(f"intrinsics: the field of view is {degrees:.1f} x ")
-        assert "(frame 0), outside 25 to 120: are fx and fy in pixels of the 140x90 image?" in lines[0]
+        assert "(frame 0), outside 25 to 120: are fx and fy in pixels of the 90x140 image?" in lines[0]
 
 
 def test_field_of_view_off_centre():

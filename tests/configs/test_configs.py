@@ -15,6 +15,7 @@ from configs import DEFAULT_PRESET, PRESETS, load_preset
 from configs.changes import CHANGEABLE_ON_RESUME, differing_fields
 from configs.published import PUBLISHED_TRANSFORMERS
 from configs.schema import (
+    CheckpointConfig,
     ComputeConfig,
     EmaConfig,
     FlowConfig,
@@ -120,6 +121,7 @@ def changed(**changes) -> RunConfig:
         ({"accumulation": 0}, "--accumulation 0"),
         ({"seed": -1}, "--seed -1"),
         ({"max_nonfinite": -1}, "--max-nonfinite -1"),
+        ({"checkpoint": CheckpointConfig(keep_every=0)}, "--checkpoint.keep-every 0"),
         ({"flow": FlowConfig(caption_dropout=1.0)}, "--flow.caption-dropout 1.0"),
         ({"flow": FlowConfig(flow_shift=0.0)}, "--flow.flow-shift 0.0"),
         ({"ema": EmaConfig(decay=1.0)}, "--ema.decay 1.0"),

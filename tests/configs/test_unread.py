@@ -9,6 +9,7 @@ import pytest
 from configs import load_preset
 from configs.changes import COMPUTED_OTHERWISE, PLACES, differing_fields, with_absolute_places
 from configs.schema import RunConfig
+from configs.unread import check_unread
 from sana_jax.errors import UserError
 from train.main import read_command_line
 
@@ -33,6 +34,21 @@ from train.main import read_command_line
             ["digits", "--optimizer.name=schedule_free_adamw", "--optimizer.schedule=constant", "--ema.no-warmup"],
             r"--ema.warmup False would not be used with --optimizer.name schedule_free_adamw",
         ),
+        (["digits", "--max-nonfinite", "5"], r"--max-nonfinite 5 would not be used with --nonfinite error"),
+        (
+            ["digits", "--validation.sigmas", "0.2", "0.4"],
+            r"--validation.sigmas 0.2 0.4 would not .* --validation.every 0",
+        ),
+        (
+            ["digits", "--validation.samples", "8"],
+            r"--validation.samples 8 would not be used with --validation.every 0",
+        ),
+        (["digits", "--validation.seed", "8"], r"--validation.seed 8 would not be used with --validation.every 0"),
+        (["digits", "--preview.every=0", "--preview.seed", "3"], r"--preview.seed 3 would .* with --preview.every 0"),
+        (["digits", "--preview.every=0", "--preview.per-caption", "1"], r"--preview.per-caption 1 would not be used"),
+        (["digits", "--preview.every=0", "--preview.captions", "3"], r"--preview.captions 3 would not be used"),
+        (["digits", "--preview.prompts", "a", "--preview.captions", "3"], r"--preview.captions 3 .* --preview.prompts"),
+        (["digits", "--logging.wandb-project", "x"], r"--logging.wandb-project x would not .* without --logging.wandb"),
     ],
 )
 def test_what_would_not_be_read_is_refused(words, message):
@@ -44,6 +60,20 @@ def test_what_is_read_is_not_refused():
     read_command_line(["digits", "--ema.no-enabled"])  # whose preset has a decay of its own
     read_command_line(["sana_600m_512", "--encoders", "x", "--model-variant", "bf16", "--data.clip-threshold", "20"])
     read_command_line(["dreambooth", "--prior.caption", "a dog", "--prior.num-inference-steps", "9"])
+    read_command_line(["digits", "--preview.every", "0"])  # and previews
+    read_command_line(["finetune", "--preview.prompts", "a dog", "--preview.seed", "3"])
+    read_command_line(["digits", "--nonfinite", "skip", "--max-nonfinite", "5", "--validation.every", "9"])
+    read_command_line(["digits", "--validation.every", "9", "--validation.samples", "8", "--preview.captions", "3"])
+    read_command_line(["digits", "--logging.wandb", "--logging.wandb-project", "x"])
+
+
+def test_a_resumed_run_is_compared_with_what_it_was():
+    """Such words as it had stay, whatever is switched off; further ones would not be read."""
+    before = changed(changed(load_preset("digits"), "preview.seed", 3), "max_nonfinite", 5)
+    now = changed(before, "preview.every", 0)
+    check_unread(now, before)
+    with pytest.raises(UserError, match=r"--preview.seed 4 would not be used with --preview.every 0"):
+        check_unread(changed(now, "preview.seed", 4), before)
 
 
 def changed(config: RunConfig, name: str, value) -> RunConfig:

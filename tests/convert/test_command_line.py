@@ -16,10 +16,12 @@ from convert.main import COMMANDS, main
 from convert.renames import RenamedSource
 from convert.tables.sana_original import transformer_table
 from convert.torch_files import TorchSource
+from sana_jax import SanaVideoPipeline
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
 from tests.benchmarks.conversion import measure, same_tensors, write_random_component
 from tests.convert.cases import controlnet, transformer
+from tests.pipelines.tiny_model import write_video_run
 from tests.train.run_training import straight_run
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +128,20 @@ def test_inspect_goes_on_after_a_component_that_cannot_be_opened(published, tmp_
     assert "transformer: SANA of 3 blocks" in text
     assert "vae: DOES NOT FIT: " in text
     assert "git lfs pull" in text
+
+
+def test_a_model_of_our_own_has_components_without_weights(tmp_path, capsys):
+    """Words and pixels, which are in their config.json; a damaged one does not fit."""
+    write_video_run(tmp_path / "run")
+    SanaVideoPipeline.from_pretrained(tmp_path / "run").save_pretrained(tmp_path / "model")
+    assert main(["inspect", str(tmp_path / "model")]) == 0
+    out = capsys.readouterr().out
+    for part in ("text_encoder: WordEncoder, which has no weights", "vae: PixelVideoAutoencoder, which has no weights"):
+        assert f"note: {part}" in out
+    assert "everything fits" in out
+    (tmp_path / "model" / "text_encoder" / "config.json").write_text('{"_class_name": "WordEncoder"}')
+    assert main(["inspect", str(tmp_path / "model")]) == 1
+    assert "text_encoder: DOES NOT FIT: WordEncoder configuration lacks" in capsys.readouterr().out
 
 
 def test_other_families_are_recognised(tmp_path, capsys):

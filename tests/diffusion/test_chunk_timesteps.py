@@ -56,17 +56,6 @@ def test_every_sequence_through_the_anchor_is_equally_likely(anchor_chunk):
     assert ((found - expected) ** 2 / expected).sum() < degrees + 5 * math.sqrt(2 * degrees)
 
 
-def test_forward_sequences_are_equally_likely_and_start_where_told():
-    sampler, count = IncrementalTimesteps(num_chunks=3, num_levels=4), 30_000
-    sequences = [s for s in itertools.combinations_with_replacement(range(4), 3) if s[0] >= 1]
-    uniform = jax.random.uniform(jax.random.key(9), (count, 3))
-    drawn = np.asarray(sampler.sample_forward(jnp.ones(count, jnp.int32), uniform))
-    found = np.array([(drawn == np.array(s)).all(1).sum() for s in sequences])
-    assert found.sum() == count
-    expected, degrees = count / len(sequences), len(sequences) - 1
-    assert ((found - expected) ** 2 / expected).sum() < degrees + 5 * math.sqrt(2 * degrees)
-
-
 @pytest.mark.parametrize("draw", [0.0, float(BELOW_ONE)])
 @pytest.mark.parametrize("level", [0, 500, 999])
 def test_extreme_draws_stay_among_the_levels_allowed(draw, level):

@@ -55,14 +55,13 @@ def test_noise_level_follows_the_index_shape():
 @pytest.mark.parametrize(
     ("shape", "sigma_shape"), [((2, 4, 5, 3), (2,)), ((2, 6, 4, 5, 3), (2, 6)), ((2, 4, 5, 3), ())]
 )
-def test_noising_and_its_inverses(rng, shape, sigma_shape):
+def test_noising_and_its_inverse(rng, shape, sigma_shape):
     x0, noise = rng.normal(size=(2, *shape)).astype(np.float32)
     sigma = rng.uniform(size=sigma_shape).astype(np.float32)
     noisy, velocity = flow.add_noise(x0, noise, sigma), flow.velocity_target(x0, noise)
     flat = np.broadcast_to(sigma.reshape(sigma_shape + (1,) * (len(shape) - len(sigma_shape))), shape)
     np.testing.assert_allclose(noisy, (1 - flat) * x0 + flat * noise, rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(flow.x0_from_velocity(noisy, velocity, sigma), x0, atol=2e-6)
-    np.testing.assert_allclose(flow.noise_from_velocity(noisy, velocity, sigma), noise, atol=2e-6)
     # Its derivative by σ is the velocity.
     _, derivative = jax.jvp(lambda s: flow.add_noise(x0, noise, s), (sigma,), (np.ones_like(sigma),))
     np.testing.assert_allclose(derivative, velocity, atol=1e-6)

@@ -1,16 +1,10 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax.diffusion.guidance import (
-    classifier_free_guidance,
-    interval_guidance,
-    join_negative_positive,
-    split_negative_positive,
-)
+from sana_jax.diffusion.guidance import classifier_free_guidance, interval_guidance
 from sana_jax.errors import UserError
 
 
@@ -50,25 +44,3 @@ def test_default_interval_is_always_active(predictions):
 def test_bad_intervals_are_named(predictions, interval):
     with pytest.raises(UserError, match=r"guidance interval \("):
         interval_guidance(*predictions, 2.0, 0.5, interval)
-
-
-def test_join_and_split_keep_the_order_negative_positive(predictions):
-    negative, positive = predictions
-    joined = join_negative_positive(negative, positive)
-    assert joined.shape == (6, 4, 5, 6)
-    np.testing.assert_array_equal(joined[:3], negative)
-    for half, expected in zip(split_negative_positive(joined), (negative, positive)):
-        np.testing.assert_array_equal(half, expected)
-
-
-def test_join_works_on_trees():
-    embeds, mask = jnp.ones((2, 7, 4)), jnp.ones((2, 7), jnp.int32)
-    joined = join_negative_positive({"embeds": embeds * 0, "mask": mask * 0}, {"embeds": embeds, "mask": mask})
-    assert jax.tree.map(jnp.shape, joined) == {"embeds": (4, 7, 4), "mask": (4, 7)}
-    assert joined["mask"].dtype == jnp.int32
-    assert joined["mask"][:, 0].tolist() == [0, 0, 1, 1]
-
-
-def test_an_odd_batch_cannot_be_split():
-    with pytest.raises(UserError, match="batch of 3"):
-        split_negative_positive(jnp.zeros((3, 2)))

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sana_jax.diffusion.samplers import FlowEuler
 from sana_jax.diffusion.samplers.world_model import (
     DISTILLED_STEPS,
     STREAMING_STEPS,
@@ -15,8 +14,6 @@ from sana_jax.diffusion.samplers.world_model import (
     generate_block,
     listed_schedule,
     read_block,
-    staircase,
-    staircase_step,
 )
 from sana_jax.errors import UserError
 
@@ -67,26 +64,6 @@ def test_frames_whose_level_stays_are_left_as_they_are():
     np.testing.assert_array_equal(found[:, ::2], latents[:, ::2])
 
 
-@pytest.mark.parametrize("interval", [0.0, 0.5, 1.0])
-def test_a_staircase_ends_at_the_target(interval):
-    starts, target, given = (0, 2, 3), draw(0), 1
-    schedule = FlowEuler(9.8).schedule(4)
-    plan = staircase(len(starts), schedule, interval)
-    assert plan.starts.tolist() == [int(block * interval * 4) for block in range(3)]
-    latents, widths = draw(1), []
-    for step in range(plan.timesteps.shape[1]):
-
-        def velocity_fn(seen, timestep):
-            widths.append(seen.shape[1])
-            return straight(target[:, : seen.shape[1]])(seen, timestep, 0.0)[0]
-
-        latents = staircase_step(plan, step, starts, latents, velocity_fn, given)
-    np.testing.assert_array_equal(latents[:, :1], draw(1)[:, :1])
-    np.testing.assert_allclose(latents[:, 1:], target[:, 1:], atol=1e-5)
-    assert widths == sorted(widths)
-    assert widths[-1] == SHAPE[1]
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -94,7 +71,6 @@ def test_a_staircase_ends_at_the_target(interval):
         (lambda: listed_schedule((1001, 5)), "at most 1000"),
         (lambda: listed_schedule((999.5,)), "whole numbers"),
         (lambda: listed_schedule((0,)), "above 0"),
-        (lambda: staircase(2, listed_schedule((1000,)), 1.5), "interval=1.5"),
         (lambda: chunk_starts(0), "num_frames"),
         (lambda: chunk_starts(5, 3, "halves"), "strategy='halves'.*uniform, first_plus_one, first_frame"),
     ],

@@ -18,8 +18,6 @@ from sana_jax.diffusion.samplers.world_model import (
     generate_block,
     listed_schedule,
     read_block,
-    staircase,
-    staircase_step,
 )
 from sana_jax.models.sana_wm import SanaWMConfig, SanaWMTransformer, attention_shape, init_params, init_state
 from sana_jax.models.sana_wm_state import SanaWMState, cache_frames, visible_frames
@@ -30,6 +28,7 @@ from sana_jax.nn.short_convolution import short_convolution
 from sana_jax.weights.rules import read_params
 from sana_jax.weights.tables.sana_wm import DROPPED, NOT_PARAMETERS, transformer_rules
 from tests.golden.golden_files import assert_golden, load_golden
+from tests.golden.staircase import staircase, staircase_step
 from tests.golden.video_networks import RecordedWeights, channels_last
 from tests.kernels.shapes import QUICK_COMPILE
 

@@ -127,10 +127,15 @@ def test_reports_of_other_devices_are_not_compared():
         (["--across-devices"], "--compare"),
         (["--implementations", "metal"], "these operations have"),
         (["--compare", "/nowhere/a.json", "/nowhere/b.json"], "is not a file"),
+        (["--compare", "a.json", "b.json", "--ops", "mix_ffn"], "--ops would not be used with --compare"),
+        (["--compare", "a.json", "b.json", "--output", "k"], "--output would not be used with --compare"),
+        (["--compare", "a.json", "b.json", "--picks"], "--picks would not be used with --compare"),
+        (["--picks", "--size=tiny", "--seconds", "3"], "--size, --seconds would not be used with --picks"),
     ],
 )
 def test_mistakes_are_one_line(words, told, capsys, tmp_path):
-    assert benchmark.main([*words, "--output", str(tmp_path / "k")]) == 2
+    place = [] if {"--compare", "--picks"} & {*words} else ["--output", str(tmp_path / "k")]
+    assert benchmark.main([*words, *place]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert told in error

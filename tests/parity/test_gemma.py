@@ -16,11 +16,12 @@ from transformers import Gemma2Config, Gemma2ForCausalLM, Gemma2Model
 from sana_jax.errors import UserError
 from sana_jax.models.gemma import Gemma, GemmaConfig, init_params, rotary_table
 from sana_jax.weights.components import TRANSFORMERS_STEM, open_component
-from sana_jax.weights.rules import misfits, places, read_params, write_params
+from sana_jax.weights.rules import misfits, places, read_params
 from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file, write_safetensors
 from sana_jax.weights.tables.gemma import IGNORED, gemma_rules, name_prefix
 from tests.compiling import AS_USERS_COMPILE
 from tests.parity import gemma_oracle as oracle
+from tests.weights.written import write_params
 
 OUTPUT_TOLERANCE = 2e-6
 # Two compiled forms of one program differ by how their sums are fused.

@@ -25,10 +25,11 @@ from convert.families import network_of
 from sana_jax.errors import UserError
 from sana_jax.models.gemma import Gemma, init_params
 from sana_jax.models.gemma3_config import Gemma3Config
-from sana_jax.weights.rules import misfits, places, read_params, write_params
+from sana_jax.weights.rules import misfits, places, read_params
 from sana_jax.weights.safetensors_files import SafetensorsSource, write_safetensors
 from sana_jax.weights.tables.gemma import IGNORED, IMAGE_TOWER, gemma_rules, name_prefix
 from tests.parity import gemma_oracle as oracle
+from tests.weights.written import write_params
 
 TOLERANCE = 2e-6
 BF16_FACTOR = 1.5

@@ -108,6 +108,8 @@ def test_default_keeps_its_values_and_its_classes():
         (("--train.bath_size", "3"), ("unknown option --train.bath_size", "--train.batch-size")),
         (("--zzzz", "3"), ("unknown option --zzzz", "--train.*", "--dtype")),
         (("-n", "3"), ("unknown option -n",)),
+        (("--train.bs", "3"), ("unknown option --train.bs; closest: --train.batch-size",)),
+        (("--cc", "3"), ("closest: --train.compile-cache",)),
         (("--train.batch-size", "many"), ("--train.batch-size", "'many'", "an integer", "default 32", "--help")),
         (("--train.batch-size", "1.5"), ("'1.5'", "an integer")),
         (("--train.batch-size", "1", "2"), ("'1 2'", "an integer")),

@@ -28,7 +28,7 @@ X = jnp.arange(12.0).reshape(3, 4)
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> ExecutableStore:
     found = ExecutableStore(tmp_path / "executables")
-    monkeypatch.setattr(executables, "_current", found)
+    monkeypatch.setattr(executables._process, "store", found)
     monkeypatch.setattr(compilation, "SHORTEST_COMPILING", 0.0)
     return found
 
@@ -223,7 +223,7 @@ def test_programs_hand_on_what_they_depend_on(store):
 
 @pytest.mark.parametrize("value", [None, "0", "off", "elsewhere"])
 def test_the_environment_says_where(tmp_path, monkeypatch, value):
-    monkeypatch.setattr(executables, "_current", None)
+    monkeypatch.setattr(executables._process, "store", None)
     monkeypatch.delenv(executables.ENVIRONMENT, raising=False)
     if value is not None:
         monkeypatch.setenv(executables.ENVIRONMENT, str(tmp_path / value) if value == "elsewhere" else value)

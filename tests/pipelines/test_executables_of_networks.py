@@ -40,7 +40,7 @@ TINY_SIGLIP = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 
 @pytest.fixture
 def store(tmp_path, monkeypatch) -> ExecutableStore:
     found = ExecutableStore(tmp_path / "executables")
-    monkeypatch.setattr(executables, "_current", found)
+    monkeypatch.setattr(executables._process, "store", found)
     monkeypatch.setattr(compilation, "SHORTEST_COMPILING", 0.0)
     return found
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import published
-from sana_jax import devices, generate, generate_checks
+from sana_jax import devices, generate
 from sana_jax.contract import hub_name_of
 from sana_jax.errors import UserError, run_command_line
 
@@ -229,13 +229,6 @@ def test_checks_before_the_model_is_looked_for(tmp_path, capsys, monkeypatch, wo
     assert part in error
     assert error.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photo.png", "text.png"]
-
-
-def test_an_output_that_can_be_written_leaves_nothing(tmp_path):
-    (tmp_path / "frames").mkdir()
-    for name in ("x.png", "new/folder/x.png", "frames/"):
-        generate_checks.check_can_write(f"{tmp_path}/{name}")
-    assert [path.name for path in tmp_path.rglob("*")] == ["frames"]
 
 
 def test_options_in_the_messages_of_pipelines():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 from sana_jax import SanaVideoPipeline, generate
 from sana_jax.autoencoders import blockwise
 from sana_jax.errors import run_command_line
+from sana_jax.generate_video import next_step_when_interrupted, write_videos
 from sana_jax.videos import as_bytes, read_video
 from tests.parity.pipeline_oracle import picture
 from tests.parity.wan_oracle import quick_compile
@@ -177,3 +179,38 @@ def test_without_pyav(video_model, tmp_path, capsys, monkeypatch):
     error = error_of(capsys, "--model", video_model, *QUICK, "--output", tmp_path / "out.mp4")
     assert "pip install 'sana-jax[video]'" in error
     assert "folder" in error
+
+
+def test_numbers_are_checked_before_they_are_announced(video_model, tmp_path, capsys):
+    for frames, said in ((0, "--frames 0 is not allowed"), (6, "6 frames; a video has 1 + 4")):
+        words = ("--model", video_model, "--output", tmp_path / "a.mp4", *QUICK, "--frames", frames)
+        assert call(*words) == 2
+        out = capsys.readouterr()
+        assert said in out.err
+        assert "sampling:" not in out.out
+
+
+def test_an_array_is_not_enlarged(tmp_path, capsys):
+    frames = [np.zeros((1, 8, 8, 3), np.uint8)]
+    result = types.SimpleNamespace(fps=16, frames=frames)
+    config = types.SimpleNamespace(prompt=("a",), num_images=1, output=str(tmp_path / "a.npz"), fps=None, enlarge=0)
+    write_videos(config, result, {})
+    assert read_video(tmp_path / "a.npz").frames.shape == (1, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("made", "options", "said"),
+    [
+        (True, {"resume": False}, ["go on behind the last whole block with the same command, and --resume"]),
+        (True, {"resume": True}, ["go on behind the last whole block with the same command"]),
+        (False, {"resume": False}, []),
+        (False, {"refiner_checkpoint": "blocks"}, ["the same command goes on behind the refiner's last whole block"]),
+    ],
+)
+def test_what_an_interrupted_video_is_gone_on_with(tmp_path, made, options, said):
+    config = types.SimpleNamespace(**{"output": f"{tmp_path}/out/", "refiner_checkpoint": None, **options})
+    if made:
+        (tmp_path / "out.resume").mkdir()
+    with pytest.raises(KeyboardInterrupt) as caught, next_step_when_interrupted(config, grows=True):
+        raise KeyboardInterrupt
+    assert list(caught.value.args) == said

@@ -92,6 +92,7 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
     np.testing.assert_array_equal(read_video(path).frames, frames)
     place = words.index("--seed") + 1
     error = error_of(capsys, *QUICK, *SIZE, *words[:place], 4, *words[place + 1 :])
+    assert f"error: --refiner-checkpoint {tmp_path / 'blocks'} is of a video with another first stage" in error
     assert "another first stage: seed 3 there and 4 here" in error
 
 
@@ -113,7 +114,12 @@ def test_a_refined_film_and_what_is_said(quick_programs, world_model, refiner, t
         (("--action", "w-8", "--refiner-checkpoint", "blocks"), ("without --refiner",)),
         (("--action", "w-8", "--refiner-stream-blocks"), ("--refiner-stream-blocks would not be used without",)),
         (("--action", "w-8", "--refiner-quantization", "int8"), ("--refiner-quantization would not be used without",)),
-        (("--action", "w-8", "--refiner", "r", "--refiner-quantization", "int2"), ("quantization transformer=int2",)),
+        (
+            ("--action", "w-8", "--refiner", "r", "--refiner-quantization", "int2"),
+            ("--refiner-quantization transformer=int2", "of transformer, text_encoder, connectors: choose"),
+        ),
+        (("--action", "w-3", "--frames", 4), ("--frames 4 is not allowed; ", "1 + 2k", "none-1")),
+        (("--action", "w-8", "--refiner", "r", "--refiner-checkpoint", "few.npy"), ("few.npy is a file",)),
         (("--action", "w-8", "--refiner", "nowhere/at/all"), ("nowhere/at/all",)),
         (("--action", "w-8", "--num-videos", 2), ("--num-videos 2", "one video at a time")),
         (("--action", "w-8", "--motion-score", 30), ("--motion-score would not be used by SanaWMPipeline",)),

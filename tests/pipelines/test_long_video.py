@@ -27,6 +27,7 @@ from sana_jax.pipelines.opening import OpenModel
 from sana_jax.pipelines.prompt_schedule import (
     BlockPrompts,
     PromptSwitch,
+    note_untimed,
     parse_prompts,
     prompts_of_blocks,
     refuse_schedule,
@@ -544,11 +545,17 @@ def test_frames_of_blocks_are_those_of_the_whole(model):
     np.testing.assert_allclose(found, np.asarray(decoded) / 2 + 0.5, atol=2e-5)
 
 
+def test_a_prompt_that_begins_as_with_a_time():
+    said = []
+    note_untimed(["0s a fox", "0s: a fox", "2 seasons", "1920s: jazz", "a fox"], said.append)
+    assert said == ["prompt '0s a fox' is text from its beginning; a time has a colon behind it: \"0s: a fox\""]
+
+
 @pytest.mark.parametrize(
     ("more", "part"),
     [
         (("--guidance-scale", "4"), "--guidance-scale 4: this model was distilled"),
-        (("--steps", "20"), "distilled to the 4 steps"),
+        (("--steps", "20"), r"--steps 20 is not allowed; .* distilled to the 4 steps at .*\): leave the number out$"),
         (("--num-videos", "2"), "--num-videos 2: .* one long video at a time"),
         (("--low-memory",), "--low-memory"),
         (("--sampler", "flow_euler"), "--sampler and --flow-shift would not be used by LongSanaVideoPipeline"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -170,13 +171,44 @@ def test_a_full_disk_leaves_what_was_written(tmp_path):
     writer.close()
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a"])
+def test_a_full_disk_leaves_what_was_written_of_a_whole_video(tmp_path, name, monkeypatch):
+    """At the name that was asked for, with a count that is true; a picture that takes no more room is left out."""
+    frames, stop = noisy(40), 6
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = videos.save_png
+
+    def full(path, *rest):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000 if path.stem < f"{stop:06d}" else 100, hard))
+        return save(path, *rest)
+
+    monkeypatch.setattr(videos, "save_png", full)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+        with pytest.raises(UserError) as caught:
+            write_video(tmp_path / name, frames, FPS)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [entry.name for entry in tmp_path.iterdir()] == [name]
+    found = read_video(tmp_path / name).frames
+    assert 3 < len(found) < 40
+    assert name != "a" or len(found) == stop
+    assert re.fullmatch(
+        rf"writing {tmp_path / name} failed at frame \d+ \(File too large\); the first {len(found)} frames can be "
+        r"played: make room on the disk, or name another place",
+        str(caught.value),
+    )
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.npz", "a.gif", "a"])
 def test_a_whole_video_appears_whole_or_not_at_all(tmp_path, name, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"old")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, hard))
-        with pytest.raises(UserError, match="cannot write"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))  # not one frame
+        with pytest.raises(
+            UserError, match=rf"(cannot write|writing) {re.escape(str(tmp_path / name))}\b.*File too large"
+        ):
             write_video(tmp_path / name, noisy(12), FPS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -214,6 +246,12 @@ def test_another_encoder_is_said(tmp_path, monkeypatch, capsys):
         ("a.gif", {"progressive": True}, ("written at once", "a.mp4")),
         ("full", {}, ("has something in it",)),
         ("nowhere/file.txt/a.mp4", {}, ("cannot write", "file.txt")),
+        (
+            "/proc/a.gif",
+            {},
+            ("cannot write /proc/a.gif (", "that can be written to"),
+        ),  # not for an administrator either
+        ("/proc/a", {}, ("cannot write /proc/a (", "that can be written to")),
     ],
 )
 def test_names_that_are_not_allowed(tmp_path, name, options, parts):

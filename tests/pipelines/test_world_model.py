@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 
@@ -18,6 +19,7 @@ from sana_jax.contract import infer_contract
 from sana_jax.diffusion.samplers import DPMSolver
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.pipelines.world_inputs import camera_path, view_at
+from sana_jax.pipelines.world_model import _OF_ITS_RUN
 from tests.parity.pipeline_oracle import picture
 from tests.pipelines.tiny_refiner import tiny_refiner
 
@@ -53,6 +55,8 @@ def bent(**changes) -> np.ndarray:
         ({"action": "-3"}, ("no keys", "none-3")),
         ({"action": ""}, ("is empty",)),
         ({"num_frames": 7}, ("makes 9 frames", "shorten it by 2")),
+        ({"num_frames": 4, "action": "w-3"}, ("num_frames 4", "1 + 2k", "for 3 or 5, with ,none-1 at", "end for 5")),
+        ({"num_frames": 8, "action": None, "c2w": straight(9)}, ("num_frames 8", "1 + 2k frames: ask for 7 or 9",)),
         ({"num_frames": 11}, ("makes 9 frames", "add ,none-2")),
         ({"num_frames": 9.0}, ("num_frames 9.0 is not allowed",)),
         ({"action": "w-1"}, ("2 frames are less", "3 or more")),
@@ -119,6 +123,16 @@ def test_a_refiners_arguments_are_checked_before_its_latents_are_there(options, 
     channels = refiner.transformer.config.in_channels
     with pytest.raises(UserError, match=message):
         refiner.check((1, 5, 4, 6, channels), "latent", **{"prompt": "a", **options})
+    with pytest.raises(TypeError, match="sede"):
+        refiner.check((1, 5, 4, 6, channels), "latent", prompt="a", sede=1)
+
+
+def test_what_a_refiner_is_asked_beforehand_are_arguments_of_its_call():
+    """With the same defaults; the others are about how the call goes."""
+    call, check = (inspect.signature(method).parameters for method in (SanaWMRefiner.__call__, SanaWMRefiner.check))
+    for name in call.keys() - {"self", "latents", *_OF_ITS_RUN}:
+        assert check[name].default == call[name].default, name
+    assert check.keys() - call.keys() == {"shape"}
 
 
 def test_frames_and_lenses_that_are_changed_are_said(capsys):
@@ -127,9 +141,13 @@ def test_frames_and_lenses_that_are_changed_are_said(capsys):
         return len(poses), capsys.readouterr().out
 
     assert frames_of(81) == (81, "")
-    assert frames_of(81, num_frames=80) == (81, "80 frames become 81: videos of this model have 1 + 8k frames\n")
     assert frames_of(80) == (73, "80 frames become 73: videos of this model have 1 + 8k frames\n")
     assert frames_of(81, num_frames=17) == (17, "c2w: the first 17 of 81 poses are taken\n")
+    assert len(camera_path("w-80,jw-40", None, None, None, 8)) == 121
+    assert len(camera_path("w-9", None, None, None, 8)) == 9
+    assert capsys.readouterr().out == (
+        "10 frames become 9: videos of this model have 1 + 8k frames; end the action with ,none-7 for 17\n"
+    )
     for scheme, given in (("v1", None), ("v2", "v2")):
         poses = camera_path("d-8", None, None, given, 8)
         np.testing.assert_array_equal(poses, action_to_c2w("d-8", scheme))

@@ -15,7 +15,7 @@ from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
 from sana_jax.errors import UserError
 from sana_jax.pipelines import resumed_folder
 from sana_jax.pipelines.world_refiner import SanaWMRefiner
-from sana_jax.pipelines.world_refiner_blocks import block_noise, block_place, refine_block
+from sana_jax.pipelines.world_refiner_blocks import block_noise, block_place, denoise_block, read_block
 from sana_jax.weights.components import Resident
 from tests.pipelines.tiny_refiner import (
     BLOCKS,
@@ -223,19 +223,22 @@ def test_several_videos_and_a_short_last_block():
     assert len(refiner.programs) == 3
 
 
-def test_the_pure_function_is_what_the_pipeline_runs(refiner, straight):
+def test_the_pure_functions_are_what_the_pipeline_runs(refiner, straight):
     sampler = RefinerSampler(OPTIONS["sigmas"], 1, 1, 5)
     transformer, params = refiner.transformer, refiner.transformer_weights.params
     video = np.moveaxis(draw_latents(), 1, -1)
     state = refiner.start(video[:, :1], PROMPT, sampler, 16.0)
     before = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state)
     schedule = sampler.schedule()
-    run = jax.jit(lambda *inputs: refine_block(transformer, params, *inputs, schedule))
+    denoise = jax.jit(lambda *inputs: denoise_block(transformer, params, *inputs, schedule))
+    read = jax.jit(lambda *inputs: read_block(transformer, params, *inputs))
+    prompt = jnp.asarray(PROMPT, jnp.bfloat16)
     for block in range(2):
         place = block_place(transformer.config, sampler, SIZE, block, 1, 16.0)
         latents = jnp.asarray(video[:, 1 + block : 2 + block], jnp.bfloat16)
         noise = block_noise(42, block, 1, latents.shape[1:]).astype(jnp.bfloat16)
-        refined, state = run(latents, noise, jnp.asarray(PROMPT, jnp.bfloat16), place, state)
+        refined = denoise(latents, noise, prompt, place, state)
+        state = read(refined, prompt, place, state)
         expected = np.moveaxis(straight[:, :, 1 + block : 2 + block], 1, -1)
         np.testing.assert_allclose(np.asarray(refined, np.float32), expected, atol=0.05)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), state) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import itertools
 import json
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from sana_jax import SanaWMPipeline, SanaWMStreamingPipeline, generate
+from sana_jax import SanaWMPipeline, SanaWMStreamingPipeline, generate, videos
 from sana_jax.diffusion.samplers import FlowEuler, WorldStreamSampler
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.pipelines import resumed_folder
@@ -263,8 +264,8 @@ def test_a_callback_ends_it_and_it_is_gone_on_with(pipe, refiner, whole, tmp_pat
     for options, said in (
         ({"seed": 1}, "seed 0 there and 1 here"),
         ({"timesteps": (1000, 500)}, r"timesteps \[1000.0, 700.0\] there and \[1000.0, 500.0\] here"),
-        ({"c2w": arguments(10)["c2w"]}, "poses"),
-        ({"image": 255 - picture()}, "image"),
+        ({"c2w": arguments(10)["c2w"]}, "the camera's path differs; "),
+        ({"image": 255 - picture()}, "the image differs; "),
         ({"refiner_options": {**REFINER, "seed": 3}}, "refiner"),
     ):
         with pytest.raises(UserError, match=f"other settings: .*{said}"):
@@ -276,16 +277,17 @@ def test_a_callback_ends_it_and_it_is_gone_on_with(pipe, refiner, whole, tmp_pat
 
 
 def test_an_error_of_the_writing_thread_comes_out(pipe, tmp_path, monkeypatch):
-    append = GrowingOutput.append
+    write = videos._Mp4Stream.write
 
-    def full(self, block):
-        if self.frame_count:
-            raise UserError("writing failed at frame 3 (No space left on device)")
-        append(self, block)
+    def full(self, frame, index):
+        if index == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, frame, index)
 
+    told = r"No space left on device\); the first 3 frames can be played: make room on the disk and go on with --resume"
     with monkeypatch.context() as patched:
-        patched.setattr(GrowingOutput, "append", full)
-        with pytest.raises(UserError, match="No space left"):
+        patched.setattr(videos._Mp4Stream, "write", full)
+        with pytest.raises(UserError, match=told):
             stream(pipe, output_path=tmp_path / "out.mp4")
     assert len(read_video(tmp_path / "out.mp4").frames) == 3
     out = stream(pipe, output_path=tmp_path / "out.mp4", resume=True)

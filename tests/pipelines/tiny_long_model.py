@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import shutil
+from typing import Any
 
 import jax
 import numpy as np
@@ -33,11 +34,17 @@ def random_like(shapes: PyTree, seed: int) -> PyTree:
     return jax.tree.unflatten(structure, [0.3 * draw.standard_normal(x.shape, np.float32) for x in leaves])
 
 
-def tiny_pipeline(*, wan: bool = False) -> LongSanaVideoPipeline:
+def tiny_wan(**changes: Any) -> WanConfig:
+    """A Wan autoencoder with 4 channels everywhere."""
+    given = {"base_dim": 4, "z_dim": 4, "dim_mult": (1, 1, 1, 1), "latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
+    return WanConfig(**{**given, **changes})
+
+
+def tiny_pipeline(*, wan: bool | WanConfig = False) -> LongSanaVideoPipeline:
     """Gray videos of 8 x 8 pixels in blocks of three frames; with ``wan`` of 16 x 16 in colour, from latents."""
     autoencoder, side = PixelVideoAutoencoder(1), 8
     if wan:
-        shape = WanConfig(base_dim=4, z_dim=4, dim_mult=(1, 1, 1, 1), latents_mean=(0.0,) * 4, latents_std=(1.0,) * 4)
+        shape = wan if isinstance(wan, WanConfig) else tiny_wan()
         params = random_like(jax.eval_shape(lambda: init_params(shape, jax.random.key(0))), 1)
         autoencoder, side = WanAutoencoder.from_params(shape, params), 16
     config = SanaVideoConfig(

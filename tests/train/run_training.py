@@ -51,6 +51,8 @@ EXACT_COLUMNS = ("step", "loss", "grad_norm", "update_norm", "param_norm", "lear
 def tiny(run_dir: str | Path, **changes: str | int | float) -> list[str]:
     """The options of a tiny run; ``batch_size=4`` is ``--batch-size 4`` and ``data__digits`` is ``--data.digits``."""
     values = OPTIONS | {name.replace("__", ".").replace("_", "-"): str(value) for name, value in changes.items()}
+    if values["preview.every"] == "0":
+        values.pop("preview.per-caption")  # which nothing would read
     return ["--run-dir", str(run_dir), *(word for name, value in values.items() for word in _option(name, value))]
 
 

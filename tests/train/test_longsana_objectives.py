@@ -31,7 +31,7 @@ from train.objectives.longsana.dmd import (
 )
 from train.objectives.longsana.networks import Captions
 from train.objectives.longsana.ode import OdeInitialization, teacher_levels, teacher_trajectory
-from train.objectives.longsana.rollout import RolloutDraws, draw_rollout, exit_steps, rollout
+from train.objectives.longsana.rollout import RolloutDraws, RolloutSettings, draw_rollout, exit_steps, rollout
 from train.objectives.longsana.self_forcing import SelfForcing
 from train.objectives.longsana.streaming import StreamingSelfForcing
 from train.objectives.longsana.windows import Windows, history_after
@@ -168,7 +168,8 @@ def test_a_trajectory_ends_where_the_flow_does():
 def test_a_scan_over_blocks_is_one_block_after_another():
     losses = self_forcing(same_exit_step=False)
     shape = (ROWS, 7, HEIGHT, WIDTH, CHANNELS)
-    draws, captions = draw_rollout(3, 0, "x", shape, 3, 3, same_for_all_blocks=False), Captions(*batch_of(7)[1:3])
+    draws = draw_rollout(3, 0, "x", shape, 3, 3, RolloutSettings(same_for_all_blocks=False))
+    captions = Captions(*batch_of(7)[1:3])
     assert len(set(np.asarray(draws.exit_step[0]))) > 1
     whole, state = quickly(lambda d: losses.roll_out(PARAMS, captions, empty(shape), d, 4))(draws)
     alone = quickly(
@@ -193,7 +194,8 @@ def test_a_scan_over_blocks_is_one_block_after_another():
 
 def test_gradients_pass_through_the_exit_step_alone():
     losses, shape = self_forcing(), (1, 4, HEIGHT, WIDTH, CHANNELS)
-    draws = draw_rollout(0, 0, "x", shape, 2, 3)._replace(exit_step=jnp.full((1, 2), 1, jnp.int32))
+    draws = draw_rollout(0, 0, "x", shape, 2, 3, RolloutSettings())
+    draws = draws._replace(exit_step=jnp.full((1, 2), 1, jnp.int32))
     captions, sigmas = Captions(NEGATIVE.embeds, NEGATIVE.mask), losses.sampler.schedule().sigmas
 
     def rolled(params):

@@ -24,6 +24,8 @@ from tests.train.run_training import (
     the_error,
     tiny,
 )
+from train.main import main as train
+from train.precompute import main as precompute
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +105,9 @@ def test_values_that_are_not_allowed(here, capfd, run_dir, changes, says):
     [
         (["digit"], ["unknown preset 'digit'", "the presets are digits", "did you mean digits"]),
         (["--step", "5"], ["unknown option --step", "--steps", "--help"]),
-        (["--optimizer.lr", "0.1"], ["unknown option --optimizer.lr", "closest", "--help"]),
+        (["--optimizer.lr", "0.1"], ["unknown option --optimizer.lr", "closest: --optimizer.learning-rate,", "--help"]),
+        (["lora", "--prior.caption", "x"], ["the preset lora has no such option; presets that have it:", "dreambooth"]),
+        (["lora", "--steps", "x"], ["--steps cannot be 'x'", "see python -m train.main lora --help"]),
         (["--preset", "other"], ["--preset other", "the first word"]),
         (["--steps", "5", "--steps", "6"], ["--steps is given twice (5, then 6)", "leave one of them out"]),
         (["--resume"], ["--resume has no value", "--resume runs/digits"]),
@@ -116,6 +120,29 @@ def test_command_lines_that_cannot_be_read(here, capfd, words, says):
     assert status == 2
     assert out == ""
     assert_says(the_error(err), *says)
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "has", "lacks"),
+    [
+        (train, ["--help"], ["train.main PRESET", "--resume RUN_DIR", "--plan", "  lora  ", "  digits  "], ["--steps"]),
+        (
+            train,
+            ["lora", "--help"],
+            ["python -m train.main lora [", "--steps", "LoRA on pictures"],
+            ["dreambooth"],
+        ),
+        (precompute, ["--help"], ["train.precompute PRESET", "  lora  "], ["--plan", "--resume", "  digits  "]),
+        (precompute, ["lora", "--help"], ["usage: python -m train.precompute lora ["], ["train.main"]),
+    ],
+)
+def test_help(capsys, command, words, has, lacks):
+    with pytest.raises(SystemExit) as caught:
+        command(words)
+    text = capsys.readouterr().out
+    assert caught.value.code in (0, None)
+    assert [part for part in has if part not in text] == []
+    assert [part for part in lacks if part in text] == []
 
 
 def test_the_real_command_says_it_too(cache, run_dir):

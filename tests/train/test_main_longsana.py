@@ -35,7 +35,9 @@ TEACHER = {
     "steps": 1,
     "checkpoint.every": 1,
     "preview.every": 0,
+    "preview.captions": None,
     "validation.every": 0,
+    "validation.samples": None,
 }
 STAGE = {
     "batch-size": 2,
@@ -49,6 +51,7 @@ FORCING = {
     **STAGE,
     **CLIP,
     "preview.every": 0,
+    "preview.captions": None,
     "self-forcing.block-frames": 2,
     "self-forcing.critic-steps": 1,
     "ema.start": 1,
@@ -180,7 +183,10 @@ MISTAKES = {
     ),
     "validation": (["moving_digits_self_forcing", "--validation.every=2"], "--validation.every 2"),
     "accumulated windows": (["moving_digits_longsana", "--accumulation=2"], "--accumulation 2"),
-    "unknown generator": (["moving_digits_self_forcing", "--self-forcing.generator=nowhere"], "nowhere"),
+    "unknown generator": (
+        ["moving_digits_self_forcing", "--self-forcing.generator=runs/no"],
+        "^--self-forcing.generator runs/no is no model",
+    ),
 }
 
 

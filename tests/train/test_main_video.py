@@ -65,7 +65,8 @@ DIGITS = {
 def words(preset: str, run_dir, *values: dict) -> list[str]:
     found = [preset, "--run-dir", str(run_dir)]
     for name, value in {key: value for part in (OPTIONS, *values) for key, value in part.items()}.items():
-        found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+        if value is not None:
+            found += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return found
 
 

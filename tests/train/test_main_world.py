@@ -227,7 +227,7 @@ def test_latents_of_zip_files(place, capfd):
             metadata[name] = {"prompt": "a street", **poses}
     (folder / "0.json").write_text(json.dumps(metadata))
     options = {"data.path": folder, "data.format": "zip_latents", "data.short-clips": "pad", "preview.every": 0}
-    options["data.clip-size"] = None  # latents have a size of their own
+    options |= {"data.clip-size": None, "preview.captions": None}  # latents have a size of their own; none is drawn
     status, out, err = call(capfd, *words("finetune_world", place, "zipped", options))
     assert status == 0, err
     assert "1 samples are filled up to 5 latent frames" in out

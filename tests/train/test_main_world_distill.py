@@ -72,6 +72,7 @@ FORCING = {
     "data.canvas": DATA.canvas,
     "data.rotation-speed": DATA.rotation_speed,
     "preview.every": 0,
+    "preview.captions": None,
     "self-forcing.blocks": "uniform",
     "self-forcing.critic-steps": 1,
     "ema.start": 1,
@@ -163,7 +164,7 @@ MISTAKES = {
     "no cache": (["--data=nowhere"], "nowhere"),
     "an option of zip files": (["--axes=opengl"], "--axes opengl would not be used; it is for zip files of latents"),
     "an angle": (["--field-of-view=180"], "--field-of-view 180.0 is not allowed; allowed is above 0"),
-    "a share": (["--max-bad-share=2"], "--max-bad-share 2.0 is not allowed; choose 0 to 1"),
+    "a share": (["--max-bad-share=2"], "--max-bad-share 2.0 is not allowed; allowed is 0 to 1"),
     "a filter": (["--filters", "dover"], "--filters dover is not allowed; allowed is name=low:high"),
 }
 

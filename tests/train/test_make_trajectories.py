@@ -121,7 +121,7 @@ def test_a_negative_prompt_and_a_motion_score(teacher, tmp_path):
     np.testing.assert_array_equal(data.null_encoding()[0], made_of_nothing(teacher))
     with pytest.raises(UserError, match=r"made in another way: trajectories\.negative_prompt"):
         make_trajectories(dataclasses.replace(config, negative_prompt=""), say=quiet)
-    with pytest.raises(UserError, match=r"--negative-prompt .* is not allowed; choose none without guidance"):
+    with pytest.raises(UserError, match=r"--negative-prompt .* is not allowed; allowed is none without guidance"):
         make_trajectories(dataclasses.replace(config, out=str(tmp_path / "b"), guidance_scale=1.0), say=quiet)
     told = command.captions_of(dataclasses.replace(config, motion_score=10), teacher)
     assert told == [f"{caption} motion score: 10." for caption in CAPTIONS[:3]]
@@ -235,12 +235,12 @@ def test_another_identity(made):
     ("changes", "message"),
     [
         ({"timesteps": (1000, 960)}, "4 steps at flow shift 3 do not pass the timesteps [960]"),
-        ({"timesteps": (900, 1000)}, "--timesteps 900 1000 is not allowed; choose timesteps that fall"),
+        ({"timesteps": (900, 1000)}, "--timesteps 900 1000 is not allowed; allowed is timesteps that fall"),
         ({"timesteps": ()}, "--timesteps (none) is not allowed"),
-        ({"batch_size": 0}, "--batch-size 0 is not allowed; choose 1 or more"),
+        ({"batch_size": 0}, "--batch-size 0 is not allowed; allowed is 1 or more"),
         ({"guidance_scale": -1.0}, "--guidance-scale -1.0 is not allowed"),
         ({"seed": -1}, "--seed -1 is not allowed"),
-        ({"motion_score": 1001}, "--motion-score 1001 is not allowed; choose a whole number from 0 to 1000"),
+        ({"motion_score": 1001}, "--motion-score 1001 is not allowed; allowed is a whole number from 0 to 1000"),
         ({"field_of_view": 0.0}, "--field-of-view 0.0 is not allowed; allowed is above 0"),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import types
 
 import pytest
@@ -16,7 +18,7 @@ from sana_jax.generate import GenerateConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from train import run_directory
 from train.evaluation.drawing import as_trained
-from train.run_directory import claim, computed_otherwise, located
+from train.run_directory import check_writable, claim, computed_otherwise, hold, located
 
 
 def run_in(directory, preset: str = "lora", **changes):
@@ -32,6 +34,30 @@ def begun(tmp_path, monkeypatch):
     BaseModelFile("lora", config.model, "/gone/base", "id").write(tmp_path / "run")
     monkeypatch.setattr(run_directory, "_check_newest_checkpoint", lambda checkpoints: None)
     return config
+
+
+def test_a_directory_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    """Then nothing keeps two runs from the same files."""
+
+    def flock(directory, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    with hold(run_in(tmp_path / "run")):
+        assert capsys.readouterr().out == ""
+        with pytest.raises(UserError, match="another process is training in"), hold(run_in(tmp_path / "run")):
+            pass
+    monkeypatch.setattr(run_directory.fcntl, "flock", flock)
+    with hold(run_in(tmp_path / "run")):
+        out = capsys.readouterr().out
+    assert out.startswith(f"warning: {tmp_path / 'run'} can't be locked (No locks available)")
+    assert out.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
+def test_permissions_alone_do_not_tell_whether_a_directory_can_be_written():
+    """Those of an administrator allow to write in /proc, which takes no files."""
+    with pytest.raises(UserError, match=r"cannot write to --run-dir /proc/run \(.*that can be written to"):
+        check_writable(run_in("/proc/run"))
 
 
 def base(weights_id: str):

@@ -26,7 +26,7 @@ from train.objectives.longsana import world
 from train.objectives.longsana.dmd import distribution_gradient
 from train.objectives.longsana.networks import Captions, captions_of, empty_state
 from train.objectives.longsana.ode import OdeInitialization, teacher_levels
-from train.objectives.longsana.rollout import draw_rollout, rollout
+from train.objectives.longsana.rollout import RolloutSettings, draw_rollout, rollout
 from train.objectives.longsana.self_forcing import SelfForcing
 from train.recipes.base import Prompts
 from train.recipes.world_distill import world_few_step_sampling
@@ -167,7 +167,8 @@ def test_a_teachers_steps_are_moved_onto_the_published_timesteps():
 
 
 def rollout_draws(fresh_noise: bool, exit_step: int):
-    draws = draw_rollout(3, 0, "x", SHAPE, 3, 3, fresh_noise=fresh_noise, context_noise=False)
+    settings = RolloutSettings(fresh_noise=fresh_noise, context_noise=False)
+    draws = draw_rollout(3, 0, "x", SHAPE, 3, 3, settings)
     return draws._replace(exit_step=jnp.full((ROWS, 3), exit_step, jnp.int32))
 
 

@@ -21,9 +21,9 @@ from sana_jax.weights.rules import (
     norm,
     places,
     read_params,
-    write_params,
 )
 from sana_jax.weights.safetensors_files import SafetensorsSource, write_safetensors
+from tests.weights.written import write_params
 
 RULES = (
     *linear("blocks/dense", "layers.{layer}.dense"),

@@ -82,11 +82,24 @@ def size_table(
         return (Bin(1.0, resolution, resolution),)
     if resolution // factor in tables:
         return tables[resolution // factor]
-    scaled = {}
-    for ratio, height, width in tables[sample_size]:
-        size = tuple(max(1, round(side * resolution / own / factor)) * factor for side in (height, width))
-        scaled.setdefault(size, ratio)
-    return tuple(sorted(Bin(height / width, height, width) for height, width in scaled))
+    return scaled_table(tables[sample_size], own, resolution, factor)
+
+
+def scaled_table(table: Sequence[Bin], own: int, resolution: int, multiple: int) -> tuple[Bin, ...]:
+    """A table's sizes for another resolution, each once, from wide to tall.
+
+    Args:
+        table: the sizes.
+        own: its resolution: pixels along the side of its square.
+        resolution: the one wanted.
+        multiple: pixels of which every side is a multiple, the nearest one.
+    """
+
+    def scaled(side: int) -> int:
+        return max(1, round(side * resolution / own / multiple)) * multiple
+
+    sizes = {(scaled(height), scaled(width)) for _, height, width in table}
+    return tuple(sorted(Bin(height / width, height, width) for height, width in sizes))
 
 
 def assign_buckets(
@@ -168,31 +181,6 @@ def _plan_of(
     plan = BucketPlan(buckets, bucket_of.reshape(-1), tuple(counts.tolist()), merged, repeated, len(enlarged), ())
     lines = _lines(plan, max(enlarged, default=1.0))
     return BucketPlan(*(getattr(plan, name) for name in BucketPlan.__dataclass_fields__ if name != "lines"), lines)
-
-
-def batches_in_order(
-    buckets: Sequence[int], batch_size: int, *, drop_last: bool, order: Sequence[int] = ()
-) -> list[list[int]]:
-    """Batches of one size each, in the order in which they fill up while samples come in one by one.
-
-    Args:
-        buckets: the size of each sample, in the order of arrival.
-        batch_size: samples of a batch.
-        drop_last: whether what has not filled a batch at the end is dropped, or comes out as smaller batches.
-        order: the order of sizes in which those come out; by default that of their numbers.
-
-    Returns:
-        Positions of samples.
-    """
-    waiting: dict[int, list[int]] = {}
-    batches: list[list[int]] = []
-    for position, bucket in enumerate(buckets):
-        waiting.setdefault(bucket, []).append(position)
-        if len(waiting[bucket]) == batch_size:
-            batches.append(waiting.pop(bucket))
-    if not drop_last:
-        batches += [waiting[bucket] for bucket in order or sorted(waiting) if bucket in waiting]
-    return batches
 
 
 def _bucket(size: Bin) -> Bucket:

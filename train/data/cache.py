@@ -32,7 +32,7 @@ from typing import IO, Any, NamedTuple
 import ml_dtypes  # noqa: F401 - NumPy then knows bfloat16 by name
 import numpy as np
 
-from sana_jax.errors import CheckpointError, UserError
+from sana_jax.errors import CheckpointError, UserError, reason_of
 from sana_jax.files import atomic_file, read_json
 
 FORMAT = 1  # of the files; part of the identity
@@ -184,7 +184,7 @@ class Shard:
                 if zlib.crc32(reader.read([number])[0]) != checksum:
                     return f"record {number} has another checksum"
         except (RuntimeError, IndexError, OSError) as error:
-            return f"is damaged ({' '.join(str(error).split())[:120]})"
+            return f"is damaged ({reason_of(error, 120)})"
         return None
 
 
@@ -262,7 +262,7 @@ class ShardWriter:
         except RuntimeError as error:
             self.abandon()
             raise UserError(
-                f"{self._path.parent} can't be written to ({' '.join(str(error).split())[:160]}); the shards before "
+                f"{self._path.parent} can't be written to ({reason_of(error, 160)}); the shards before "
                 f"this one are kept: make room, or name another folder with {self._option}, and start again"
             ) from error
 
@@ -478,7 +478,7 @@ class CacheReader:
         try:
             data = self._reader(place.shard).read([place.number])[0]
         except (RuntimeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:120]
+            reason = reason_of(error, 120)
             raise _damaged(self.shards[place.shard].path, f"is damaged ({reason})") from error
         if len(data) != layout.num_bytes:
             raise _damaged(self.shards[place.shard].path, "holds other records than its description says")

@@ -60,7 +60,11 @@ def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Seq
 
 
 def cache_directory(config: RunConfig, identity: CacheIdentity) -> Path:
-    """Where the cache of a run is: ``--data.cache``, or one beside the run that runs on the same data share."""
+    """Where the cache of a run is: ``--data.cache``, or one beside the run that runs on the same data share.
+
+    Raises:
+        UserError: neither a cache nor data is named.
+    """
     if config.data.cache is not None:
         return Path(config.data.cache).expanduser()
     if config.data.path is None:

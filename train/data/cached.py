@@ -18,7 +18,7 @@ from sana_jax.errors import CheckpointError, UserError
 from train.batch import Batch
 from train.data.cache import LATENTS, PROMPTS, CacheIdentity, CacheReader, Place
 from train.data.cache_plan import NULL_PROMPT, variants
-from train.data.captions import CaptionRule, caption_weights
+from train.data.captions import CaptionRule, caption_ends, check_scores, chosen_index
 from train.data.pinned import DATA, pinned_places, read_pins
 from train.data.source import Caption, Record
 from train.data.splits import split
@@ -75,13 +75,13 @@ class _Contents:
                     if caption.text not in numbers:
                         numbers[caption.text] = len(self.texts)
                         self.texts.append(caption.text)
-                weights = caption_weights(captions, rule)
-                ends = np.cumsum(weights) / np.sum(weights)
-                shared[captions] = _Captions(tuple(numbers[caption.text] for caption in captions), tuple(ends.tolist()))
+                texts = tuple(numbers[caption.text] for caption in captions)
+                shared[captions] = _Captions(texts, caption_ends(captions, rule))
             self.captions.append(shared[captions])
             self.variants.append(own)
             self.shapes.append(_shape(reader, own[0]))
             self.records.append(Record(key, tuple(sample["size"]), group=sample["group"]))
+        check_scores(shared, config)
         prompts = reader.places(PROMPTS)
         self.prompts = {text: place for (kind, text), place in prompts.items() if kind == "text"}
         if NULL_PROMPT not in prompts:
@@ -172,13 +172,8 @@ class CachedData:
         return {shape: np.asarray(by_shape[shape]) for shape in sorted(by_shape)}
 
     @property
-    def latent_shapes(self) -> tuple[Shape, ...]:
-        """The shapes ([T,] H, W, C) that latents have."""
-        return tuple(self.buckets)
-
-    @property
     def preview_shape(self) -> Shape:
-        """The commonest of them."""
+        """The commonest of these shapes."""
         return max(self.buckets, key=lambda shape: (len(self.buckets[shape]), shape))
 
     def condition_shapes(self, shape: Shape) -> dict[str, tuple[int, ...]]:
@@ -221,8 +216,7 @@ class CachedData:
                     raise ValueError(f"one batch has {name} of shapes {shapes}; take its samples from one bucket")
                 arrays[name][number] = array
             captions = contents.captions[row]
-            chosen = next((i for i, end in enumerate(captions.ends) if of_caption < end), len(captions.ends) - 1)
-            texts.append(captions.texts[chosen])
+            texts.append(captions.texts[chosen_index(captions.ends, of_caption)])
         embeds, mask = self._padded([self._place_of(contents.texts[text]) for text in texts])
         return Batch(arrays.pop("latents"), embeds, mask, arrays)
 
@@ -246,10 +240,6 @@ class CachedData:
             UserError: a text that it does not have.
         """
         return self._padded([self._place_of(caption) for caption in captions])
-
-    def encoding_of(self, caption: str) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
-        """As ``encode``, of one text."""
-        return self.encode([caption])
 
     def null_encoding(self) -> tuple[Float[np.ndarray, "1 L C"], Int[np.ndarray, "1 L"]]:
         """The encoding of no text."""

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from configs.data import ClipPicturesConfig, ImageDataConfig
 from sana_jax.errors import UserError
-from train.data.sources.rows import as_number
+from train.data.sources.rows import SCORE_COLUMNS, as_number
 
 if TYPE_CHECKING:
-    from configs.data import ImageDataConfig
     from train.data.source import Caption, Record
 
 _Entry = TypeVar("_Entry")
@@ -50,15 +52,24 @@ def choose_caption(captions: Sequence[Caption], rule: CaptionRule, u: float) -> 
     Raises:
         UserError: no captions, or with ``proportion`` none of a kind that has a weight.
     """
+    return captions[chosen_index(caption_ends(captions, rule), u)]
+
+
+def caption_ends(captions: Sequence[Caption], rule: CaptionRule) -> tuple[float, ...]:
+    """Up to where in [0, 1) each caption is picked: what ``chosen_index`` reads, for captions that are kept.
+
+    Raises:
+        UserError: as ``choose_caption``.
+    """
     if not captions:
         raise UserError("a picture has no caption to choose from; give it one, or set --data.missing-captions")
-    weights = caption_weights(captions, rule)
-    target, total = u * sum(weights), 0.0
-    for caption, weight in zip(captions, weights):
-        total += weight
-        if total > target:
-            return caption
-    return next(caption for caption, weight in zip(reversed(captions), reversed(weights)) if weight > 0)
+    totals = list(itertools.accumulate(caption_weights(captions, rule)))
+    return tuple(total / totals[-1] for total in totals)
+
+
+def chosen_index(ends: Sequence[float], u: float) -> int:
+    """The caption that a uniform number in [0, 1) picks, by its number; never one of weight 0, even at 1."""
+    return min(bisect_right(ends, u), bisect_left(ends, ends[-1]))
 
 
 def caption_weights(captions: Sequence[Caption], rule: CaptionRule) -> list[float]:
@@ -97,6 +108,34 @@ def _weights_by_score(captions: Sequence[Caption], rule: CaptionRule) -> list[fl
     scores = [least - 1 if caption.score is None else caption.score for caption in captions]
     # relative to the best, so that a high power of a score stays finite
     return [(score / best) ** power if score >= least else 0.0 for score in scores]
+
+
+def check_scores(captions: Iterable[Sequence[Caption]], config: ImageDataConfig) -> str | None:
+    """A line where only some captions have the score that ``caption_choice`` clipscore chooses by; None for others.
+
+    Args:
+        captions: of each sample.
+        config: the choice. Pictures beside clips share it with them, and need have no scores.
+
+    Raises:
+        UserError: no caption of the data has a score, so that there is nothing to choose by.
+    """
+    if config.caption_choice != "clipscore":
+        return None
+    scored = [[caption.score is not None for caption in own if caption.text] for own in captions]
+    count, total = sum(map(sum, scored)), sum(map(len, scored))
+    if count == total:
+        return None
+    if count or isinstance(config, ClipPicturesConfig):
+        without = sum(bool(own) and not any(own) for own in scored)
+        return (
+            f"{count} of {total} captions have a score for --data.caption-choice clipscore; captions without one are "
+            f"taken only in the {without} samples where none has one"
+        )
+    raise UserError(
+        f"--data.caption-choice clipscore: none of the {total} captions has a score; give the data one per caption "
+        f"({', '.join(SCORE_COLUMNS[:3])}), or choose --data.caption-choice random"
+    )
 
 
 def fill_caption(template: str, columns: Mapping[str, Any], own: str | None = None) -> str:

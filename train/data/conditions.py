@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from kernels.typing import Float, UInt8
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from train.data.decoding import BadPicture, Crop, decode_picture, flip, resize_and_crop_to
 from train.data.source import ImageSource, Record
 
@@ -238,6 +238,11 @@ class OwnEdges(_WithoutWeights):
 
     def missing(self, record: Record) -> str | None:
         """As ``Condition`` says."""
+        return self.missing_of(record)
+
+    @staticmethod
+    def missing_of(record: Record) -> str | None:
+        """As ``missing``, of any of these filters."""
         return "has no picture to find edges in" if record.size is None else None
 
     def prepare(self, sample: Sample) -> UInt8[np.ndarray, "h w C"]:
@@ -351,23 +356,8 @@ FILTERS: dict[str, tuple[Callable[[UInt8[np.ndarray, "H W C"]], UInt8[np.ndarray
 Factory = Callable[[str, str, Encoders], Condition]
 
 
-def _without_argument(kind: str, make: Callable[[str, Encoders], Condition]) -> Factory:
-    def factory(name: str, argument: str, encoders: Encoders) -> Condition:
-        if argument:
-            raise UserError(
-                f"--data.conditions {name}={kind}:{argument}: {kind} takes nothing after a colon; write {name}={kind}"
-            )
-        return make(name, encoders)
-
-    return factory
-
-
-def _siglip(name: str, directory: str, encoders: Encoders) -> Condition:
-    if not directory:
-        raise UserError(
-            f"--data.conditions {name}=siglip names no model; write {name}=siglip:DIRECTORY, with a published SigLIP"
-        )
-    return Siglip(name, directory, encoders)
+def _without_argument(make: Callable[[str, Encoders], Condition]) -> Factory:
+    return lambda name, _, encoders: make(name, encoders)
 
 
 def _own_edges(kind: str, name: str, encoders: Encoders) -> Condition:
@@ -376,22 +366,32 @@ def _own_edges(kind: str, name: str, encoders: Encoders) -> Condition:
 
 # kind -> (name, what follows the colon, encoders) -> condition
 KINDS: dict[str, Factory] = {
-    "scalar": _without_argument("scalar", lambda name, _: Scalar(name)),
-    "vector": _without_argument("vector", lambda name, _: Vector(name)),
-    "picture": _without_argument("picture", Picture),
-    **{kind: _without_argument(kind, partial(_own_edges, kind)) for kind in FILTERS},
-    "siglip": _siglip,
+    "scalar": _without_argument(lambda name, _: Scalar(name)),
+    "vector": _without_argument(lambda name, _: Vector(name)),
+    "picture": _without_argument(Picture),
+    **{kind: _without_argument(partial(_own_edges, kind)) for kind in FILTERS},
+    "siglip": Siglip,
 }
+# kind -> what follows the colon; others take nothing
+_ARGUMENTS = {"siglip": "DIRECTORY, with a published SigLIP"}
 
 
-def make_conditions(declared: Sequence[str], encoders: Encoders) -> tuple[Condition, ...]:
-    """The conditions that ``--data.conditions`` declares, each written name=kind or name=kind:argument.
+class Declared(NamedTuple):
+    """A condition as ``--data.conditions`` has it: name=kind or name=kind:argument."""
+
+    name: str
+    kind: str
+    argument: str
+
+
+def declared_conditions(texts: Sequence[str]) -> list[Declared]:
+    """What ``--data.conditions`` declares.
 
     Raises:
-        UserError: a kind that there is not, a name that comes twice, or an argument that is not allowed.
+        UserError: a kind that there is not, a name that comes twice, or an argument that is not allowed or missing.
     """
-    conditions: list[Condition] = []
-    for text in declared:
+    found: dict[str, Declared] = {}
+    for text in texts:
         name, _, kind = text.partition("=")
         kind, _, argument = kind.partition(":")
         if kind not in KINDS:
@@ -399,12 +399,34 @@ def make_conditions(declared: Sequence[str], encoders: Encoders) -> tuple[Condit
                 f"--data.conditions {text}: there is no kind {kind!r}; choose one of {', '.join(KINDS)}, as in "
                 f"{name}=scalar"
             )
-        if name in ("latents", *(condition.name for condition in conditions)):
+        if name == "latents" or name in found:
             raise UserError(
                 f"--data.conditions {text}: the name {name!r} is taken; give each input a column and name of its own"
             )
-        conditions.append(KINDS[kind](name, argument, encoders))
-    return tuple(conditions)
+        if argument and kind not in _ARGUMENTS:
+            raise UserError(f"--data.conditions {text}: {kind} takes nothing after a colon; write {name}={kind}")
+        if kind in _ARGUMENTS and not argument:
+            raise UserError(f"--data.conditions {text} names no model; write {name}={kind}:{_ARGUMENTS[kind]}")
+        found[name] = Declared(name, kind, argument)
+    return list(found.values())
+
+
+def make_conditions(declared: Sequence[str], encoders: Encoders) -> tuple[Condition, ...]:
+    """The conditions that ``--data.conditions`` declares.
+
+    Raises:
+        UserError: as ``declared_conditions``, or a model that can't be opened.
+    """
+    return tuple(KINDS[kind](name, argument, encoders) for name, kind, argument in declared_conditions(declared))
+
+
+def missing_input(declared: Declared, record: Record) -> str | None:
+    """Why a record has no such input, or None if it has one; without the model that would encode it."""
+    if declared.kind in FILTERS:
+        return OwnEdges.missing_of(record)
+    if declared.kind == "scalar":
+        return Scalar(declared.name).missing(record)
+    return f"has no {declared.name}" if _absent(record.columns.get(declared.name)) else None
 
 
 def _absent(value: Any) -> bool:
@@ -415,5 +437,5 @@ def _guarded(record: Record, name: str, read: Callable[[], Any]) -> Any:
     try:
         return read()
     except (ValueError, TypeError, OSError, EOFError) as error:
-        reason = " ".join(str(error).split())[:80]
+        reason = reason_of(error, 80)
         raise BadPicture(record.key, f"has {name} that is no vector of numbers ({reason})") from error

@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING, Literal, NamedTuple
 import numpy as np
 
 from kernels.typing import UInt8
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -163,8 +163,8 @@ def _guarded(name: str, work: Callable):
         elif isinstance(error, OSError) and error.errno is not None:
             reason = f"can't be read ({error.strerror})"
         else:
-            text = " ".join(str(error).split())[:100]
-            reason = f"is damaged ({type(error).__name__}{': ' if text else ''}{text})"
+            kind, text = type(error).__name__, reason_of(error, 100)
+            reason = f"is damaged ({kind if text == kind else f'{kind}: {text}'})"
         raise BadPicture(name, reason) from error
 
 

@@ -13,24 +13,21 @@ import functools
 import io
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
-from configs.data import Format, ImageDataConfig, VideoDataConfig
-from sana_jax.errors import UserError
-from train.data.captions import fill_caption, with_motion_scores
+from configs.data import ImageDataConfig, VideoDataConfig
+from sana_jax.errors import UserError, reason_of
+from train.data.captions import check_scores, fill_caption, with_motion_scores
 from train.data.decoding import BadPicture, Header, read_header
+from train.data.formats import list_samples
 from train.data.records import Caption, Problem, Record, Say, shown
 from train.data.score_limits import passes
-from train.data.sources.folder import MANIFEST_OF_NAMES, hidden, list_folder, list_named
-from train.data.sources.huggingface import list_dataset
 from train.data.sources.listing import (
-    ARRAY_SUFFIXES,
     CLIPS,
-    PICTURE_SUFFIXES,
     PICTURES,
     Blob,
     Entry,
@@ -39,8 +36,7 @@ from train.data.sources.listing import (
     Media,
     read_blob,
 )
-from train.data.sources.manifest import SUFFIXES, USUAL_STEMS, list_manifest
-from train.data.sources.webdataset import LIST_OF_TARS, list_tars
+from train.data.sources.rows import CAPTION_COLUMNS
 from train.data.stamps import stamp, stamp_of
 
 if TYPE_CHECKING:
@@ -108,6 +104,7 @@ class IndexedSource:
         notes: lines about what was left out, and what is done to pictures.
         without_caption: keys of the records that have none of their own.
         duplicates: pictures that share a name.
+        has_rows: whether captions are in columns, as ``Listing`` says.
         looked_at: files that could be pictures, the unusable ones included.
     """
 
@@ -115,7 +112,7 @@ class IndexedSource:
         self.name, self.kind, self.media = name, listing.kind, media
         self.problems: list[Problem] = list(listing.problems)
         self.notes: list[str] = list(listing.notes)
-        self.duplicates = list(listing.duplicates)
+        self.duplicates, self.has_rows = list(listing.duplicates), listing.has_rows
         self.records: list[Record] = []
         self.without_caption: list[str] = []
         self.looked_at = len(listing.entries) + len(listing.problems)
@@ -164,7 +161,7 @@ class IndexedSource:
             except BadPicture:
                 raise
             except Exception as error:  # damaged files make numpy raise anything
-                raise BadPicture(blob.name, f"holds no arrays ({' '.join(str(error).split())[:100]})") from error
+                raise BadPicture(blob.name, f"holds no arrays ({reason_of(error, 100)})") from error
         return found
 
     def blob(self, record: Record) -> Blob:
@@ -205,7 +202,7 @@ def open_source(config: ImageDataConfig, say: Say = print) -> IndexedSource:
 
     Raises:
         FileNotFoundError: there is nothing at the path.
-        UserError: no pictures, missing captions where they are needed, or too many unusable files.
+        UserError: no pictures, captions or scores missing where they are needed, or too many unusable files.
     """
     source = index_source(config)
     for note in source.notes:
@@ -215,6 +212,8 @@ def open_source(config: ImageDataConfig, say: Say = print) -> IndexedSource:
         say(f"data: left out: {problem.name} {problem.reason}")
     refuse_no_pictures(source)
     refuse_missing_captions(source, config)
+    if note := check_scores((record.captions for record in source.records), config):
+        say(f"data: {note}")
     say(f"data: {source.describe()}")
     return source
 
@@ -237,7 +236,7 @@ def index_source(config: ImageDataConfig) -> IndexedSource:
             raise FileNotFoundError(
                 f"--data.path {path} does not exist; name a folder of {media.many}, a manifest or a tar"
             )
-        listing = _list(path, config, media)
+        listing = list_samples(path, config, media)
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -303,102 +302,27 @@ def refuse_missing_captions(source: IndexedSource, config: ImageDataConfig) -> N
     if not missing or config.missing_captions != "error":
         return
     names = ", ".join(missing[:_LISTED]) + (", ..." if len(missing) > _LISTED else "")
-    example = "a.txt for a.mp4" if source.media is CLIPS else "a.txt for a.jpg"
+    example, advice = "a photo of ...", "write one beside each (a.txt for a.jpg)"
+    if source.has_rows:
+        columns = list(dict.fromkeys(name for record in source.records for name in record.columns))
+        there = f"further columns are {', '.join(columns)}" if columns else "there are no further columns"
+        advice = f"they are read from columns called {', '.join(CAPTION_COLUMNS)} ({there}): fill in or rename one"
+        example = _column_of_words(source.records) or example
+    elif source.media is CLIPS:
+        advice = "write one beside each (a.txt for a.mp4)"
     raise UserError(
-        f"{len(missing)} of {len(source)} {source.media.many} have no caption: {names}; write one beside each "
-        f"({example}), give all of them one with --data.caption 'a photo of ...', or choose --data.missing-captions "
-        "skip or empty"
+        f"{len(missing)} of {len(source)} {source.media.many} have no caption: {names}; {advice}, give all of them one "
+        f"with --data.caption {example!r}, or choose --data.missing-captions skip or empty"
     )
 
 
-# -- which format ------------------------------------------------------------------------------------------------------
-
-
-def find_format(path: pathlib.Path, media: Media = PICTURES) -> Format:
-    """The format of a path, by what is there.
-
-    Raises:
-        UserError: a file that is none of them.
-    """
-    if path.is_file():
-        return _format_of_file(path)
-    names = sorted(child.name for child in path.iterdir() if not hidden(child.name))
-    if {"dataset_dict.json", "state.json"} & set(names) or any(name.endswith(".arrow") for name in names):
-        return "huggingface"
-    if LIST_OF_TARS in names or any(name.endswith(".tar") for name in names):
-        return "webdataset"
-    if MANIFEST_OF_NAMES in names:
-        return "upstream_folder"
-    if _usual_manifest(path) is not None:
-        return "manifest"
-    suffixes = {os.path.splitext(name)[1].lower() for name in names_below(path)}
-    if suffixes & {*PICTURE_SUFFIXES, *media.suffixes}:
-        return "folder"
-    for suffix, found in ((".parquet", "huggingface"), (".tar", "webdataset")):
-        if suffix in suffixes:
-            return found
-    return "features" if suffixes & set(ARRAY_SUFFIXES) else "folder"
-
-
-def _format_of_file(path: pathlib.Path) -> Format:
-    suffix = path.suffix.lower()
-    if path.name == LIST_OF_TARS or path.name.lower().endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")):
-        return "webdataset"
-    if path.name == MANIFEST_OF_NAMES:
-        return "upstream_folder"
-    if suffix in SUFFIXES:
-        return "manifest"
-    if suffix in (".parquet", ".arrow"):
-        return "huggingface"
-    raise UserError(
-        f"--data.path {path} is a file of no known kind; allowed are {', '.join(SUFFIXES)}, .tar, .parquet, .arrow, "
-        "and folders: name the folder that it lies in"
-    )
-
-
-def _usual_manifest(path: pathlib.Path) -> pathlib.Path | None:
-    """A manifest of one of the usual names, in a folder or in its folder ``train``."""
-    folders = (path, path / "train")
-    names = [folder / f"{stem}{suffix}" for folder in folders for stem in USUAL_STEMS for suffix in SUFFIXES[:4]]
-    return next((name for name in names if name.is_file()), None)
-
-
-def names_below(path: pathlib.Path) -> Iterator[str]:
-    """Names of all files below a folder, without those of the system's."""
-    for _, folders, files in os.walk(path, followlinks=False):
-        folders[:] = [folder for folder in folders if not hidden(folder)]
-        yield from (file for file in files if not hidden(file))
-
-
-def _list(path: pathlib.Path, config: ImageDataConfig, media: Media) -> Listing:
-    found = config.format if config.format != "auto" else find_format(path, media)
-    kinds = tuple(config.weights())
-    if media is CLIPS and found not in (allowed := ("folder", "manifest", "webdataset")):
-        raise UserError(
-            f"--data.path {path} is of the format {found}, which has no videos; allowed are {', '.join(allowed)}: name "
-            "a folder of video files, or choose pictures"
-        )
-    if found in ("folder", "features"):
-        if not path.is_dir():
-            raise UserError(f"--data.format {found}: {path} is no folder; name one, or leave the format out")
-        return list_folder(path, kinds, media, features=found == "features")
-    if found == "upstream_folder":
-        return list_named(path / MANIFEST_OF_NAMES if path.is_dir() else path, kinds)
-    if found == "webdataset":
-        return list_tars(path, kinds, media)
-    if found == "huggingface":
-        return list_dataset(path, kinds)
-    if path.is_dir():
-        manifest = _usual_manifest(path)
-        if manifest is None:
-            raise UserError(
-                f"--data.format manifest: {path} has no metadata.jsonl or metadata.csv; name the file itself"
-            )
-        listing = list_manifest(manifest, kinds, media)
-        if manifest.parent != path:
-            listing.notes.append(f"{manifest.relative_to(path)} is read, and no other folder of {path}")
-        return listing
-    return list_manifest(path, kinds, media)
+def _column_of_words(records: Sequence[Record]) -> str | None:
+    """The column with the longest texts, in braces: it may well be a caption. None where no text has two words."""
+    lengths: collections.Counter[str] = collections.Counter()
+    for record in records:
+        for name, value in record.columns.items():
+            lengths[name] += len(value.split()) - 1 if isinstance(value, str) else 0
+    return next((f"{{{name}}}" for name, count in lengths.most_common(1) if count), None)
 
 
 # -- headers, captions, groups -----------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ def write_results(
     """Writes comparison.csv, strips and sheet where asked for, and comparison.html, whose place is returned."""
     records = {(p.column, p.prompt, p.seed): (p, read_record(output, p)) for p in pictures}
     drawn = {key: (picture, record) for key, (picture, record) in records.items() if record is not None}
-    _write_table(config, drawn, output / "comparison.csv")
+    _write_table(drawn, output / "comparison.csv")
     strips = _write_strips(config, columns, prompts, drawn, output) if config.strip or config.gif else {}
     labels = [_label(column, config, drawn) for column in columns]
     if config.sheet and drawn:
@@ -73,7 +73,7 @@ def _shown(picture: Picture, output: Path) -> str:
     return moving if (output / moving).is_file() else f"pictures/{picture.name}.png"
 
 
-def _write_table(config: CompareConfig, drawn: Drawn, path: Path) -> None:
+def _write_table(drawn: Drawn, path: Path) -> None:
     text = io.StringIO()
     table = csv.DictWriter(text, TABLE, restval="", lineterminator="\n")
     table.writeheader()

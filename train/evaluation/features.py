@@ -1,13 +1,12 @@
 """Functions from pictures to vectors, by which sets of pictures are compared: ``pixels:32``, ``siglip:DIRECTORY``.
 
-``register`` adds a kind. A function's name says everything that changes its vectors, since figures of different
-functions do not compare.
+A function's name says everything that changes its vectors, since figures of different functions do not compare.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,21 +48,6 @@ class FeatureFunction:
         return np.concatenate(vectors).astype(np.float32)
 
 
-# kind -> the function for what stands after the colon
-_KINDS: dict[str, Callable[[str], FeatureFunction]] = {}
-
-
-def register(kind: str, load: Callable[[str], FeatureFunction]) -> None:
-    """Adds the features ``kind:argument``; ``load`` is given the argument, which is empty without a colon.
-
-    Raises:
-        UserError: the kind is there already.
-    """
-    if kind in _KINDS:
-        raise UserError(f"features {kind!r} are registered already; choose another name")
-    _KINDS[kind] = load
-
-
 def load_features(text: str) -> FeatureFunction:
     """The function that an option names: ``kind`` or ``kind:argument``.
 
@@ -102,5 +86,5 @@ def _siglip(argument: str) -> FeatureFunction:
     return FeatureFunction(f"siglip {encoder.id} pooled", encoder.encode)
 
 
-register("pixels", _pixels)
-register("siglip", _siglip)
+# kind -> the function for what stands after the colon
+_KINDS: Mapping[str, Callable[[str], FeatureFunction]] = {"pixels": _pixels, "siglip": _siglip}

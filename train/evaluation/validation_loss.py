@@ -19,7 +19,6 @@ from sana_jax.errors import UserError
 from train.batch import FRAME_VALID, Batch
 from train.randomness import stream
 
-DEFAULT_SIGMAS = (0.1, 0.3, 0.5, 0.7, 0.9)
 # (noisy latents (B, H, W, C), timestep (B,) in 0..1000, batch) -> velocity (B, H, W, C)
 VelocityFunction = Callable[[Array, Array, Batch], Array]
 

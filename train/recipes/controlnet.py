@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.diffusion.sampling import sample_scan
 from sana_jax.models.controlnet import SanaControlNet, init_controlnet_params
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sharding_rules import CONTROLNET, Rule
-from sana_jax.pipelines.sampling_function import Control, Encoded, Network, guided_velocity, is_guided
+from sana_jax.pipelines.sampling_function import Control, Encoded, Network, StepGuidance, guided_velocity, is_guided
 from train.batch import Batch
 from train.recipes.base import Prompts, SamplingFunction
 from train.recipes.flow import FlowRecipe
@@ -64,7 +64,7 @@ class ControlNetTraining(FlowRecipe):
             params[name] = jax.tree.map(lambda leaf, first=first: jnp.array(leaf[:first], jnp.float32), base[name])
         return params
 
-    def draw(self, seed, step, drop_caption) -> PyTree:
+    def draw(self, seed: int, step: int | Int[Array, ""], drop_caption: Bool[Array, " B"]) -> PyTree:
         """Nothing is random inside the networks."""
         return ()
 
@@ -91,9 +91,8 @@ class ControlNetTraining(FlowRecipe):
             negative = Encoded(prompts.null_embeds, prompts.null_mask) if is_guided(guidance_scale) else None
 
             def velocity(noisy, timestep):
-                return guided_velocity(
-                    network, params, noisy, timestep, positive, negative, guidance_scale, control=control
-                )
+                guidance = StepGuidance(positive, negative, guidance_scale, control=control)
+                return guided_velocity(network, params, noisy, timestep, guidance)
 
             return sample_scan(sampler, schedule, velocity, latents, None).latents
 

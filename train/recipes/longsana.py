@@ -25,7 +25,7 @@ from sana_jax.diffusion.sampling import sample_scan
 from sana_jax.models.sana_video import SanaVideoTransformer
 from sana_jax.models.sharding_rules import Rule
 from sana_jax.pipelines.long_video import ATTENTION_EPSILON
-from sana_jax.pipelines.sampling_function import Encoded, VideoNetwork, guided_velocity, is_guided
+from sana_jax.pipelines.sampling_function import Encoded, StepGuidance, VideoNetwork, guided_velocity, is_guided
 from train.batch import Batch
 from train.longsana_step import AVERAGED, STREAM, SelfForcingSteps, stream_tree
 from train.networks import network_conditions, sharding_rules
@@ -103,7 +103,8 @@ class ChunkCausalTraining(WholeTransformer):
             negative = Encoded(prompts.null_embeds, prompts.null_mask) if is_guided(guidance_scale) else None
 
             def velocity(noisy, timestep):
-                return guided_velocity(network, trained, noisy, timestep, positive, negative, guidance_scale)
+                guidance = StepGuidance(positive, negative, guidance_scale)
+                return guided_velocity(network, trained, noisy, timestep, guidance)
 
             return sample_scan(sampler, schedule, velocity, latents, None).latents
 

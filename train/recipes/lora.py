@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import jax
 
 from configs.lora import LoraConfig, lora_warnings
-from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.condition_tokens_files import TOKENS, tokens_to_dict
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.image_encoders import SiglipImageEncoder
@@ -97,7 +97,7 @@ class LoraTransformer(FlowRecipe):
             return {LORA: lora}
         return {LORA: lora, TOKENS: init_tokens(self.encoders, jax.random.fold_in(key, 1))}
 
-    def draw(self, seed, step, drop_caption) -> PyTree:
+    def draw(self, seed: int, step: int | Int[Array, ""], drop_caption: Bool[Array, " B"]) -> PyTree:
         """A key for each sample's dropout, and which samples lose which condition."""
         draws = {}
         if self.config.dropout:

@@ -15,7 +15,13 @@ from sana_jax.models.condition_tokens import ConditionTokens
 from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.families import Transformer
-from sana_jax.pipelines.sampling_function import Encoded, guided_velocity, is_guided, make_sampling_fn
+from sana_jax.pipelines.sampling_function import (
+    Encoded,
+    StepGuidance,
+    guided_velocity,
+    is_guided,
+    make_sampling_fn,
+)
 from sana_jax.pipelines.world_network import WorldGiven, WorldNetwork
 from train.batch import CAMERA, FIRST_FRAME, PLUCKER
 from train.objectives.scm import network_velocity
@@ -120,9 +126,8 @@ def world_sampling(
         negative = Encoded(prompts.null_embeds, prompts.null_mask) if is_guided(guidance_scale) else None
 
         def velocity(noisy, timestep):
-            return guided_velocity(
-                network, params, noisy, timestep, positive, negative, guidance_scale, control=given, lora=lora
-            )
+            guidance = StepGuidance(positive, negative, guidance_scale, control=given)
+            return guided_velocity(network, params, noisy, timestep, guidance, lora)
 
         sampled = sample_scan(sampler, schedule, velocity, latents[:, first.shape[1] :], None).latents
         return jnp.concatenate([first, sampled], axis=1)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from configs.lora import distilled_warnings
-from kernels.typing import Array, Float, PRNGKeyArray, PyTree
+from kernels.typing import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 from sana_jax.diffusion.samplers import Sampler
 from sana_jax.models.sharding_rules import Rule
 from sana_jax.pipelines.families import Transformer, family_of
@@ -59,7 +59,7 @@ class WholeTransformer(FlowRecipe):
             return family_of(self.transformer.config).init_params(self.transformer, key)
         return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), base)
 
-    def draw(self, seed, step, drop_caption) -> PyTree:
+    def draw(self, seed: int, step: int | Int[Array, ""], drop_caption: Bool[Array, " B"]) -> PyTree:
         """Nothing is random inside the network."""
         return ()
 

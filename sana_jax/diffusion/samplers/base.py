@@ -90,7 +90,11 @@ def entry(table: Array | np.ndarray, index: int | Int[Array, ""]) -> Array:
 
 
 def latents_like(state: Any, velocity: Float[Array, "B *X"]) -> Float[Array, "B *X"]:
-    """The velocity in float32, once its shape is known to be that of the latents."""
+    """The velocity in float32, once its shape is known to be that of the latents.
+
+    Raises:
+        UserError: it is another one.
+    """
     if jnp.shape(velocity) != jnp.shape(state.latents):
         raise UserError(
             f"the velocity has shape {jnp.shape(velocity)} but the latents {jnp.shape(state.latents)}; "

@@ -159,8 +159,8 @@ class LongSanaSampler:
         steps = self.num_inference_steps if num_inference_steps is None else require_steps(num_inference_steps)
         if steps != self.num_inference_steps:
             raise UserError(
-                f"num_inference_steps={steps}: this model was distilled to the {self.num_inference_steps} steps at "
-                f"{self.timesteps}; leave the number out, or list other timesteps"
+                f"num_inference_steps {steps} is not allowed; this model was distilled to the "
+                f"{self.num_inference_steps} steps at {self.timesteps}: leave the number out"
             )
         timesteps = np.array(self.timesteps, np.float32)
         table = sigma_table(float(self.flow_shift), self.num_train_timesteps)

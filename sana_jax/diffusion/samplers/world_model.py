@@ -1,6 +1,6 @@
-"""How SANA-WM is sampled in causal blocks: one after another with a state, or overlapping in a staircase.
+"""How SANA-WM is sampled in causal blocks, one after another with a state.
 
-Both are Euler's method with a level of its own for every latent frame. Frames that are given are clean from the start:
+It is Euler's method with a level of its own for every latent frame. Frames that are given are clean from the start:
 their level is 0, the network is told so, and no step changes them.
 
 Source: the sampling code of NVlabs/Sana, as recorded in this repository's vectors.
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +33,6 @@ from sana_jax.errors import UserError
 DISTILLED_STEPS = (1000, 967, 908, 764)
 STREAMING_STEPS = (1000, 960, 889, 727)
 CHUNK_STRATEGIES = ("uniform", "first_plus_one", "first_frame")
-NOT_STARTED = -1.0  # in place of a timestep
 
 # (latents (B, T, H, W, C), timestep (B, T), state) -> (velocity, state after this block): closes over the network, its
 # parameters, captions, camera, guidance and the block's first frame.
@@ -151,8 +150,8 @@ class WorldStreamSampler:
         steps = self.num_inference_steps if num_inference_steps is None else require_steps(num_inference_steps)
         if steps != self.num_inference_steps:
             raise UserError(
-                f"num_inference_steps={steps}: this model was distilled to the {self.num_inference_steps} steps at "
-                f"{self.timesteps}; leave the number out, or list other timesteps"
+                f"num_inference_steps {steps} is not allowed; this model was distilled to the "
+                f"{self.num_inference_steps} steps at {self.timesteps}: leave the number out, or list other timesteps"
             )
         return listed_schedule(self.timesteps, self.num_train_timesteps)
 
@@ -235,76 +234,3 @@ def read_block(velocity_fn: BlockVelocity, state: PyTree, block: Float[Array, "B
         block: its clean latents.
     """
     return velocity_fn(block, jnp.zeros(block.shape[:2], jnp.float32), state)[1]
-
-
-class Staircase(NamedTuple):
-    """Steps of all blocks of a video, each some steps behind the one before.
-
-    Attributes:
-        starts: the first step of every block, int64 (blocks,).
-        timesteps: what the network is told of a block at a step, float32 (blocks, steps); ``NOT_STARTED`` before its
-            first, 0 after its last.
-    """
-
-    starts: np.ndarray
-    timesteps: np.ndarray
-
-    def active(self, step: int) -> int:
-        """How many blocks, from the first on, have started at a step."""
-        return int((self.starts <= step).sum())
-
-
-def staircase(num_blocks: int, schedule: Schedule, interval: float) -> Staircase:
-    """Lets every block begin ``interval`` of a run behind the one before; all of them run at the same time.
-
-    Args:
-        num_blocks: causal blocks of the video.
-        schedule: the steps of one block.
-        interval: as a share of a block's steps: 1 is one block after another, 0 all at once.
-
-    Raises:
-        UserError: an interval outside 0..1, or no block.
-    """
-    require_positive("num_blocks", num_blocks)
-    if not 0 <= interval <= 1:
-        raise UserError(f"interval={interval} is not allowed; allowed is a share of a block's steps from 0 to 1")
-    steps = schedule.num_inference_steps
-    starts = np.array([int(block * interval * steps) for block in range(num_blocks)], np.int64)
-    timesteps = np.full((num_blocks, starts[-1] + steps), NOT_STARTED, np.float32)
-    for block, start in enumerate(starts):
-        timesteps[block, start : start + steps] = schedule.timesteps
-        timesteps[block, start + steps :] = 0
-    return Staircase(starts, timesteps)
-
-
-def staircase_step(
-    plan: Staircase,
-    step: int,
-    block_starts: Sequence[int],
-    latents: Float[Array, "B T H W C"],
-    velocity_fn: Callable[[Float[Array, "B A H W C"], Float[Array, "B A"]], Float[Array, "B A H W C"]],
-    given_frames: int = 0,
-    num_levels: int = NUM_TRAIN_TIMESTEPS,
-) -> Float[Array, "B T H W C"]:
-    """One step of all blocks that have started; the others keep their noise.
-
-    Args:
-        plan: which block is where.
-        step: the step, in the plan's columns.
-        block_starts: the first frame of every block.
-        latents: of the whole video, float32.
-        velocity_fn: the network on the frames of the blocks that have started, of which there are A.
-        given_frames: clean first frames, which stay as they are.
-        num_levels: the timestep of pure noise.
-    """
-    frames, active = latents.shape[1], plan.active(step)
-    ends = [*block_starts[1:], frames]
-    lengths = np.diff([0, *ends[:active]])
-    now = np.repeat(plan.timesteps[:active, step], lengths)
-    last = step + 1 == plan.timesteps.shape[1]
-    after = np.zeros_like(now) if last else np.repeat(plan.timesteps[:active, step + 1], lengths)
-    now[:given_frames] = after[:given_frames] = 0
-    seen = latents[:, : len(now)]
-    velocity = velocity_fn(seen, jnp.broadcast_to(jnp.asarray(now), (len(latents), len(now))))
-    stepped = euler_step(seen, velocity, now / np.float32(num_levels), after / np.float32(num_levels))
-    return jnp.concatenate([stepped, latents[:, len(now) :]], axis=1)

@@ -88,6 +88,11 @@ def test_choices_pick_the_caption_by_rule(captioned):
         mask = open_data(config, **changes).batch(np.zeros(100, int), choices).prompt_attention_mask
         words[name] = np.bincount(mask.sum(1), minlength=4)[2:4].tolist()  # short: 2 tokens, prompt: 3
     assert words == {"random": [50, 50], "first": [0, 100], "proportion": [75, 25]}
+    # a caption without a weight is not taken, wherever it stands and whatever rounding does to the shares
+    for kind, tokens in {"prompt": 3, "short": 2}.items():
+        alone = open_data(config, caption_choice="proportion", proportions=(f"{kind}=1",))
+        mask = alone.batch(np.zeros(2, int), np.array([[0.0, 0.0], [1.0, 0.0]])).prompt_attention_mask
+        assert mask.sum(1).tolist() == [tokens] * 2
 
 
 def test_captions_are_listed_by_frequency(made, gray, tmp_path):
@@ -109,7 +114,7 @@ def test_texts_that_are_there_and_texts_that_are_not(made, gray):
     data = open_data(made)
     for got, want in zip(data.null_encoding(), gray.text_encoder.null_encoding()):
         np.testing.assert_array_equal(got, want)
-    for got, want in zip(data.encoding_of("a handwritten two"), gray.text_encoder.encode(["a handwritten two"])):
+    for got, want in zip(data.encode(["a handwritten two"]), gray.text_encoder.encode(["a handwritten two"])):
         np.testing.assert_array_equal(got, want)
     assert data.encode(["a handwritten two", ""])[0].shape == (2, 5, 12)
     with pytest.raises(UserError, match=r"'a red one' is not in the cache .*--preview\.prompts"):
@@ -134,7 +139,7 @@ def test_validation_pictures_are_kept_from_training(made, captioned):
 
 def test_what_it_says_of_itself(made):
     data = open_data(made, validation_share=0.3)
-    assert data.latent_shapes == ((8, 8, 1),)
+    assert list(data.buckets) == [(8, 8, 1)]
     assert data.preview_shape == (8, 8, 1)
     assert data.prompt_shape == (5, 12)
     assert data.condition_shapes((8, 8, 1)) == {}

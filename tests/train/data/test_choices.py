@@ -8,8 +8,8 @@ import pytest
 from configs.data import ImageDataConfig
 from sana_jax.errors import UserError
 from sana_jax.pipelines.resolution import BINS
-from train.data.buckets import Bucket, assign_buckets, batches_in_order, size_table
-from train.data.captions import CaptionRule, caption_weights, choose_caption, fill_caption
+from train.data.buckets import Bucket, assign_buckets, size_table
+from train.data.captions import CaptionRule, caption_ends, caption_weights, choose_caption, chosen_index, fill_caption
 from train.data.decoding import covering_size, crop_offset, flip, resize_and_crop_to
 from train.data.source import Caption, Record
 from train.data.splits import split
@@ -110,12 +110,6 @@ def test_a_bucket_reads_as_height_by_width():
     assert str(Bucket(512, 256)) == "512x256"
 
 
-def test_left_overs_come_last():
-    assert batches_in_order([0, 1, 0, 1, 1, 0], 2, drop_last=True) == [[0, 2], [1, 3]]
-    assert batches_in_order([0, 1, 0, 1, 1, 0], 2, drop_last=False) == [[0, 2], [1, 3], [5], [4]]
-    assert batches_in_order([0, 1, 0, 1, 1, 0], 2, drop_last=False, order=[1, 0])[2:] == [[4], [5]]
-
-
 # -- resizing ----------------------------------------------------------------------------------------------------------
 
 
@@ -187,6 +181,21 @@ def test_extreme_numbers():
     assert choose_caption(CAPTIONS, CaptionRule("random"), 1.0).text == "c"
 
 
+@pytest.mark.parametrize("count", [1, 2, 9, 40])
+def test_a_caption_of_weight_0_is_never_chosen(count):
+    """Nor where rounding lets the shares add up to a little less than 1: then the last that has a weight is."""
+    random = np.random.default_rng(count)
+    for _ in range(50):
+        weights = random.random(count) * (random.random(count) < 0.5)
+        weights[random.integers(count)] = 0.1
+        captions = [Caption(str(index), str(index)) for index in range(count)]
+        ends = caption_ends(captions, CaptionRule("proportion", weights=dict(zip(map(str, range(count)), weights))))
+        for u in (0.0, *ends, np.nextafter(1, 0), 1.0):
+            assert weights[chosen_index(ends, u)] > 0
+        short = [end * (1 - 2**-52) for end in ends]
+        assert chosen_index(short, np.nextafter(1, 0)) == np.flatnonzero(weights)[-1]
+
+
 def test_captions_that_cant_be_chosen():
     with pytest.raises(UserError, match="no caption to choose from"):
         choose_caption([], CaptionRule(), 0.5)
@@ -243,7 +252,7 @@ def test_shares_at_the_ends():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"crops": 3}, "--data.crops 3 is not allowed; choose 1 where"),
+        ({"crops": 3}, "--data.crops 3 is not allowed; allowed is 1 where"),
         ({"crops": 0}, "--data.crops 0"),
         ({"clip_temperature": 0.0}, "--data.clip-temperature 0.0"),
         ({"max_bad_share": 1.5}, "--data.max-bad-share 1.5"),
@@ -256,7 +265,7 @@ def test_shares_at_the_ends():
         ({"caption_choice": "proportion", "proportions": ("a=1", "a=2")}, "--data.proportions a=2"),
         ({"caption_choice": "proportion", "proportions": ("a=0",)}, "one weight above 0"),
         ({"caption_choice": "proportion", "proportions": ("a=nan",)}, "--data.proportions a=nan"),
-        ({"conditions": ("control",)}, "--data.conditions control is not allowed; choose name=kind"),
+        ({"conditions": ("control",)}, "--data.conditions control is not allowed; allowed is name=kind"),
     ],
 )
 def test_settings_that_are_not_allowed(options, says):

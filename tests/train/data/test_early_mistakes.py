@@ -11,6 +11,7 @@ import pytest
 
 from configs import load_preset
 from configs.lora import LoraConfig
+from configs.prior import PriorConfig
 from configs.schema import FlowConfig, ValidationConfig
 from configs.tokens import TokenEncoderConfig, condition_tokens
 from sana_jax.errors import UserError
@@ -35,6 +36,8 @@ TOKENS = condition_tokens(object=TokenEncoderConfig(kind="vector", width=4))
         ({"validation": ValidationConfig(every=5)}, {}, "--validation.every 5.*--data.validation-share"),
         ({"flow": FlowConfig(mode_scale=1.29)}, {}, "mode_scale=1.29 is not read"),
         ({}, {"caption_choice": "proportion", "proportions": ("llava=1",)}, "kind prompt, .*weight to llava alone"),
+        ({}, {"caption_choice": "clipscore"}, "clipscore: none of the 3 captions has a score"),
+        ({"lora": LoraConfig(), "prior": PriorConfig()}, {"max_bad_share": 0.5, "minimum_size": 9999}, "no picture"),
         ({}, {"validation_share": 0.2, "group_column": "folder"}, "all 3 pictures belong to one group"),
         ({}, {"conditions": ("control=canny",)}, "declares control, which nothing in this run reads"),
         ({"lora": LoraConfig(), "tokens": TOKENS}, {}, "reads the condition object, which the data does not have"),
@@ -62,6 +65,7 @@ def test_before_anything_is_prepared(gray, tmp_path, run, data, says):
     with pytest.raises(UserError, match=says):
         assemble(config, base, lines.append, None)
     assert not list(tmp_path.glob("cache/*.arrayrecord"))
+    assert any("prior preservation: none; --prior.caption" in line for line in lines) == ("prior" in run)
 
 
 @pytest.mark.parametrize("every", [0, 1])

@@ -18,7 +18,8 @@ from configs.data import ImageDataConfig
 from sana_jax.errors import UserError
 from tests.train.data.damage import encoded, pixels
 from train.data.decoding import BadPicture, decode_picture
-from train.data.source import IndexedSource, find_format, index_source, open_source
+from train.data.formats import find_format
+from train.data.source import IndexedSource, index_source, open_source
 
 
 class Sample(NamedTuple):
@@ -340,6 +341,72 @@ def test_missing_captions(name, tmp_path):
     assert [caption.text for caption in source.records[0].captions] == ["a photo"]
 
 
+def test_loose_pictures_beside_tars_or_a_manifest(tmp_path):
+    both = write_tars(tmp_path / "both", samples()[:6])
+    write_folder(both / "loose", samples()[6:8])
+    for path in (both, tmp_path):  # with tars in the folder itself, and below it
+        with pytest.raises(UserError, match=r"tar files and \d+ pictures .*--data.format webdataset for"):
+            open_source(ImageDataConfig(path=str(path)), lambda line: None)
+    assert len(open_source(ImageDataConfig(path=str(both), format="webdataset"), lambda line: None)) == 6
+    listed = write_jsonl(tmp_path / "listed", samples()[:2])  # whose column of control pictures names these
+    write_pictures(listed / "more", samples()[6:8])
+    lines: list[str] = []
+    assert len(open_source(ImageDataConfig(path=str(listed)), lines.append)) == 2
+    (line,) = (line for line in lines if "not named by" in line)
+    unnamed = {str(path.relative_to(listed)) for path in (listed / "more").rglob("*.png")}
+    assert line.startswith(f"data: {len(unnamed)} pictures are not named by metadata.jsonl and left out: ")
+    assert min(unnamed) in line
+    with pytest.raises(UserError, match=r"webdataset: no .tar below"):
+        open_source(ImageDataConfig(path=str(listed), format="webdataset"), lambda line: None)
+
+
+def test_captions_are_looked_for_in_columns(tmp_path):
+    path = write_jsonl(tmp_path / "set", samples()[:2])
+    rows = [json.loads(line) for line in (path / "metadata.jsonl").read_text().splitlines()]
+    rows = [{"image": row["image"], "licence": "CC0", "description": "a dog that runs"} for row in rows]
+    (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"columns called text, caption.*further columns are licence, desc") as caught:
+        open_source(ImageDataConfig(path=str(path)), lambda line: None)
+    assert "--data.caption '{description}'" in str(caught.value)
+    assert "a.txt" not in str(caught.value)
+
+
+def test_one_text_in_two_files_of_a_sample_is_one_caption(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        add_member(tar, "a.png", encoded(pixels(), "PNG"))
+        add_member(tar, "a.txt", b"a dog")
+        add_member(tar, "a.json", json.dumps({"caption": "a dog", "llava": "a cat"}).encode())
+    rule = {"caption_choice": "proportion"}
+    for more, kinds in (
+        ({}, ["caption"]),
+        ({"proportions": ("prompt=1", "llava=1"), **rule}, ["prompt", "llava"]),
+        ({"proportions": ("prompt=1", "caption=2"), **rule}, ["caption", "prompt"]),
+    ):
+        (record,) = open_source(ImageDataConfig(path=str(tmp_path), **more), lambda line: None).records
+        assert sorted(caption.kind for caption in record.captions) == sorted(kinds)
+
+
+def test_scores_that_are_missing(tmp_path):
+    path = write_jsonl(tmp_path / "set", samples()[:2])
+    names = [json.loads(line)["image"] for line in (path / "metadata.jsonl").read_text().splitlines()]
+    rows = [{"image": name, "captions": ["a", "b"]} for name in names]
+    config = ImageDataConfig(path=str(path), caption_choice="clipscore")
+
+    def said() -> list[str]:
+        (path / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        lines: list[str] = []
+        open_source(config, lines.append)
+        return [line for line in lines if "have a score" in line]
+
+    with pytest.raises(UserError, match=r"clipscore: none of the 4 captions has a score"):
+        said()
+    rows[0]["clip_scores"] = [30.0]
+    assert said()[0].startswith("data: 1 of 4 captions have a score")
+    assert "taken only in the 1 samples" in said()[0]
+    rows[0]["clip_scores"] = rows[1]["clip_scores"] = [30.0, 20.0]
+    assert said() == []
+
+
 def test_captions_and_scores_beside_a_tar(tmp_path):
     made = [sample._replace(captions=("as it came",)) for sample in samples()[:2]]
     for number in ("0", "00"):
@@ -516,7 +583,11 @@ def test_another_size_than_stated(tmp_path):
         ("a.json", "{}", "holds a dict; allowed is a list"),
         ("meta_data.json", "{}", "has no list of texts img_names"),
         ("wids-meta.json", "{}", "has no shardlist"),
-        ("a.csv", "", r"has the columns \(none\)"),
+        ("a.csv", "", r"a.csv has no rows that can be used; write one"),
+        ("a.csv", "file_name,text\na.png\n", r"below its first line 'file_name,text' \(a.csv line 2 has 1 cells, the"),
+        ("a.csv", "file_name,text,text\na.png,a,b\n", "has the column 'text' 2 times"),
+        ("a.csv", "file_name;n;n ;\na.png;1;2;\n", "has the column 'n' 2 times"),
+        ("a.jsonl", "{\n", r"has no rows that can be used \(a.jsonl line 1 is not JSON"),
     ],
 )
 def test_files_that_are_no_data_set(tmp_path, name, content, says):

@@ -14,8 +14,11 @@ from train.inspect_data import main
 
 
 def report(capsys, *arguments: object) -> str:
-    assert main([str(each) for each in arguments]) == 0
-    return capsys.readouterr().out
+    """What is printed; its exit status is 1 where it says that training would stop, and 0 elsewhere."""
+    status = main([str(each) for each in arguments])
+    text = capsys.readouterr().out
+    assert status == ("training would stop" in text)
+    return text
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +99,14 @@ def test_choices_and_conditions(capsys, photos):
     choice = ["--caption-choice", "proportion", "--proportions"]
     text = report(capsys, photos, *choice, "prompt=1", "llava=3", "--conditions", "zoom=scalar", "edge=canny", "--flip")
     assert "captions by --caption-choice proportion: prompt 25%, llava 75%\n" in text
-    assert "condition zoom=scalar: 12 of 12 samples have the column zoom\n" in text
-    assert "condition edge=canny: 0 of 12 samples" in text
+    assert "condition zoom=scalar: 12 of 12 samples have zoom\n" in text
+    assert "condition edge=canny: 12 of 12 samples have a picture that it is drawn from\n" in text
     assert "variants of each picture: 2" in text
+    assert "training would stop" not in text
+    text = report(capsys, photos, *choice, "prompt=1", "--conditions", "bright=picture", "far=vector")
+    assert "condition far=vector: 0 of 12 samples have far\n" in text
+    assert "training would stop: 12 of 12 files are unusable" in text
+    assert "0 has no far" in text
     text = report(capsys, photos, *choice, "other=1")
     assert "training would stop: a picture has captions of kind prompt, llava" in text
 
@@ -129,6 +137,22 @@ def test_a_contact_sheet_and_nothing_else(capsys, photos, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("words", "has", "lacks"),
+    [
+        ([], ["--conditions", "--clips --help"], ["--cache", "--latent-dtype", "--axes"]),
+        (["--cameras"], ["--cameras", "--axes"], ["--cache", "--latent-dtype", "--joint-pictures"]),
+        (["--format", "zip_latents"], ["--short-clips"], ["--cache", "--contact-sheet"]),
+    ],
+)
+def test_help_lists_what_is_read(capsys, words, has, lacks):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    text = capsys.readouterr().out
+    assert [name for name in has if name not in text] == []
+    assert [name for name in lacks if name in text] == []
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["nowhere"], "--path nowhere does not exist"),
@@ -136,8 +160,11 @@ def test_a_contact_sheet_and_nothing_else(capsys, photos, tmp_path):
         ([".", "--resolution", "100"], "--resolution 100 is not allowed"),
         (["--contact-sheet", "a.jpg"], "'a.jpg' is not allowed; a picture's name ends in .png"),
         (["--batch-size", "0"], "--batch-size 0 is not allowed"),
-        (["--crops", "2"], "--crops 2 is not allowed; choose 1 where --crop is center"),
-        (["--cache", "a"], "--cache a is not used here"),
+        (["--crops", "2"], "--crops 2 is not allowed; allowed is 1 where --crop is center"),
+        (["--cache", "a"], "unknown option --cache; it is for training, and nothing is prepared here"),
+        (["--latent-dtype", "float32"], "unknown option --latent-dtype; it is for training"),
+        (["--conditions", "control=cany"], "--conditions control=cany: there is no kind 'cany'; choose one of scalar,"),
+        (["--caption", " "], "--caption ' ' is not allowed; allowed is a text; pictures and clips without a caption"),
         (["--colour", "red"], "unknown option --colour"),
     ],
 )

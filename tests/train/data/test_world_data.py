@@ -151,6 +151,17 @@ def test_inspecting_cameras(tmp_path, capsys):
         inspect([str(tmp_path), "--clips", "--axes", "opengl"])
 
 
+def test_no_camera_can_be_used(tmp_path, capsys):
+    save_videos(tmp_path, 2)
+    for name in ("0", "1"):
+        (tmp_path / f"{name}.npz").unlink()
+    with pytest.raises(UserError, match=r"has no video that can be used, 2 files are unusable"):
+        inspect([str(tmp_path), "--clips", "--cameras", "--clip-frames", "5", "--no-check-pixels"])
+    assert "left out: 1 has no camera" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has no video that can be used, 2 files are unusable"):
+        open_worlds(config(tmp_path, max_bad_share=1.0), lambda line: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -158,7 +169,14 @@ def test_inspecting_cameras(tmp_path, capsys):
         ({"crop": "random"}, "--data.crop random is not allowed; allowed is center"),
         ({"field_of_view": 200.0}, "--data.field-of-view 200.0"),
         ({"filters": ("dover>1",), "format": "zip_latents"}, "--data.filters dover>1 is not allowed"),
-        ({"clip_stride": 8, "format": "zip_latents"}, "--data.clip-stride 8 is not allowed"),
+        *(
+            ({name: value, "format": "zip_latents"}, f"--data.{name.replace('_', '-')} {value} is not allowed")
+            for name, value in {
+                **{"clip_stride": 8, "pose_column": "p", "aspect_buckets": False, "rare_buckets": "repeat"},
+                **{"minimum_size": 8, "latent_dtype": "float32"},
+            }.items()
+        ),
+        ({"resolution": 512, "format": "zip_latents"}, "--data.resolution 512 is not allowed"),
         ({"short_clips": "pad"}, "--data.short-clips pad"),
         ({"clip_frames": 6}, "--data.clip-frames 6"),
     ],
@@ -317,6 +335,51 @@ def test_the_camera_that_is_checked_is_trained_on(tmp_path, metadata):
     expected = camera_inputs(path_of(7), np.tile(INTRINSICS / 2, (7, 1)), **options)
     batch = zipped(tmp_path)[0].batch(np.array([0]))
     np.testing.assert_allclose(batch.conditions[CAMERA][0], expected.conditions, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "captions", "said"),
+    [
+        (
+            {"missing_captions": "skip", "max_bad_share": 0.0},
+            ["a street"],
+            "1 of 3 samples have no caption and are left",
+        ),
+        (
+            {"missing_captions": "empty", "max_bad_share": 0.0},
+            ["a street"],
+            "1 of 3 samples have no caption and get an",
+        ),
+        (
+            {"max_bad_share": 0.5},
+            ["a street"],
+            "left out: two/deep/b has no caption; write one into the metadata, or choose",
+        ),
+        (
+            {"caption": "one {dover} of {caption}", "max_bad_share": 0.5},
+            ["one 0.7 of a street"],
+            "two/deep/b has no caption",
+        ),
+        ({"caption": "a clip", "missing_captions": "skip"}, ["a clip"], "are left out"),
+    ],
+)
+def test_samples_of_zip_files_without_a_caption(tmp_path, options, captions, said):
+    save_zips(tmp_path)
+    (tmp_path / "two_caption.json").unlink()
+    worlds, lines = zipped(tmp_path, **options)
+    assert said in lines
+    assert worlds.captions == captions
+    kept = options.get("missing_captions") == "empty" or options.get("caption") == "a clip"
+    assert [sample.key for sample in worlds.samples] == ["one/deep/a"] + ["two/deep/b"] * kept
+
+
+def test_inspecting_says_which_samples_have_no_caption(tmp_path, capsys):
+    save_zips(tmp_path)
+    (tmp_path / "two_caption.json").unlink()
+    inspect([str(tmp_path), "--temporal-factor=2", "--spatial-factor=8", "--missing-captions=skip"])
+    assert "note: 1 samples have no caption and are left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--aspect-buckets False is not allowed; allowed is True with --format zip"):
+        inspect([str(tmp_path), "--format", "zip_latents", "--no-aspect-buckets"])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from sana_jax.errors import UserError
 from train.evaluation.distances import fit_gaussian
-from train.evaluation.features import FeatureFunction, load_features, pixel_features, register
+from train.evaluation.features import FeatureFunction, load_features, pixel_features
 from train.evaluation.record import append_record, make_record
 from train.evaluation.reference import (
     FolderPictures,
@@ -120,8 +120,8 @@ def test_features_in_parts_and_by_name():
     assert calls == [64, 6]
     np.testing.assert_array_equal(found, pixel_features(pictures, 2))
     assert load_features("pixels").name == "pixels 32x32 RGB"
-    with pytest.raises(UserError, match="registered already"):
-        register("pixels", load_features)
+    with pytest.raises(UserError, match="features 'inception' are not allowed; choose pixels"):
+        load_features("inception")
     with pytest.raises(UserError, match="no pictures"):
         FUNCTION([])
 

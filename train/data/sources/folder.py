@@ -29,7 +29,7 @@ from train.data.sources.listing import (
     read_blob,
     read_text,
 )
-from train.data.sources.rows import sort_out
+from train.data.sources.rows import sort_out, without_repeats
 
 _SYSTEM_FOLDERS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 _SYSTEM_FILES = ("Thumbs.db", "thumbs.db", "desktop.ini", "Desktop.ini")
@@ -177,7 +177,7 @@ def _beside_picture(
             captions += row.captions
             found = {"columns": row.columns, "stated": row.size}
     arrays = {suffix[1:]: blob for suffix, blob in blobs.items() if suffix in ARRAY_SUFFIXES}
-    return {"captions": tuple(captions), "arrays": arrays, **found}
+    return {"captions": tuple(without_repeats(captions, kinds)), "arrays": arrays, **found}
 
 
 def parse_sidecar(listing: Listing, blob: Any, kinds: Collection[str]):

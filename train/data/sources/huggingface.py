@@ -11,7 +11,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from sana_jax.files import read_json
 from train.data.decoding import BadPicture
 from train.data.records import shown
@@ -45,7 +45,7 @@ class CellBlob:
         try:
             value = _part(self.path, self.part, self.column)[self.row].as_py()
         except (OSError, pyarrow.ArrowException) as error:
-            raise BadPicture(self.name, f"can't be read ({' '.join(str(error).split())[:100]})") from error
+            raise BadPicture(self.name, f"can't be read ({reason_of(error, 100)})") from error
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise BadPicture(self.name, "holds no bytes")
@@ -65,7 +65,7 @@ def list_dataset(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
             f"{path} is a Hugging Face dataset, and reading one takes pyarrow, which is not installed: "
             "pip install pyarrow"
         ) from error
-    listing = Listing("Hugging Face dataset", path if path.is_dir() else path.parent)
+    listing = Listing("Hugging Face dataset", path if path.is_dir() else path.parent, has_rows=True)
     files = _data_files(listing, path)
     number = 0
     for file in files:
@@ -77,7 +77,7 @@ def list_dataset(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
                 _add_part(listing, file, part, schema, picture, kinds, number + len(listing.entries) - first)
             number += len(listing.entries) - first
         except (OSError, pyarrow.ArrowException) as error:
-            listing.problem(file.name, f"can't be read ({' '.join(str(error).split())[:100]})")
+            listing.problem(file.name, f"can't be read ({reason_of(error, 100)})")
     unique_keys(listing)
     return listing
 

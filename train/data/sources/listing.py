@@ -209,6 +209,7 @@ class Listing:
         problems: files that can't be used.
         notes: lines about what was left out or done.
         duplicates: pictures that share a name.
+        has_rows: whether a sample is a row, whose captions are in its columns.
     """
 
     kind: str
@@ -217,6 +218,7 @@ class Listing:
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     duplicates: list[tuple[str, ...]] = field(default_factory=list)
+    has_rows: bool = False
 
     def note(self, names: Sequence[str], text: str, *, first: int = 3) -> None:
         """Adds a line with a count and the first names, if there are names at all."""

@@ -25,10 +25,12 @@ def list_manifest(path: pathlib.Path, kinds: Collection[str] = (), media: Media 
     """The pictures, or videos, of a manifest.
 
     Raises:
-        UserError: the file can't be read, or has no column of pictures.
+        UserError: the file can't be read, or has no row or no column of pictures.
     """
-    listing = Listing(f"manifest {path.name}", path.parent)
+    listing = Listing(f"manifest {path.name}", path.parent, has_rows=True)
     rows = read_rows(path, listing)
+    if not rows:
+        _refuse_no_rows(path, listing, media)
     names = list(dict.fromkeys(name for _, row in rows for name in row))
     picture = picture_column(names, media.columns)
     if picture is None:
@@ -46,7 +48,7 @@ def read_rows(path: pathlib.Path, listing: Listing) -> list[tuple[str, dict[str,
     """The rows of a manifest, each with where it stands; what can't be read is noted in the listing.
 
     Raises:
-        UserError: the file can't be read.
+        UserError: the file can't be read, or has two columns of one name.
     """
     try:
         text, encoding = read_text(path.read_bytes())
@@ -55,6 +57,14 @@ def read_rows(path: pathlib.Path, listing: Listing) -> list[tuple[str, dict[str,
     if encoding != "UTF-8":
         listing.notes.append(f"{path.name} is not UTF-8 and read as {encoding}")
     return list((_csv_rows if path.suffix.lower() in (".csv", ".tsv") else _json_rows)(listing, path, text))
+
+
+def _refuse_no_rows(path: pathlib.Path, listing: Listing, media: Media) -> None:
+    """Raises ``UserError`` with the names in a table's first line and the first row's problem."""
+    first, table = read_text(path.read_bytes())[0].split("\n", 1)[0].strip(), path.suffix.lower() in (".csv", ".tsv")
+    header = f" below its first line {shown(first)!r}" if table and first else ""
+    problem = f" ({listing.problems[0].name} {listing.problems[0].reason})" if listing.problems else ""
+    raise UserError(f"{path} has no rows that can be used{header}{problem}; write one for each {media.one}")
 
 
 def _add_row(listing: Listing, where: str, row, media: Media) -> None:
@@ -120,6 +130,11 @@ def _csv_rows(listing: Listing, path: pathlib.Path, text: str) -> Iterator[tuple
     reader = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter)
     try:
         names = [name.strip() for name in next(reader, [])]
+        if repeated := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+            raise UserError(
+                f"{path} has the column {repeated[0]!r} {names.count(repeated[0])} times, and a row has one value of "
+                "each: give every column a name of its own"
+            )
         rows = []
         for cells in reader:
             where = f"{path.name} line {reader.line_num}"

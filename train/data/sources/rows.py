@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from train.data.records import Caption
@@ -61,6 +61,24 @@ def sort_out(row: Mapping[str, Any], picture: str | None, kinds: Collection[str]
     if _is_length(rest.get("height")) and _is_length(rest.get("width")):
         size = int(rest.pop("height")), int(rest.pop("width"))
     return Row(key, found, tuple(captions), rest, size)
+
+
+def without_repeats(captions: Sequence[Caption], kinds: Collection[str]) -> list[Caption]:
+    """Captions of which each text is there once, as where a picture's .txt and its .json both have it.
+
+    The first stays, with the score that another may have; those of the kinds that are chosen by stay all.
+    """
+    kept: dict[tuple[str, str | None], Caption] = {}
+    asked = {caption.text for caption in captions if caption.kind in kinds}
+    for caption in captions:
+        own = caption.kind in kinds
+        if not own and caption.text in asked:
+            continue
+        key = caption.text, caption.kind if own else None
+        before = kept.setdefault(key, caption)
+        if before.score is None:
+            kept[key] = before._replace(score=caption.score)
+    return list(kept.values())
 
 
 def _is_length(value: Any) -> bool:

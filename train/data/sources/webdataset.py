@@ -30,7 +30,7 @@ from train.data.sources.listing import (
     read_text,
     unique_keys,
 )
-from train.data.sources.rows import as_number
+from train.data.sources.rows import as_number, without_repeats
 
 LIST_OF_TARS = "wids-meta.json"
 
@@ -39,7 +39,7 @@ def list_tars(path: pathlib.Path, kinds: Collection[str] = (), media: Media = PI
     """The samples of a tar, of the tars below a folder, or of those that a ``wids-meta.json`` lists.
 
     Raises:
-        UserError: a compressed tar, or a list of tars that is none.
+        UserError: no tar below a folder, a compressed tar, or a list of tars that is none.
     """
     if path.is_dir() and (path / LIST_OF_TARS).is_file():
         path = path / LIST_OF_TARS
@@ -50,6 +50,8 @@ def list_tars(path: pathlib.Path, kinds: Collection[str] = (), media: Media = PI
     elif path.is_dir():
         listing.root = path
         tars = sorted(each for each in path.rglob("*.tar") if not hidden(each.name))
+        if not tars:
+            raise UserError(f"--data.format webdataset: no .tar below {path}; name a folder with some, or leave it out")
         shards = dict.fromkeys(tars)
         listing.kind = f"{len(shards)} tar files"
     else:
@@ -122,7 +124,7 @@ def _add_shard(
             else:
                 columns.setdefault(suffix, suffix)
                 pictures[suffix] = blob
-        captions += texts.get(name, [])
+        captions = [*without_repeats(captions, kinds), *texts.get(name, [])]
         if picture is None and not arrays:
             listing.problem(f"{shown(shard.name)}/{shown(name)}", f"has no {media.one}")
             continue

@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from kernels.typing import UInt8
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from train.data.decoding import MOST_PIXELS, SHORTEST_SIDE, BadPicture, decode_picture, read_header
 from train.data.sources.frame_folders import FramesBlob
 from train.data.sources.listing import Blob
@@ -408,8 +408,7 @@ def _clock(text: str) -> float | None:
 
 
 def _reason(error: BaseException) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return " ".join(str(text).split())[:100]
+    return reason_of(getattr(error, "strerror", None) or error, 100)
 
 
 def _size(shape: tuple[int, ...]) -> str:

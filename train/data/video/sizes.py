@@ -5,6 +5,7 @@ from __future__ import annotations
 from configs.data import ClipPicturesConfig, ImageDataConfig, VideoDataConfig
 from sana_jax.errors import UserError
 from sana_jax.pipelines.resolution import Bin, video_bins
+from train.data.buckets import scaled_table
 
 
 def clip_sizes(data: ImageDataConfig, sample_size: int, factor: int, patch: int = 1) -> tuple[Bin, ...]:
@@ -36,11 +37,7 @@ def clip_sizes(data: ImageDataConfig, sample_size: int, factor: int, patch: int 
         return (Bin(1.0, side, side),)
     if side == square:
         return table
-    scaled = {}
-    for ratio, height, width in table:
-        size = tuple(max(1, round(length * side / square / multiple)) * multiple for length in (height, width))
-        scaled.setdefault(size, ratio)
-    return tuple(sorted(Bin(height / width, height, width) for height, width in scaled))
+    return scaled_table(table, square, side, multiple)
 
 
 def _check(option: str, sizes: tuple[int, ...], multiple: int) -> None:

@@ -10,7 +10,7 @@ from configs.data import VideoDataConfig
 from sana_jax.errors import UserError
 from train.data.conditions import View
 from train.data.records import Record, Say
-from train.data.source import IndexedSource, open_source
+from train.data.source import IndexedSource, open_source, refuse_no_pictures
 from train.data.video.clips import ClipsRead, read_clips
 from train.data.video.windows import resampled_count, window_key, window_starts
 
@@ -168,13 +168,14 @@ def open_clips(config: VideoDataConfig, say: Say = print) -> ClipSource:
 
 
 def refuse_no_clips(source: ClipSource) -> None:
-    """Stops where every video is shorter than a clip.
+    """Stops where there is no video, or every one is shorter than a clip.
 
     Raises:
         UserError: no clip.
     """
     if source.records:
         return
+    refuse_no_pictures(source.videos)
     config, videos = source.config, source.videos.records
     longest = max(resampled_count(video.video.seconds, config.clip_fps) for video in videos)
     fitting = (longest - 1) // 4 * 4 + 1

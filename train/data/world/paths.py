@@ -18,7 +18,7 @@ from sana_jax.camera import (
     relative_poses,
     scale_intrinsics,
 )
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from train.data.conditions import View
 from train.data.decoding import BadPicture, covering_size, crop_offset
 from train.data.video.windows import tolerance
@@ -54,7 +54,7 @@ def load_arrays(content: bytes, name: str) -> dict[str, np.ndarray]:
         found = np.load(io.BytesIO(content), allow_pickle=False)
         return {"npy": found} if isinstance(found, np.ndarray) else dict(found.items())
     except Exception as error:  # damaged files make numpy raise anything
-        raise BadPicture(name, f"holds no arrays ({' '.join(str(error).split())[:100]})") from error
+        raise BadPicture(name, f"holds no arrays ({reason_of(error, 100)})") from error
 
 
 def camera_of(values: Mapping[str, Any]) -> dict[str, Any]:

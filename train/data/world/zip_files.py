@@ -31,8 +31,9 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from configs.world_data import WorldDataConfig
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from sana_jax.files import read_json
+from train.data.captions import check_scores, fill_caption
 from train.data.decoding import BadPicture
 from train.data.encoding import LATENT_NAMES
 from train.data.records import Caption, Problem, Say
@@ -86,6 +87,7 @@ class ZipFindings:
         problems: samples, and files, that can't be used.
         filtered: samples whose scores are not within the limits.
         short: samples that have too few latent frames.
+        without_caption: samples that have none, where these are left out or get an empty one.
         unusual: lines about cameras that can be used.
     """
 
@@ -95,11 +97,12 @@ class ZipFindings:
     problems: list[Problem] = field(default_factory=list)
     filtered: int = 0
     short: int = 0
+    without_caption: int = 0
     unusual: list[str] = field(default_factory=list)
 
     def add(self, other: ZipFindings) -> None:
         """Takes over what was found in further files."""
-        for name in ("files", "looked_at", "samples", "problems", "filtered", "short", "unusual"):
+        for name in ("files", "looked_at", "samples", "problems", "filtered", "short", "without_caption", "unusual"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
 
@@ -127,7 +130,11 @@ def open_zip_latents(
     for count, why in left_out:
         if count:
             say(f"data: {count:,} of {found.looked_at:,} samples {why} and are left out")
+    if found.without_caption:
+        say(f"data: {found.without_caption:,} of {found.looked_at:,} samples {what_of_no_caption(data)}")
     samples = found.samples
+    if note := check_scores((sample.captions for sample in samples), data):
+        say(f"data: {note}")
     if cut := sum(sample.shape[0] > frames for sample in samples):
         say(f"data: {cut:,} samples have more than {frames} latent frames, of which the first {frames} are taken")
     if filled := sum(sample.shape[0] < frames for sample in samples):
@@ -137,6 +144,12 @@ def open_zip_latents(
     if not samples:
         raise UserError(f"{data.path} has no samples that take part: {found.looked_at:,} were looked at, see above")
     return samples
+
+
+def what_of_no_caption(data: WorldDataConfig) -> str:
+    """What becomes of samples without a caption, for a line that counts them."""
+    done = "are left out" if data.missing_captions == "skip" else "get an empty one"
+    return f"have no caption and {done}"
 
 
 def find_zip_samples(
@@ -192,6 +205,9 @@ def _look_into(
                         continue
                     sample = ZipSample(key, file, info.filename, info.CRC, shape, (), fields)
                     sample = _described(sample, data, kinds)
+                    found.without_caption += not any(caption.text for caption in sample.captions)
+                    if not sample.captions:
+                        continue
                     found.unusual += _check_path(archive, sample, data, camera)
                     found.samples.append(sample)
                 except BadPicture as error:
@@ -201,7 +217,7 @@ def _look_into(
         found.problems.append(Problem(error.name, error.reason))
     except (zipfile.BadZipFile, OSError) as error:
         found.looked_at += 1
-        found.problems.append(Problem(str(file), f"can't be read ({' '.join(str(error).split())[:100]})"))
+        found.problems.append(Problem(str(file), f"can't be read ({reason_of(error, 100)})"))
     return found
 
 
@@ -246,7 +262,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         content = read_json(path) if path.read_bytes().lstrip()[:1] == b"{" else json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise BadPicture(str(path), f"can't be read ({' '.join(str(error).split())[:100]})") from error
+        raise BadPicture(str(path), f"can't be read ({reason_of(error, 100)})") from error
     if isinstance(content, dict):
         yield from content.items()
         return
@@ -269,7 +285,7 @@ def _own_metadata(archive: zipfile.ZipFile, member: str, key: str) -> dict[str, 
     try:
         content = json.loads(archive.read(member))
     except Exception as error:  # damaged files make zipfile raise anything
-        raise BadPicture(key, f"has a {member} that can't be read ({' '.join(str(error).split())[:100]})") from error
+        raise BadPicture(key, f"has a {member} that can't be read ({reason_of(error, 100)})") from error
     if not isinstance(content, dict):
         raise BadPicture(key, f"has a {member} that holds a {type(content).__name__}; metadata is an object")
     return content
@@ -293,7 +309,7 @@ def _stored_shape(archive: zipfile.ZipFile, member: str, key: str, channels: int
     except BadPicture:
         raise
     except Exception as error:  # damaged files make zipfile and numpy raise anything
-        raise BadPicture(key, f"can't be read ({' '.join(str(error).split())[:100]})") from error
+        raise BadPicture(key, f"can't be read ({reason_of(error, 100)})") from error
 
 
 @contextlib.contextmanager
@@ -338,20 +354,25 @@ def _channels_last(shape: tuple[int, ...], name: str, channels: int | None) -> S
 
 
 def _described(sample: ZipSample, data: WorldDataConfig, kinds: Sequence[str]) -> ZipSample:
-    """With its captions.
+    """With its captions; without any where it is to be left out for that.
 
     Raises:
-        BadPicture: it has none.
+        BadPicture: it has none, and that is an error.
+        UserError: the data's caption names a column that there is not.
     """
-    if data.caption is not None:
-        return sample._replace(captions=(Caption(data.caption),))
     row = sort_out(dict(sample.columns), None, kinds)
-    if not row.captions and data.missing_captions == "empty":
-        return sample._replace(captions=(Caption(""),))
-    if not row.captions:
-        raise BadPicture(sample.key, "has no caption; write one into the metadata, or choose --data.caption")
+    captions, template = tuple(row.captions), data.caption
+    if template is not None and "{caption}" in template:
+        captions = tuple(own._replace(text=fill_caption(template, row.columns, own.text)) for own in captions)
+    elif template is not None:
+        captions = (Caption(fill_caption(template, row.columns)),)
+    if not captions and data.missing_captions == "error":
+        advice = "write one into the metadata, or choose --data.caption, or --data.missing-captions skip or empty"
+        raise BadPicture(sample.key, f"has no caption; {advice}")
+    if not captions and data.missing_captions == "empty":
+        captions = (Caption(""),)
     sides = {} if row.size is None else dict(zip(("height", "width"), row.size))
-    return sample._replace(captions=tuple(row.captions), columns={**row.columns, **sides})
+    return sample._replace(captions=captions, columns={**row.columns, **sides})
 
 
 def _check_path(
@@ -370,7 +391,7 @@ def _check_path(
                     with inner.open(f"{name}.npy") as array:
                         beside[name] = np.lib.format.read_array(array, allow_pickle=False)
         except Exception as error:  # as above
-            raise BadPicture(sample.key, f"can't be read ({' '.join(str(error).split())[:100]})") from error
+            raise BadPicture(sample.key, f"can't be read ({reason_of(error, 100)})") from error
     path = path_of(sample, beside, data, camera.spatial_factor)
     lines = check_path(path, sample.key, video_size(sample, camera.spatial_factor))
     refuse_other_count(path, sample, camera.temporal_factor)

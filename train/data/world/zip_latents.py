@@ -15,8 +15,9 @@ import numpy as np
 from configs.world_data import WorldDataConfig
 from kernels.typing import Float, Int
 from sana_jax.camera import relative_poses
+from sana_jax.errors import reason_of
 from train.batch import FRAME_VALID, Batch
-from train.data.captions import CaptionRule, caption_weights
+from train.data.captions import CaptionRule, choose_caption
 from train.data.decoding import BadPicture
 from train.data.prompt_records import PromptRecords
 from train.data.records import Record
@@ -131,7 +132,7 @@ class ZipWorlds:
         try:
             content = archive.read(sample.member)
         except (zipfile.BadZipFile, zlib.error, OSError) as error:
-            raise BadPicture(sample.key, f"can't be read ({' '.join(str(error).split())[:100]})") from error
+            raise BadPicture(sample.key, f"can't be read ({reason_of(error, 100)})") from error
         arrays = load_arrays(content, sample.key)
         latents = latents_of(arrays)
         factor, spatial = self.camera.temporal_factor, self.camera.spatial_factor
@@ -139,8 +140,7 @@ class ZipWorlds:
         return latents, _of_pixels(path, sample, video_size(sample, spatial), factor, spatial, self.frames)
 
     def _text(self, sample: ZipSample, place: float) -> str:
-        weights = np.cumsum(caption_weights(sample.captions, self._rule))
-        return sample.captions[int(np.searchsorted(weights / weights[-1], place, side="right"))].text
+        return choose_caption(sample.captions, self._rule, place).text
 
     @property
     def captions(self) -> list[str]:

@@ -45,6 +45,19 @@ def exit_steps(
     return jnp.full_like(drawn, drawn[0]) if same_for_all_blocks else drawn
 
 
+class RolloutSettings(NamedTuple):
+    """What is drawn of a rollout, and what stands in place of what is not."""
+
+    same_for_all_blocks: bool = True
+    """One exit step for all blocks."""
+    always_last: bool = False
+    """No exit step is drawn: it is the last."""
+    fresh_noise: bool = True
+    """Whether there is ``between``."""
+    context_noise: bool = True
+    """Whether there is ``context``."""
+
+
 def draw_rollout(
     seed: int,
     step: int | Int[Array, ""],
@@ -52,11 +65,7 @@ def draw_rollout(
     shape: tuple[int, ...],
     num_blocks: int,
     num_steps: int,
-    *,
-    same_for_all_blocks: bool = True,
-    always_last: bool = False,
-    fresh_noise: bool = True,
-    context_noise: bool = True,
+    settings: RolloutSettings,
 ) -> RolloutDraws:
     """Draws from the streams ``{name}_start``, ``{name}_between``, ``{name}_context`` and ``{name}_exit``.
 
@@ -67,21 +76,19 @@ def draw_rollout(
         shape: of the latents, (B, T, H, W, C).
         num_blocks: K.
         num_steps: of the sampler, n.
-        same_for_all_blocks: one exit step for all blocks.
-        always_last: no draw: the last step.
-        fresh_noise: whether there is ``between``.
-        context_noise: whether there is ``context``.
+        settings: what is drawn.
     """
 
     def normal(what, shape):
         return jax.random.normal(stream(seed, step, f"{name}_{what}"), shape, jnp.float32)
 
     drawn = jax.random.randint(stream(seed, step, f"{name}_exit"), (num_blocks,), 0, num_steps)
-    steps = exit_steps(drawn, num_steps, same_for_all_blocks=same_for_all_blocks, always_last=always_last)
+    exits = {"same_for_all_blocks": settings.same_for_all_blocks, "always_last": settings.always_last}
+    steps = exit_steps(drawn, num_steps, **exits)
     return RolloutDraws(
         start=normal("start", shape),
-        between=normal("between", (shape[0], num_steps - 1, *shape[1:])) if fresh_noise else None,
-        context=normal("context", shape) if context_noise else None,
+        between=normal("between", (shape[0], num_steps - 1, *shape[1:])) if settings.fresh_noise else None,
+        context=normal("context", shape) if settings.context_noise else None,
         exit_step=jnp.broadcast_to(steps, (shape[0], num_blocks)),
     )
 

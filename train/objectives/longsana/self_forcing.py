@@ -47,7 +47,7 @@ from train.objectives.longsana.networks import (
     score_network,
     sigma_at,
 )
-from train.objectives.longsana.rollout import RolloutDraws, draw_rollout, rollout
+from train.objectives.longsana.rollout import RolloutDraws, RolloutSettings, draw_rollout, rollout
 from train.randomness import stream
 
 # Captions of the real score, where it is told another motion score than the others.
@@ -145,18 +145,13 @@ class SelfForcing:
         c = self.config
         rolled = (shape[0], new_frames or shape[1], *shape[2:])
         blocks = len(c.block_starts(rolled[1]))
-        rolled_out = draw_rollout(
-            seed,
-            step,
-            phase,
-            rolled,
-            blocks,
-            len(c.timesteps),
+        settings = RolloutSettings(
             same_for_all_blocks=c.same_exit_step,
             always_last=c.always_last_step,
             fresh_noise=c.fresh_noise,
             context_noise=self.sampler.context_sigma > 0,
         )
+        rolled_out = draw_rollout(seed, step, phase, rolled, blocks, len(c.timesteps), settings)
         level = jax.random.uniform(stream(seed, step, f"{phase}_level"), shape[:1], jnp.float32)
         noise = jax.random.normal(stream(seed, step, f"{phase}_noise"), shape, jnp.float32)
         return SelfForcingDraws(rolled_out, ScoreDraws(level, noise))

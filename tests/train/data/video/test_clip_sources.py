@@ -167,15 +167,18 @@ def test_pictures_are_found_beside_videos_as_before(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"clip_frames": 80}, "--data.clip-frames 80 is not allowed; choose 4k + 1 frames; the nearest are 77 and 81"),
+        (
+            {"clip_frames": 80},
+            "--data.clip-frames 80 is not allowed; allowed is 4k + 1 frames; the nearest are 77 and 81",
+        ),
         ({"clip_frames": 0}, "the nearest are 1 and 5"),
-        ({"clip_fps": 0.0}, "--data.clip-fps 0.0 is not allowed; choose above 0"),
+        ({"clip_fps": 0.0}, "--data.clip-fps 0.0 is not allowed; allowed is above 0"),
         ({"clip_stride": 0}, "--data.clip-stride 0"),
         ({"clips_per_video": 0}, "--data.clips-per-video 0"),
         ({"clip_size": (0, 8)}, "--data.clip-size 0 8"),
-        ({"clip_size": (8, 8), "resolution": 8}, "choose none beside --data.clip-size"),
+        ({"clip_size": (8, 8), "resolution": 8}, "allowed is none beside --data.clip-size"),
         ({"format": "huggingface"}, "--data.format huggingface is not allowed"),
-        ({"conditions": ("a=scalar",)}, "--data.conditions a=scalar is not allowed; choose none for clips"),
+        ({"conditions": ("a=scalar",)}, "--data.conditions a=scalar is not allowed; allowed is none for clips"),
         ({"joint_interval": 4}, "--data.joint-interval and --data.joint-pictures together"),
         ({"joint_interval": 1, "joint_pictures": "a"}, "0 (clips alone), or 2 or more"),
         ({"joint_caption": "a"}, "none without --data.joint-pictures"),
@@ -228,7 +231,7 @@ def test_the_report(folder, tmp_path, capsys):
     (root / "a.txt").write_text("a caption of four")
     sheet = tmp_path / "sheet.png"
     command = [str(root), "--clip-frames", "17", "--clip-fps", "10", "--contact-sheet", str(sheet)]
-    assert inspect_data(command) == 0
+    assert inspect_data(command) == 1
     text = capsys.readouterr().out
     for line in (
         f"{root}: folder of videos",
@@ -250,7 +253,7 @@ def test_the_report(folder, tmp_path, capsys):
     assert text.count("damaged: cut.mkv is cut off: it ends after") == 1
     with Image.open(sheet) as picture:
         assert picture.width > 3 * 160
-    assert inspect_data([str(root), "--no-check-pixels"]) == 0
+    assert inspect_data([str(root), "--no-check-pixels"]) == 1
     text = capsys.readouterr().out
     assert "\ndamaged: " not in text
     assert "training would stop: --clip-frames 81 at --clip-fps 16: all 4 videos" not in text
@@ -261,8 +264,8 @@ def test_the_report(folder, tmp_path, capsys):
     [
         (["--clip-frames", "80"], "--clip-frames 80 is not allowed"),
         (["--clip-frames", "5", "--no-clips"], "unknown option --clip-frames"),
-        (["--cache", "x"], "--cache x is not used here"),
-        (["--joint-interval", "3", "--joint-pictures", "x"], "are not looked at here"),
+        (["--cache", "x"], "unknown option --cache; it is for training"),
+        (["--joint-pictures", "x"], "pictures beside clips are inspected by themselves"),
     ],
 )
 def test_the_reports_mistakes(folder, words, says):

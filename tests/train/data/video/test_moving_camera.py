@@ -9,6 +9,7 @@ from PIL import Image
 from configs.moving_camera import MovingCameraDataConfig
 from sana_jax.camera import parse_action
 from sana_jax.errors import UserError
+from sana_jax.pipelines.model_directory import CAMERA_DEFAULTS, SamplingDefaults
 from sana_jax.pipelines.world_inputs import camera_path, view_at
 from train.data.loader import Loader
 from train.data.video.moving_camera import (
@@ -130,10 +131,30 @@ def test_the_network_is_told_what_the_pipeline_would_tell_it(data):
     assert batch.latents.shape == (1, 5, SIDE, SIDE, 3)
     poses = camera_path(data.actions[7], None, 5, data.scheme, 1)
     picture = Image.fromarray(np.zeros((SIDE, SIDE, 3), np.uint8))
-    camera = view_at(picture, poses, data.intrinsics, (SIDE, SIDE), 1, 1).camera
-    np.testing.assert_allclose(batch.conditions["camera_conditions"][0], camera.conditions, atol=1e-6)
-    np.testing.assert_allclose(batch.conditions["chunk_plucker"][0], camera.chunk_plucker, atol=1e-6)
+    cameras = [view_at(picture, poses, data.intrinsics, (SIDE, SIDE), 1, 1).camera]
+    # nothing said of the camera: as the run's directory has it, and of a larger picture of another shape
+    own = SamplingDefaults(**{name: getattr(data.config, name) for name in CAMERA_DEFAULTS})
+    said, wide = [], Image.fromarray(np.zeros((2 * SIDE, 3 * SIDE, 3), np.uint8))
+    path = camera_path(data.actions[7], None, None, None, 1, said.append, own)
+    cameras.append(view_at(wide, path, None, (SIDE, SIDE), 1, 1, said.append, own.field_of_view).camera)
+    assert "0.15 units and 4 degrees per frame" in said[0]
+    assert "spans 100 degrees across" in said[1]
+    for camera in cameras:
+        np.testing.assert_allclose(batch.conditions["camera_conditions"][0], camera.conditions, atol=1e-6)
+        np.testing.assert_allclose(batch.conditions["chunk_plucker"][0], camera.chunk_plucker, atol=1e-6)
     assert {array.dtype for array in batch.conditions.values()} == {np.dtype(np.float32)}
+
+
+def test_a_run_s_directory_has_the_camera(data):
+    own = {"field_of_view": 100.0, "translation_speed": 0.15, "rotation_speed": 4.0}
+    run = types.SimpleNamespace(config=types.SimpleNamespace(data=data.config), base=None)
+    assert run_directory._camera(run) == own
+    base = types.SimpleNamespace(parts=types.SimpleNamespace(defaults=SamplingDefaults(**own)))
+    distilled = types.SimpleNamespace(config=types.SimpleNamespace(data=TrajectoriesDataConfig(path="a")), base=base)
+    assert run_directory._camera(distilled) == own
+    distilled.base = None
+    assert set(run_directory._camera(distilled).values()) == {None}
+    assert SamplingDefaults.from_dict(SamplingDefaults(**own).to_dict(), "it").field_of_view == 100.0
 
 
 def test_batches_come_from_the_loader(data):

@@ -140,7 +140,7 @@ def test_batches_and_captions(data):
         ({"caption": "a b c d e f {digit} {direction}"}, "--data.max-words"),
         ({"frames": 1}, "--data.frames 1"),
         ({"canvas": 9}, "--data.canvas 9"),
-        ({"speed": 6}, "--data.speed 6 is not allowed; choose 1 to 5"),
+        ({"speed": 6}, "--data.speed 6 is not allowed; allowed is 1 to 5"),
         ({"held_out": 1.0}, "--data.held-out"),
     ],
 )
