@@ -99,7 +99,7 @@ def _function(op: Op, name: str, what: str) -> Callable[[Any, Any], Any]:
         def scalar(chosen: Any) -> Any:
             return (op.run(arrays | chosen, name).astype(jnp.float32) * cotangent).sum()
 
-        return jax.grad(scalar)({name: arrays[name] for name in op.differentiable})
+        return jax.grad(scalar)({own: arrays[own] for own in op.differentiable})
 
     return gradients if what == "gradients" else values
 

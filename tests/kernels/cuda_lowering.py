@@ -6,8 +6,10 @@ blocks whose size is not a power of two. It neither compiles for a device nor ru
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,7 @@ TRITON_CALL = "gpu.triton"
 
 def lower_for_cuda(function: Callable, *arguments: Any) -> str:
     """The program that ``function`` lowers to for CUDA, as text; arguments may be ``jax.ShapeDtypeStruct``."""
-    compiled = function if hasattr(function, "trace") else jax.jit(function)
-    return compiled.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return _lowered(function, *arguments).as_text()
 
 
 def triton_kernels(program: str) -> int:
@@ -39,8 +40,7 @@ def shared_memory(function: Callable, *arguments: Any) -> dict[str, int]:
     from jaxlib.triton import dialect
     from triton.backends.compiler import GPUTarget
 
-    compiled = function if hasattr(function, "trace") else jax.jit(function)
-    module = compiled.trace(*arguments).lower(lowering_platforms=("cuda",)).compiler_ir()
+    module = _lowered(function, *arguments).compiler_ir()
     found = {}
     for place, call in enumerate(_triton_calls(module.operation)):
         config = call.attributes["mhlo.backend_config"]
@@ -53,6 +53,23 @@ def shared_memory(function: Callable, *arguments: Any) -> dict[str, int]:
             kernel = triton.compile(str(path), target=GPUTarget("cuda", 90, 32), options=options)
         found[f"{place} {config['name'].value}"] = kernel.metadata.shared
     return found
+
+
+def _lowered(function: Callable, *arguments: Any) -> jax.stages.Lowered:
+    compiled = function if hasattr(function, "trace") else jax.jit(function)
+    with an_h100():
+        return compiled.trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+def an_h100() -> AbstractContextManager:
+    """What Pallas lowers for: from jax 0.12 on it asks which GPU, before that it takes none."""
+    if jax.__version_info__ < (0, 12):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = {"axis_types": mesh.axis_types} if mesh.axis_names else {}
+    mesh = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, abstract_device=device, **axes)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _triton_calls(operation: Any) -> Iterator[Any]:
