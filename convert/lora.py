@@ -124,7 +124,8 @@ def export_run(
     if form == "merged":
         base = find_model(trained_from.locate(run), choices.variant)
         trained_from.check(model_weights_id(read_model_directory(base, pipeline_of(base))), run)
-        model = as_directory(open_model(base, Choices(variant=choices.variant)))
+        model = open_model(base, Choices(variant=choices.variant))
+        model = as_directory(model) if layout == "diffusers" else model
         _write_merged(model, found.lora, 1.0, destination, layout, max_shard_size, dry_run, report)
         return
     if choices.variant is not None:

@@ -143,11 +143,13 @@ class GenerateConfig:
     python -m sana_jax.camera --help. The video has one frame more, the image; with --refiner, which leaves that out, as
     many as the keys."""
     action_scheme: Literal["v1", "v2"] | None = None
-    """What the keys mean: v1, diffusers', in which a and d go sideways; v2, the authors' current one. None: v1."""
+    """What the keys mean: v1, diffusers', in which a and d go sideways; v2, the authors' current one. None: v1, at
+    the speeds of a training run, where it has its own."""
     c2w: str | None = None
     """An .npy file of camera-to-world matrices (frames, 4, 4) in place of --action."""
     intrinsics: tuple[str, ...] = ()
-    """The lens that took --image: fx fy cx cy in its pixels, or an .npy file. None: 60 degrees across."""
+    """The lens that took --image: fx fy cx cy in its pixels, or an .npy file. None: 60 degrees across, or a
+    training run's own."""
     refiner: str | None = None
     """Directory of SANA-WM's refiner, or its name on the Hub; None: no refining."""
     refiner_checkpoint: str | None = None

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sana_jax.errors import reason_of
+from sana_jax.errors import counted, reason_of
 from sana_jax.weights.messages import one_line
 
 PROGRAM = """
@@ -50,6 +50,10 @@ def test_an_interrupt_ends_the_process_at_once():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
     said = (done.returncode, done.stdout, done.stderr)
     assert said == (130, "what was said before\n", "interrupted: go on with --resume\n")
+
+
+def test_a_number_and_what_it_counts():
+    assert [counted(count, "block") for count in (0, 1, 2)] == ["0 blocks", "1 block", "2 blocks"]
 
 
 @pytest.mark.parametrize("words", [reason_of, one_line])

@@ -25,7 +25,7 @@ import numpy as np
 from sana_jax.command_line import parse
 from sana_jax.compilation import enable_compilation_cache
 from sana_jax.devices import choose_device
-from sana_jax.errors import UserError, run_command_line
+from sana_jax.errors import UserError, counted, run_command_line
 from sana_jax.files import write_json
 from sana_jax.generate import GenerateConfig, picture_settings
 from sana_jax.images import save_gif, save_png, strip
@@ -68,8 +68,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     device = choose_device(config.device)
     enable_compilation_cache()
-    with jax.default_device(device):
-        compare(config)
+    try:
+        with jax.default_device(device):
+            compare(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("what was drawn is kept, the same command continues") from None
     return 0
 
 
@@ -93,8 +96,9 @@ def compare(config: CompareConfig) -> Path:
     output = _output_directory(config.output)
     missing = [picture for picture in pictures if read_record(output, picture) is None]
     print(
-        f"comparison: {len(columns)} columns x {len(prompts)} prompts x {len(config.seeds)} seeds = {len(pictures)} "
-        f"pictures; {len(pictures) - len(missing)} are in {output / 'pictures'} already, {len(missing)} to draw",
+        f"comparison: {counted(len(columns), 'column')} x {counted(len(prompts), 'prompt')} x "
+        f"{counted(len(config.seeds), 'seed')} = {counted(len(pictures), 'picture')}; {len(pictures) - len(missing)} "
+        f"are in {output / 'pictures'} already, {len(missing)} to draw",
         flush=True,
     )
     try:

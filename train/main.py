@@ -525,8 +525,9 @@ class Run:
         control += " --emulate-fp16-saturation" if config.compute.emulate_fp16_saturation else ""
         what, out = ("clips", "clip.gif") if config.trains_on_clips else ("pictures", "picture.png")
         out = "clip.mp4" if config.few_steps is not None else out  # which grows block by block
+        samples = f" ({what} in {config.run_dir}/samples)" if config.preview.every else ""
         self.say(
-            f"everything is in {config.run_dir} ({what} in {config.run_dir}/samples); draw one with:\n"
+            f"everything is in {config.run_dir}{samples}; draw one with:\n"
             f"  {_python()} -m sana_jax.generate --model {model} --prompt {prompt}{control} --out {out}"
         )
 

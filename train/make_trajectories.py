@@ -449,7 +449,7 @@ class _Work:
     def make_prompts(self) -> bool:
         """Encodes the prompts, unless they are there, and lets go of the text encoder; False if asked to stop."""
         encoder, missing = self.teacher.model.text_encoder, self.prompts.missing()
-        meter = Meter("prompts", sum(len(self.prompts.part(number)) for number in missing), self.say)
+        meter = Meter("prompts with the empty one", sum(len(self.prompts.part(number)) for number in missing), self.say)
         for number in missing:
             self.prompts.write(number, self._encoded(number, meter))
             if self._asked():

@@ -34,6 +34,7 @@ class LoraCard:
         example: a caption to try it with, where there is no such prompt.
         license: of the base model, as its contract has it, which the LoRA is under as well; None if not known.
         pipeline: the pipeline that it is for, of the same name in diffusers and here.
+        for_diffusers: whether diffusers can open the base model, which it can't if that is a training run.
         preview: a picture beside the card, by its path from there; None for none.
         facts: further rows of the table: learning rate, batch size, resolution, ...
     """
@@ -46,6 +47,7 @@ class LoraCard:
     example: str | None = None
     license: str | None = None
     pipeline: str = "SanaPipeline"
+    for_diffusers: bool = True
     preview: str | None = None
     facts: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
@@ -110,7 +112,7 @@ def _front_matter(card: LoraCard, prompt: str | None) -> list[str]:
         short = re.fullmatch(r"[a-z0-9][a-z0-9.-]*", card.license)
         lines += [f"license: {card.license}"] if short else ["license: other", f"license_name: {_yaml(card.license)}"]
     task = _TASKS.get(card.pipeline, "text-to-image")
-    library = "sana_jax" if card.pipeline == _WORLD else "diffusers"
+    library = "diffusers" if _has_diffusers(card) else "sana_jax"
     lines += [f"library_name: {library}", f"pipeline_tag: {task}"]
     lines += ["tags:", *(f"- {tag}" for tag in dict.fromkeys(("sana", "sana_jax", "lora", library, task)))]
     if prompt is not None:
@@ -149,7 +151,7 @@ def _usage(card: LoraCard, prompt: str | None) -> list[str]:
         "",
     ]
     return [
-        *([] if card.pipeline == _WORLD else diffusers),  # whose pipeline of worlds loads no LoRA
+        *(diffusers if _has_diffusers(card) else []),
         "With sana_jax:",
         "",
         "```python",
@@ -168,6 +170,11 @@ def _usage(card: LoraCard, prompt: str | None) -> list[str]:
         "",
         "Rank and alpha are in the file's header, from which they are read.",
     ]
+
+
+def _has_diffusers(card: LoraCard) -> bool:
+    """Whether diffusers can use it; its pipeline of worlds loads no LoRA."""
+    return card.for_diffusers and card.pipeline != _WORLD
 
 
 def _licence(card: LoraCard) -> str:

@@ -181,7 +181,11 @@ class Previewer:
     @property
     def _labels(self) -> list[str]:
         """Of every sample."""
-        return short_labels(self.captions) * self._config.preview.per_caption
+        labels = short_labels(self.captions)
+        if hasattr(self._parts.dataset, "actions"):  # the camera is all in which such clips differ
+            source, indices = self._examples
+            labels = [source.actions[indices[column % len(indices)]] for column in range(len(labels))]
+        return labels * self._config.preview.per_caption
 
     def _grid(self, images: np.ndarray) -> Any:
         factor = automatic_enlargement(*images.shape[1:3]) // 2 or 1

@@ -78,6 +78,7 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         example=next(iter(parts.dataset.captions), None),
         license=parts.base.parts.defaults.license,
         pipeline=parts.pipeline,
+        for_diffusers=not (parts.base.parts.path / "checkpoints").is_dir(),
         preview=None if preview is None else str(preview.relative_to(run_dir)),
         facts=facts,
     )

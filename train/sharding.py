@@ -35,9 +35,10 @@ def make_mesh(config: MeshConfig) -> Mesh:
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         if devices % known:
+            options = " ".join(f"--mesh.{axis} 1" for axis, size in zip(AXES, sizes) if size > 1)
             raise UserError(
-                f"mesh {shown}: {known} does not divide the {devices} devices; choose axes whose product divides "
-                f"{devices}, such as {_divisors(devices)}"
+                f"mesh {shown}: {known} does not divide the number of devices, {devices}; choose axes whose product "
+                f"does, such as {_divisors(devices)}: {options} gives every device a part of the batch"
             )
         sizes[sizes.index(-1)] = devices // known
     if math.prod(sizes) != devices:

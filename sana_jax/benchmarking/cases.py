@@ -22,6 +22,8 @@ from sana_jax.autoencoders.base import pixel_frames
 from sana_jax.autoencoders.dc_ae import DCDecoder
 from sana_jax.autoencoders.dc_ae import init_params as dc_ae_params
 from sana_jax.benchmarking.models import (
+    VIDEO_FLOW_SHIFT,
+    VIDEO_GUIDANCE,
     ImageModel,
     image_model,
     image_pipeline,
@@ -29,6 +31,7 @@ from sana_jax.benchmarking.models import (
     prompt,
     random_params,
     video_config,
+    video_parts,
     video_pipeline,
     word_tokenizer,
     world_pipeline,
@@ -224,23 +227,48 @@ def _without_torch(setting: Setting) -> Setting:
 def video_case(name: str, setting: Setting) -> Rows:
     """SANA-Video 480p, 81 frames: a few steps are run, from which those of a whole sampling are reckoned."""
     steps = setting.steps or (4 if setting.size == "full" else 2)
-    pipe = video_pipeline(setting.size, jnp.dtype(setting.dtype), steps, setting.say)
-    caption = _caption(pipe.transformer.config.caption_channels, CAPTION_TOKENS)
-    both = caption | {f"negative_{name}": value for name, value in caption.items()}
-
-    def run() -> dict[str, float]:
-        seconds = dict(pipe(**both, binning="off", output_type="np").seconds)
-        return {stage: seconds[stage] for stage in ("denoise", "decode")}
-
-    frames = pipe.defaults.frames
+    shape, autoencoder, (height, width, frames) = video_parts(setting.size)
+    case = {
+        "kind": "video_pipeline",
+        "transformer": shape.to_dict(),
+        "vae": autoencoder.to_dict(),
+        "caption_tokens": CAPTION_TOKENS,
+        "height": height,
+        "width": width,
+        "frames": frames,
+        "steps": steps,
+        "guidance_scale": VIDEO_GUIDANCE,
+        "flow_shift": VIDEO_FLOW_SHIFT,
+        "image": name == "image_video",
+    }
+    samples = measure_sides(functools.partial(_video_side, case["image"], steps, setting), case, setting)
     title = "SANA-Video 480p" if setting.size == "full" else "tiny video"
-    start = {"case": f"{title}, {frames} frames", "shape": f"1 video, {steps} steps with guidance"}
-    found = rows(start | {"dtype": setting.dtype}, _only_ours(run, setting))
+    begun = " from a picture" if case["image"] else ""
+    start = {"case": f"{title}{begun}, {frames} frames", "shape": f"1 video, {steps} steps with guidance"}
+    found = rows(start | {"dtype": setting.dtype}, samples)
     denoise, decode, total = (row_of(found, stage) for stage in ("denoise", "decode", "total"))
     add_figures(denoise, s__step=denoise["median_s"] / steps)
     reckoned = VIDEO_STEPS * denoise["median_s"] / steps + decode["median_s"]
     total["figures"] = {f"reckoned for {VIDEO_STEPS} steps, without text, s": reckoned} | total["figures"]
     return found
+
+
+@contextlib.contextmanager
+def _video_side(image: bool, steps: int, setting: Setting) -> Iterator[Run]:
+    pipe = video_pipeline(setting.size, jnp.dtype(setting.dtype), steps, setting.say, image=image)
+    caption = _caption(pipe.transformer.config.caption_channels, CAPTION_TOKENS)
+    given = caption | {f"negative_{name}": value for name, value in caption.items()}
+    height, width = pipe.defaults.height, pipe.defaults.width
+    if image:
+        given["image"] = np.full((height, width, 3), (120, 60, 30), np.uint8)
+    stages = ("encode", "denoise", "decode") if image else ("denoise", "decode")
+
+    def run() -> dict[str, float]:
+        seconds = dict(pipe(**given, binning="off", output_type="np").seconds)
+        return {stage: seconds[stage] for stage in stages}
+
+    yield run
+    pipe.programs.clear()
 
 
 def long_video_case(name: str, setting: Setting) -> Rows:
@@ -314,6 +342,7 @@ CASES: dict[str, Callable[[Setting], Rows]] = {
     "video": functools.partial(video_case, "video"),
     "longsana": functools.partial(long_video_case, "longsana"),
     "world": functools.partial(world_case, "world"),
+    "image_video": functools.partial(video_case, "image_video"),
     "video_network": functools.partial(network_case, "video_network"),
     "sana_600m": functools.partial(image_case, "sana_600m"),
 }

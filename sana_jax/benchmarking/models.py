@@ -28,6 +28,7 @@ from sana_jax.models.sana import SanaConfig, SanaTransformer
 from sana_jax.models.sana_video import SanaVideoConfig, SanaVideoTransformer
 from sana_jax.models.sana_wm import SanaWMConfig, SanaWMTransformer
 from sana_jax.pipelines.families import Transformer, abstract_params
+from sana_jax.pipelines.image_to_video import SanaImageToVideoPipeline
 from sana_jax.pipelines.long_video import ATTENTION_EPSILON, LongSanaVideoPipeline
 from sana_jax.pipelines.model_directory import SamplingDefaults
 from sana_jax.pipelines.sprint import SanaSprintPipeline
@@ -39,6 +40,8 @@ from sana_jax.text_encoders.instructions import IMAGE_INSTRUCTION
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.text_encoders.words import WordEncoder
 from sana_jax.weights.components import Resident
+
+VIDEO_FLOW_SHIFT, VIDEO_GUIDANCE = 8.0, 6.0
 
 _TINY_WIDTHS = {
     "num_attention_heads": 2,
@@ -203,23 +206,31 @@ def video_config(size: str) -> SanaVideoConfig:
     return SanaVideoConfig(in_channels=4, out_channels=4, rope_max_seq_len=1024, **_TINY_WIDTHS)
 
 
+def video_parts(size: str) -> tuple[SanaVideoConfig, WanConfig, tuple[int, int, int]]:
+    """Of SANA-Video: the transformer, the autoencoder, and height, width and frames of its videos."""
+    full = size == "full"
+    return video_config(size), WanConfig() if full else _TINY_WAN, (480, 832, 81) if full else (32, 32, 9)
+
+
 def _wan(size: str, dtype: Any, say: Callable[[str], None]) -> WanAutoencoder:
-    config = WanConfig() if size == "full" else _TINY_WAN
+    config = video_parts(size)[1]
     params = random_params(jax.eval_shape(lambda: wan.init_params(config, jax.random.key(0))), dtype)
     return WanAutoencoder.from_params(config, params, dtype, say=say)
 
 
-def video_pipeline(size: str, dtype: Any, steps: int, say: Callable[[str], None] = print) -> SanaVideoPipeline:
-    """SANA-Video 480p, 81 frames; a tiny one of 9."""
-    transformer = SanaVideoTransformer(video_config(size), dtype=dtype)
-    shape = (480, 832, 81) if size == "full" else (32, 32, 9)
-    return SanaVideoPipeline(
+def video_pipeline(
+    size: str, dtype: Any, steps: int, say: Callable[[str], None] = print, image: bool = False
+) -> SanaVideoPipeline | SanaImageToVideoPipeline:
+    """SANA-Video 480p, 81 frames; a tiny one of 9. With ``image`` it begins with a picture."""
+    config, _, shape = video_parts(size)
+    transformer = SanaVideoTransformer(config, dtype=dtype)
+    return (SanaImageToVideoPipeline if image else SanaVideoPipeline)(
         transformer,
         transformer_params(transformer),
-        DPMSolver(8.0),
+        DPMSolver(VIDEO_FLOW_SHIFT),
         _no_text_encoder(transformer.config.caption_channels),
         _wan(size, dtype, say),
-        SamplingDefaults(6.0, steps, *shape[:2], frames=shape[2], fps=16.0),
+        SamplingDefaults(VIDEO_GUIDANCE, steps, *shape[:2], frames=shape[2], fps=16.0),
         residency="all",
     )
 

@@ -91,7 +91,7 @@ def parse_prompts(prompt: Any) -> tuple[PromptSwitch, ...]:
     if not switches and len(given) == 1 and isinstance(given[0], str):
         switches = [PromptSwitch(0.0, given[0])]
     if not given or len(switches) != len(given):
-        there = f"{counted(len(given), 'prompt')}, {len(switches)} with a time"
+        there = f"{counted(len(given), 'prompt')}, {len(switches)} of them with a time"
         raise UserError(f"{there}, for one video; allowed is {_FORM}")
     times = [switch.seconds for switch in switches]
     said = ", ".join(f"{time:g} s" for time in times)

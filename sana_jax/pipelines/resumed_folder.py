@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import pathlib
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,12 +19,13 @@ from sana_jax.files import atomic_file, read_json, write_json
 _FORMAT = 2  # 1 said less of the networks: not how they are quantised, nor which autoencoder draws
 
 
-# arrays, in a user's words
+# what is told apart by digests, which say nothing to a user
 _ARRAYS = {
     "image": "the image differs",
     "poses": "the camera's path differs",
     "intrinsics": "the lens (intrinsics) differs",
     "latents": "the latents differ",
+    "noise": "the noise differs",
     "prompt_embeds": "the embeddings of the prompt differ",
     "negative_prompt_embeds": "the embeddings of the negative prompt differ",
 }
@@ -39,11 +39,8 @@ def told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _told_difference(name: str, before: Any, now: Any) -> str:
-    """Of arrays, which are told apart by their digests, that they differ; of everything else how."""
-    ends = [value[-1] if isinstance(value, list) and value else value for value in (before, now)]
-    if any(isinstance(end, str) and re.fullmatch(r"[0-9a-f]{12}", end) for end in ends):
-        return _ARRAYS.get(name, f"{name} differs")
-    return f"{name} {before!r} there and {now!r} here"
+    """Of arrays that they differ, of everything else how."""
+    return _ARRAYS.get(name, f"{name} {before!r} there and {now!r} here")
 
 
 def damaged_file(path: pathlib.Path, folder: pathlib.Path, reason: Any) -> UserError:

@@ -196,9 +196,11 @@ class SanaWMPipeline(VideoPipeline):
                 ``sana_jax.camera``. The video has one frame more, of these the first 1 + 8k.
             c2w: camera-to-world matrices in place of ``action``, with OpenCV's axes; the first may be any.
             intrinsics: fx, fy, cx, cy in pixels of the image as it is given: (4,), (3, 3), (F, 4) or (F, 3, 3). None
-                takes a camera that spans 60 degrees across, and says so.
-            action_scheme: what keys mean: ``"v1"`` (diffusers; None takes it), ``"v2"``, or a scheme of your own.
-            num_frames: frames of the video. An action must make as many; of ``c2w`` the first are taken. None: all.
+                takes a camera that spans 60 degrees across, or what the model's defaults say, and says so.
+            action_scheme: what keys mean: ``"v1"`` (diffusers; None takes it, at the speeds of the model's defaults),
+                ``"v2"``, or a scheme of your own.
+            num_frames: frames of the video, 1 + 8k. An action must make as many; of ``c2w`` the first are taken. None:
+                as many of all as the model makes.
             height: pixels of the video.
             width: the same.
             num_inference_steps: sampling steps.

@@ -136,16 +136,69 @@ def image_pipeline(case: dict[str, Any]) -> Run:
     compiled(modules["transformer"], case)
     compiled(modules["vae"].decoder, case)
     sprint = shape["guidance_embeds"]
-    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": case["flow_shift"]}
-    scheduler = SCMScheduler() if sprint else DPMSolverMultistepScheduler(**flow)
+    scheduler = SCMScheduler() if sprint else DPMSolverMultistepScheduler(**flow_of(case))
     tokenizer = AutoTokenizer.from_pretrained(case["tokenizer"])
     tokenizer.padding_side = "right"
     pipe = (SanaSprintPipeline if sprint else SanaPipeline)(tokenizer=tokenizer, scheduler=scheduler, **modules)
+    prompts = iter(case["prompts"])
+    size = {"height": case["pixels"], "width": case["pixels"]}
+
+    def call() -> None:
+        pipe(next(prompts), **sampling_of(case), **size)
+
+    return staged_run(pipe, call, case)
+
+
+def video_pipeline(case: dict[str, Any]) -> Run:
+    """diffusers' SANA-Video, from embeddings of prompts, as ours; with ``image`` true it begins with a picture."""
+    import PIL.Image
+    from diffusers import (
+        AutoencoderKLWan,
+        DPMSolverMultistepScheduler,
+        SanaImageToVideoPipeline,
+        SanaVideoPipeline,
+        SanaVideoTransformer3DModel,
+    )
+
+    shape = fields_of(case["transformer"])
+    network = with_rotation(random_module(lambda: SanaVideoTransformer3DModel(**shape), case), shape)
+    modules = {
+        "transformer": compiled(network, case),
+        "vae": random_module(lambda: AutoencoderKLWan(**fields_of(case["vae"])), case),
+    }
+    compiled(modules["vae"].decoder, case)
+    scheduler = DPMSolverMultistepScheduler(**flow_of(case))
+    pipe = (SanaImageToVideoPipeline if case["image"] else SanaVideoPipeline)(
+        tokenizer=None, text_encoder=None, scheduler=scheduler, **modules
+    )
+    embeds = randn(case, 1, case["caption_tokens"], shape["caption_channels"])
+    mask = torch.ones(1, case["caption_tokens"], device=case["device"], dtype=torch.int64)
+    given = {"prompt_embeds": embeds, "prompt_attention_mask": mask}
+    given |= {f"negative_{name}": value for name, value in given.items()}
+    given |= {"height": case["height"], "width": case["width"], "frames": case["frames"]}
+    if case["image"]:
+        given["image"] = PIL.Image.new("RGB", (case["width"], case["height"]), (120, 60, 30))
+
+    def call() -> None:
+        pipe(prompt=None, negative_prompt=None, **given, **sampling_of(case))
+
+    return staged_run(pipe, call, case, before=("encode",) if case["image"] else ())
+
+
+def flow_of(case: dict[str, Any]) -> dict[str, Any]:
+    """A flow scheduler's options."""
+    return {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": case["flow_shift"]}
+
+
+def sampling_of(case: dict[str, Any]) -> dict[str, Any]:
+    """Options of a call that all pipelines have."""
+    guided = {"num_inference_steps": case["steps"], "guidance_scale": case["guidance_scale"]}
+    return {**guided, "output_type": "np", "use_resolution_binning": False}
+
+
+def staged_run(pipe: Any, call: Callable[[], None], case: dict[str, Any], before: tuple[str, ...] = ("text",)) -> Run:
+    """``call`` with its stages' seconds: what comes before the network is ``before``, or none of the stages."""
     pipe.set_progress_bar_config(disable=True)
-    return staged_run(pipe, modules, case)
-
-
-def staged_run(pipe: Any, modules: dict[str, torch.nn.Module], case: dict[str, Any]) -> Run:
     moments: dict[str, float] = {}
 
     def note(stage: str) -> Callable[..., None]:
@@ -155,21 +208,18 @@ def staged_run(pipe: Any, modules: dict[str, torch.nn.Module], case: dict[str, A
 
         return hook
 
-    modules["transformer"].register_forward_pre_hook(note("denoise"))
-    modules["vae"].decoder.register_forward_pre_hook(note("decode"))
-    prompts = iter(case["prompts"])
+    pipe.transformer.register_forward_pre_hook(note("denoise"))
+    pipe.vae.decoder.register_forward_pre_hook(note("decode"))
 
     def run() -> dict[str, float]:
         moments.clear()
         begin = wait(case["device"])
         with torch.inference_mode():
-            pipe(
-                next(prompts), num_inference_steps=case["steps"], guidance_scale=case["guidance_scale"],
-                height=case["pixels"], width=case["pixels"], output_type="np", use_resolution_binning=False,
-            )  # fmt: skip
+            call()
         end = wait(case["device"])
         denoise, decode = moments["denoise"], moments["decode"]
-        return {"text": denoise - begin, "denoise": decode - denoise, "decode": end - decode}
+        first = dict.fromkeys(before, denoise - begin)
+        return {**first, "denoise": decode - denoise, "decode": end - decode}
 
     return run
 
@@ -214,6 +264,7 @@ KINDS: dict[str, Callable[[dict[str, Any]], Run]] = {
     "video_network": video_network,
     "dc_ae_decode": dc_ae_decode,
     "image_pipeline": image_pipeline,
+    "video_pipeline": video_pipeline,
     "train_step": train_step,
 }
 

@@ -133,11 +133,11 @@ def test_a_finished_folder_needs_no_network(refiner, straight, tmp_path):
     [
         ({"latents": draw_latents(seed=1)}, "latents"),
         ({"latents": draw_latents(frames=12)}, "latents"),
-        ({"prompt_embeds": draw_prompt(1)}, "prompt_embeds"),
+        ({"prompt_embeds": draw_prompt(1)}, "the embeddings of the prompt differ"),
         ({"prompt": "a cat"}, "prompt None there and 'a cat' here"),
         ({"fps": 24.0}, "fps 16.0 there and 24.0 here"),
         ({"seed": 43}, "seed 42 there and 43 here"),
-        ({"noise": draw_latents(FRAMES - 1)}, "noise"),
+        ({"noise": draw_latents(FRAMES - 1)}, "the noise differs"),
         ({"kv_max_frames": 6}, "kv_max_frames 5 there and 6 here"),
         ({"sink_size": 2}, "sink_size 1 there and 2 here"),
         ({"block_size": 2}, "block_size 1 there and 2 here"),

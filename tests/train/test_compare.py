@@ -231,7 +231,8 @@ def test_an_interruption_keeps_what_was_drawn(run, tmp_path, monkeypatch, capsys
 
     with monkeypatch.context() as patched:
         patched.setattr(compare, "save_png", interrupt)
-        assert call(run, *PROMPTS, "--output", output) == 130
+        with pytest.raises(KeyboardInterrupt, match="what was drawn is kept, the same command continues"):
+            compare.main([str(word) for word in (run, *PROMPTS, "--output", output)])
     page = Links(output / "comparison.html")
     assert len(page.images) == len(rows(output)) == 2
     assert page.text.count("not drawn") == 2

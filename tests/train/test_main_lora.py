@@ -146,7 +146,7 @@ def test_run_file_and_exports_draw_the_same(place, run, tmp_path, capsys):
     assert np.abs(expected - base).max() > 0.05
     np.testing.assert_allclose(drawn(place / "base", lora=run / FILE), expected, atol=1e-6)
     assert drawn(place / "base", lora=run / FILE, weight=0.0).tobytes() == base.tobytes()
-    assert (run / CARD).is_file()
+    assert "from diffusers" not in (run / CARD).read_text()  # which cannot open a training run
 
     assert convert(["export", str(run), str(tmp_path / "only"), "--lora", "only"]) == 0
     newest = f"samples/step_{STEPS:06d}.png"

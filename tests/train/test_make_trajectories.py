@@ -195,7 +195,7 @@ def test_a_request_to_stop_ends_after_a_shard(made, tmp_path):
     stop = SimpleNamespace(signal=None, nothing_to_lose=True, writing=threading.Lock())
 
     def say(line: str) -> None:
-        if line.startswith("prompts: "):
+        if line.startswith("prompts with the empty one: "):
             stop.signal = signal.SIGTERM
 
     assert make_trajectories(config, say=say, stop=stop) is None

@@ -33,6 +33,14 @@ def change(**values) -> LoraCard:
     return dataclasses.replace(CARD, **values)
 
 
+def test_a_base_that_diffusers_cannot_open(tmp_path):
+    header, body = read(write_model_card(tmp_path, change(base_model="runs/digits", for_diffusers=False)))
+    assert header["library_name"] == "sana_jax"
+    assert "diffusers" not in header["tags"]
+    assert "from diffusers" not in body
+    assert "from sana_jax import SanaPipeline" in body
+
+
 def test_card(tmp_path):
     (tmp_path / "samples grid.png").write_bytes(b"")
     path = write_model_card(tmp_path, change(preview="samples grid.png"))

@@ -223,7 +223,7 @@ def test_an_axis_twice_in_one_rule():
     [
         ({"data": -1, "fsdp": -1}, ["at most one is -1", "data=-1, fsdp=-1"]),
         ({"data": 0}, ["1 or more"]),
-        ({"data": -1, "tensor": 3}, ["3 does not divide the 1 devices"]),
+        ({"data": -1, "tensor": 3}, ["3 does not divide the number of devices, 1", ": --mesh.tensor 1 gives"]),
         ({"data": 2}, ["product 2 must be the number of devices, 1"]),
     ],
 )

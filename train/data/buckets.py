@@ -73,9 +73,11 @@ def size_table(
     resolution = own if resolution is None else resolution
     if resolution < factor or resolution % factor:
         nearest = max(1, round(resolution / factor)) * factor
+        choose = f"choose {nearest}, or leave it out for the model's own, {own}"
+        if nearest == own:
+            choose = f"leave it out for the model's own, {own}"
         raise UserError(
-            f"--data.resolution {resolution} is not allowed; this model needs a multiple of {factor} px: "
-            f"choose {nearest}, or leave it out for the model's own, {own}"
+            f"--data.resolution {resolution} is not allowed; this model needs a multiple of {factor} px: {choose}"
         )
     tables = BINS if factor == BINNED_FACTOR else {}
     if not aspect_buckets or sample_size not in tables:

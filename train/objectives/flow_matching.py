@@ -6,6 +6,7 @@ changes them.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,9 +17,14 @@ from configs.schema import FlowConfig, VideoFlowConfig
 from kernels.typing import Array, Bool, Float, Int, PyTree
 from sana_jax.diffusion.flow import add_noise, flow_matching_loss, noise_level, velocity_target
 from sana_jax.diffusion.timesteps import TimestepDensity, sample_timestep_index
+from sana_jax.errors import UserError
 from train.batch import FRAME_VALID, Batch
 from train.objectives.base import SampleLosses, VelocityNetwork
 from train.randomness import stream
+
+# settings of a density, as its messages have them: the options that give them
+_OPTIONS = {"mean": "logit-mean", "std": "logit-std", "p_low": "p-low", "p_high": "p-high", "mode_scale": "mode-scale"}
+_SETTING = re.compile(r"\b(p_low|p_high|mode_scale|(mean|std)(?==))(?!\w)")
 
 
 class Draws(NamedTuple):
@@ -57,9 +63,12 @@ class FlowMatching:
     def density(self) -> TimestepDensity:
         """The density of noise levels. Raises UserError for settings that the named density does not read."""
         c = self.config
-        return TimestepDensity(
-            c.density, c.logit_mean, c.logit_std, p_low=c.p_low, p_high=c.p_high, mode_scale=c.mode_scale
-        )
+        try:
+            return TimestepDensity(
+                c.density, c.logit_mean, c.logit_std, p_low=c.p_low, p_high=c.p_high, mode_scale=c.mode_scale
+            )
+        except UserError as error:  # in the words of the command line
+            raise UserError(_SETTING.sub(lambda name: f"--flow.{_OPTIONS[name[0]]}", str(error))) from error
 
     def draw(self, seed: int, step: int | Int[Array, ""], batch: Batch) -> Draws:
         """What is random at one step, for a whole batch."""

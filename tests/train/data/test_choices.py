@@ -23,6 +23,11 @@ def test_a_model_is_trained_at_the_sizes_that_it_samples():
     assert size_table(16, 32, 4096) == BINS[128]
 
 
+def test_a_resolution_beside_the_models_own():
+    with pytest.raises(UserError, match=r"multiple of 32 px: leave it out for the model's own, 256$"):
+        size_table(8, 32, 250)
+
+
 def test_models_without_a_table_and_squares():
     assert [each[1:] for each in size_table(8, 32)] == [(256, 256)]
     assert [each[1:] for each in size_table(8, 1)] == [(8, 8)]

@@ -19,6 +19,7 @@ from tests.train.data.cache_cases import gray_model, gray_pictures, prepared, ru
 from train.assembly import assemble
 from train.base_model import BaseModel, settle
 from train.data import CachedData
+from train.main import Run
 from train.previews import Previewer
 
 
@@ -34,7 +35,7 @@ TOKENS = condition_tokens(object=TokenEncoderConfig(kind="vector", width=4))
     ("run", "data", "says"),
     [
         ({"validation": ValidationConfig(every=5)}, {}, "--validation.every 5.*--data.validation-share"),
-        ({"flow": FlowConfig(mode_scale=1.29)}, {}, "mode_scale=1.29 is not read"),
+        ({"flow": FlowConfig(mode_scale=1.29)}, {}, "^--flow.mode-scale=1.29 is not read"),
         ({}, {"caption_choice": "proportion", "proportions": ("llava=1",)}, "kind prompt, .*weight to llava alone"),
         ({}, {"caption_choice": "clipscore"}, "clipscore: none of the 3 captions has a score"),
         ({"lora": LoraConfig(), "prior": PriorConfig()}, {"max_bad_share": 0.5, "minimum_size": 9999}, "no picture"),
@@ -87,4 +88,15 @@ def test_pictures_without_captions_have_previews_of_none(gray, tmp_path, every):
     previewer = Previewer(parts, None, contextlib.nullcontext())
     assert previewer.captions == [""]
     assert previewer.example_prompt == ""
+    said: list[str] = []
+    run = SimpleNamespace(
+        config=parts.config,
+        parts=SimpleNamespace(recipe=SimpleNamespace(kind="whole")),
+        previewer=previewer,
+        nonfinite=0,
+        writer=None,
+        say=said.append,
+    )
+    Run.finish(run, 5, 5)
+    assert " --prompt TEXT " in said[-1]  # generate takes no empty one
     np.testing.assert_array_equal(data.encode(previewer.captions)[0], gray.text_encoder.null_encoding()[0])

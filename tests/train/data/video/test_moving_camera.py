@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import types
+
 import numpy as np
 import pytest
 from PIL import Image
 
+from configs import load_preset
+from configs.longsana_data import TrajectoriesDataConfig
 from configs.moving_camera import MovingCameraDataConfig
 from sana_jax.camera import parse_action
 from sana_jax.errors import UserError
 from sana_jax.pipelines.model_directory import CAMERA_DEFAULTS, SamplingDefaults
 from sana_jax.pipelines.world_inputs import camera_path, view_at
+from train import run_directory
 from train.data.loader import Loader
 from train.data.video.moving_camera import (
     BLUR,
@@ -22,6 +29,7 @@ from train.data.video.moving_camera import (
     plane_points,
     texture,
 )
+from train.previews import Previewer
 
 SIDE = 12
 ONE_PHOTOGRAPH = {"photographs": ("flower",), "canvas": SIDE}
@@ -143,6 +151,16 @@ def test_the_network_is_told_what_the_pipeline_would_tell_it(data):
         np.testing.assert_allclose(batch.conditions["camera_conditions"][0], camera.conditions, atol=1e-6)
         np.testing.assert_allclose(batch.conditions["chunk_plucker"][0], camera.chunk_plucker, atol=1e-6)
     assert {array.dtype for array in batch.conditions.values()} == {np.dtype(np.float32)}
+
+
+def test_clips_of_previews_are_named_by_their_action(data):
+    config = dataclasses.replace(load_preset("moving_camera"), data=data.config)
+    recipe = types.SimpleNamespace(conditions=("camera_conditions", "chunk_plucker"))
+    parts = types.SimpleNamespace(config=config, dataset=data, recipe=recipe)
+    previewer = Previewer(parts, None, contextlib.nullcontext())
+    source, indices = previewer._examples
+    assert previewer._labels == [source.actions[index] for index in indices] * config.preview.per_caption
+    assert len(set(previewer._labels)) == len(indices) > 1
 
 
 def test_a_run_s_directory_has_the_camera(data):
