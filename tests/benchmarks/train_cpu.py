@@ -9,6 +9,7 @@ pass alone: for each product of two arrays also the two that their gradients are
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import pathlib
@@ -151,9 +152,8 @@ def torch_function(case: Case) -> Callable[[], Any]:
 # -- the report --------------------------------------------------------------------------------------------------------
 
 
-def measure(name: str, repetitions: int) -> dict[str, dict]:
+def measure(name: str, case: Case, repetitions: int) -> dict[str, dict]:
     """A case: what each side takes, in turn, and the ratios."""
-    case = CASES[name]
     step, compilation = step_function(case)
     functions = {f"{name}": step, f"{name}_products": products_function(case), f"{name}_torch": torch_function(case)}
     timings = time_interleaved(functions, repetitions, jax.block_until_ready)
@@ -174,6 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.train_cpu", description=__doc__)
     parser.add_argument("--repetitions", type=int, default=15)
     parser.add_argument("--case", choices=TIMED, action="append", help="which networks; all without it")
+    parser.add_argument("--batch-size", type=int, help="pictures of a step, in place of each network's own number")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
@@ -183,12 +184,15 @@ def main(arguments: list[str] | None = None) -> None:
 
     torch.set_num_threads(options.threads)
     report = environment()
-    parts = [measure(name, options.repetitions) for name in options.case or TIMED]
+    cases = {name: CASES[name] for name in options.case or TIMED}
+    if options.batch_size:
+        cases = {name: dataclasses.replace(case, batch_size=options.batch_size) for name, case in cases.items()}
+    parts = [measure(name, case, options.repetitions) for name, case in cases.items()]
     for key in ("timings", "compilation", "ratios"):
         report[key] = {name: value for part in parts for name, value in part[key].items()}
     report["timings"] = {name: timing.summary() for name, timing in report["timings"].items()}
     report["peak_resident_MB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    what = ", ".join(f"{name}: {CASES[name].steps} steps of {CASES[name].batch_size}" for name in options.case or TIMED)
+    what = ", ".join(f"{name}: {case.steps} steps of {case.batch_size}" for name, case in cases.items())
     print(markdown(report, f"float32; {what}"))
     if options.json:
         options.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
