@@ -54,7 +54,7 @@ def read_intrinsics(
     elif shape not in ((4,), (*shape[:1], 4)):
         raise UserError(
             f"intrinsics of shape {shape}; allowed is {_FORMS}: give fx, fy, cx, cy in pixels of the {height}x{width} "
-            "image (width x height)"
+            "image (height x width)"
         )
     if values.ndim == 1:
         values = np.tile(values, (num_frames, 1))
