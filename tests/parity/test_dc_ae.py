@@ -68,7 +68,7 @@ def draw_input(variant: str, half: str, size: tuple[int, int], seed: int = 0) ->
 def test_outputs(variant, half):
     errors = {}
     for name, size in oracle.sizes(variant).items():
-        # With seed 0 a token of the empty first stage sees others by weights of 0.002 in all, which come of a query next to
+        # With seed 0 a token of the empty first stage sees others by weights of 0.002 in all, from a query that lies at
         # ReLU's corner: 500 times its rounding, to either side by the version of XLA.
         x = draw_input(variant, half, size, seed=1)
         expected = oracle.torch_output(oracle.torch_model(variant), half, x)
