@@ -340,14 +340,14 @@ def test_the_network_rolled_out(batch):
 
         draws = rollout_draws(fresh_noise=True, exit_step=1)
         probe = np.random.default_rng(5).standard_normal(SHAPE).astype(np.float32)
-        network = quickly(world.block_network(transformer()))
+        network = jax.jit(world.block_network(transformer()))  # inside a gradient, where no compiler takes options
 
         def expected(params, batch, draws):
             return by_hand(params, batch, draws, network, losses.empty_state(SHAPE))
 
         both = [
             jax.value_and_grad(lambda p, run=run: (run(p, batch, draws) * probe).sum())(params)
-            for run in (quickly(lambda *inputs: roll_out(*inputs)[0]), expected)
+            for run in (jax.jit(lambda *inputs: roll_out(*inputs)[0]), expected)
         ]
     jax.tree.map(functools.partial(assert_near, tolerance=3e-4), *both)
     for block in ("delta_blocks", "softmax_blocks"):
