@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,7 +82,7 @@ def import_model(
     announce(model, report)
     check_destination(destination, _bytes_of(model))
     if dry_run:
-        _plan(model, report, lambda component: f"{CONVERTED}/")
+        say_plan(model, report, lambda part: _within(part, f"{CONVERTED}/"), model.copies)
         return model
     with new_directory(destination) as temporary:
         for component in model.components:
@@ -169,7 +169,11 @@ def export_opened(
     _say_pipeline(model, destination, report)
     check_destination(destination, _bytes_of(model))
     if dry_run:
-        _plan(model, report, lambda component: ", ".join(_shards(component.source, _stem(component), shard_bytes)))
+
+        def shards(part: Component) -> str:
+            return _within(part, ", ".join(_shards(part.source, _stem(part), shard_bytes)))
+
+        say_plan(model, report, shards, model.copies)
         return
     with new_directory(destination) as temporary:
         for component in model.components:
@@ -319,19 +323,18 @@ def _within(component: Component, name: str) -> str:
     return f"{component.folder}/{name}" if component.folder else name
 
 
-def _plan(model: Model, report: Report, written: Callable[[Component], str]) -> None:
-    """Every file that would be read with its bytes, and what would be written."""
+def say_plan(model: Model, report: Report, written: Callable[[Component], str], copies: Iterable[Path] = ()) -> None:
+    """Every file that would be read with its bytes, and what would be written, by its name there."""
     total = 0
     for component in model.components:
         for file, size in component.files:
             report(f"would read {size:>14,} bytes  {file}")
             total += size
-    for file in model.copies:
+    for file in copies:
         report(f"would copy {file.stat().st_size:>14,} bytes  {file}")
         total += file.stat().st_size
     for component in model.components:
-        target = _within(component, written(component))
-        report(f"would write {component.num_bytes:>13,} bytes  {describe(component)} -> {target}")
+        report(f"would write {component.num_bytes:>13,} bytes  {describe(component)} -> {written(component)}")
     report(f"dry run: {readable_bytes(total)} would be read; nothing was written")
 
 

@@ -10,14 +10,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from convert.engine import Report, announce, check_new_file, describe, writing
+from convert.engine import Report, announce, check_new_file, describe, say_plan, writing
 from convert.original import OriginalFile, read_original
 from convert.original_world_model import renamed_world_model
 from convert.renames import OriginalSource, Rename
 from convert.sources import INDEX, LONGSANA, SCHEDULER_CONFIG, Choices, Component, Model, index_of
 from convert.tables import controlnet_original, sana_original, sana_video_original, sana_wm_original
 from convert.torch_writer import write_torch
-from sana_jax.compilation import readable_bytes
 from sana_jax.diffusion.samplers import Sampler, from_scheduler_config
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import atomic_file, read_json
@@ -105,7 +104,7 @@ def export_original(
     needed = sum(component.num_bytes for component in model.components)
     check_new_file(destination, needed)
     if dry_run:
-        _plan(model, destination, report)
+        say_plan(model, report, lambda part: destination.name)
         return
     begin = time.perf_counter()
     with writing(destination, "another file"):
@@ -307,14 +306,3 @@ def _sampler_of(model: Model) -> Sampler | str | None:
 
 def _name_of(sampler: Sampler | str) -> str:
     return sampler if isinstance(sampler, str) else type(sampler).__name__
-
-
-def _plan(model: Model, destination: Path, report: Report) -> None:
-    total = 0
-    for component in model.components:
-        for file, size in component.files:
-            report(f"would read {size:>14,} bytes  {file}")
-            total += size
-    for component in model.components:
-        report(f"would write {component.num_bytes:>13,} bytes  {describe(component)} -> {destination.name}")
-    report(f"dry run: {readable_bytes(total)} would be read; nothing was written")

@@ -172,15 +172,22 @@ class VideoNetwork(NamedTuple):
             block_starts=starts,
             step_cache=step_cache,
         )
-        if step_cache is None:
-            return output[:, start:].astype(jnp.float32)
-        velocity, step_cache, decision = output
-        return velocity[:, start:].astype(jnp.float32), step_cache, decision
+        return velocity_behind(start, output)
 
     def token_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(B, N, D) of the tokens of latents (B, T, H, W, C), those that are given included."""
         config = self.transformer.config
         return shape[0], math.prod(n // own for n, own in zip(shape[1:4], config.patch_size)), config.inner_dim
+
+
+def velocity_behind(
+    start: int, output: Float[Array, "B T H W C"] | tuple[Float[Array, "B T H W C"], StepCache, Decision]
+) -> Float[Array, "B t H W C"] | tuple[Float[Array, "B t H W C"], StepCache, Decision]:
+    """The velocity in float32 from frame ``start`` on, of a video network's output with a step cache or without."""
+    if not isinstance(output, tuple):
+        return output[:, start:].astype(jnp.float32)
+    velocity, step_cache, decision = output
+    return velocity[:, start:].astype(jnp.float32), step_cache, decision
 
 
 def network_of(transformer: SanaTransformer | SanaVideoTransformer) -> Network | VideoNetwork:

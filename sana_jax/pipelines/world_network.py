@@ -13,7 +13,7 @@ from sana_jax.diffusion.samplers.world_model import BlockVelocity
 from sana_jax.diffusion.step_caching import Decision, StepCache
 from sana_jax.models.sana_wm import SanaWMTransformer
 from sana_jax.pipelines.base_model_file import BaseModelFile
-from sana_jax.pipelines.sampling_function import Encoded, transformer_variables
+from sana_jax.pipelines.sampling_function import Encoded, transformer_variables, velocity_behind
 
 
 class WorldGiven(NamedTuple):
@@ -77,10 +77,7 @@ class WorldNetwork(NamedTuple):
             block_starts=self.block_starts,
             step_cache=step_cache,
         )
-        if step_cache is None:
-            return output[:, start:].astype(jnp.float32)
-        velocity, step_cache, decision = output
-        return velocity[:, start:].astype(jnp.float32), step_cache, decision
+        return velocity_behind(start, output)
 
     def token_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """(B, N, D) of the tokens of latents (B, T, H, W, C), those that are given included."""
