@@ -31,7 +31,7 @@ from configs.schema import RunConfig
 from configs.serialization import from_dict, to_dict
 from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
-from sana_jax.files import atomic_file, check_can_write
+from sana_jax.files import check_can_write, write_json
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import CAMERA_DEFAULTS, SamplingDefaults, check_fit, write_model_directory
 from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
@@ -299,8 +299,7 @@ def write(parts: RunParts) -> None:
     try:
         _forget_another_beginning(config)
         # first of all, since it says whose directory this is
-        with atomic_file(run_dir / CONFIG_NAME) as file:
-            file.write((json.dumps(to_dict(with_absolute_places(config)), indent=2) + "\n").encode())
+        write_json(run_dir / CONFIG_NAME, to_dict(with_absolute_places(config)))
         write_model_directory(
             run_dir,
             transformer_config=config.transformer,

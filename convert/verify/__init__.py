@@ -14,7 +14,7 @@ from typing import NamedTuple
 from convert.sources import Choices, Component, Model, open_model
 from convert.verify import loading, refiner_pipelines
 from convert.verify.networks import WORLD_MODEL, Inputs
-from convert.verify.report import Limits, Report, Section, print_section, verdict, write_json
+from convert.verify.report import Limits, Report, Section, print_section, verdict, write_report
 from sana_jax.compilation import readable_bytes
 from sana_jax.errors import CheckpointError, UserError
 
@@ -137,7 +137,7 @@ def verify_model(
             "emulate_fp16_saturation": emulate_fp16_saturation,
             "seconds": round(time.perf_counter() - begin, 3),
         }
-        write_json(json_file, head, sections)
+        write_report(json_file, head, sections)
         report(f"written: {json_file}")
     report(verdict(sections))
     return not any(section.first_past for section in sections)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sana_jax.errors import UserError
-from sana_jax.files import atomic_file
+from sana_jax.files import write_json
 
 Report = Callable[[str], None]
 
@@ -260,7 +259,7 @@ def verdict(sections: Iterable[Section]) -> str:
     return f"ok: all {count} comparisons of {names} are within their thresholds"
 
 
-def write_json(path: str | Path, head: Mapping[str, Any], sections: Sequence[Section]) -> None:
+def write_report(path: str | os.PathLike[str], head: Mapping[str, Any], sections: Sequence[Section]) -> None:
     """Everything that was compared, whole or not at all."""
     past = [(section, row) for section in sections for row in section.rows if row.past]
     content = {
@@ -276,5 +275,4 @@ def write_json(path: str | Path, head: Mapping[str, Any], sections: Sequence[Sec
             for section in sections
         ],
     }
-    with atomic_file(Path(path)) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
+    write_json(path, content)

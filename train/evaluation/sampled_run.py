@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
 from sana_jax.compilation import enable_compilation_cache
 from sana_jax.devices import choose_device
-from sana_jax.files import atomic_file
+from sana_jax.files import write_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,5 +51,4 @@ def report(config: Config, evaluate: Callable[[Config], Any], describe: Callable
     for line in describe(figures):
         print(line)
     if config.json:
-        with atomic_file(config.json) as file:
-            file.write((json.dumps(dataclasses.asdict(figures), indent=2) + "\n").encode())
+        write_json(config.json, dataclasses.asdict(figures))
