@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import jax
 
+from sana_jax.compilation import enable_compilation_cache
 from sana_jax.errors import UserError
+from sana_jax.host_memory import keep_freed_memory
 
 
 def prefer_device(name: str) -> None:
@@ -30,3 +32,21 @@ def choose_device(name: str) -> jax.Device:
             f"--device {name}: JAX sees no such device, only {seen}; allowed here are auto and {seen}: leave --device "
             "out, or install JAX for this machine's GPU (pip install '.[gpu]')"
         ) from error
+
+
+def start_computing(name: str) -> jax.Device:
+    """What a command that computes does first: on a CPU, memory is kept between calls, and programs are kept on disk.
+
+    Args:
+        name: the option ``--device``.
+
+    Returns:
+        The device that was chosen.
+
+    Raises:
+        UserError: JAX sees none of that kind.
+    """
+    keep_freed_memory(name)
+    device = choose_device(name)
+    enable_compilation_cache()
+    return device

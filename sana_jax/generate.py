@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 from sana_jax.command_line import parse
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device
+from sana_jax.devices import choose_device, start_computing
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.generate_checks import check_files, check_values
 from sana_jax.generate_memory import memory_budget
@@ -268,8 +267,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(
         GenerateConfig, sys.argv[1:] if argv is None else argv, prog=_PROG, aliases=_ALIASES, allow_empty=False
     )
-    device = choose_device(config.device)
-    enable_compilation_cache()
+    device = start_computing(config.device)
     with jax.default_device(device):
         generate(config)
     return 0

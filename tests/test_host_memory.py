@@ -1,5 +1,6 @@
 """Programs reuse the memory of the call before."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,10 +10,13 @@ import pytest
 PROGRAM = """
     import resource, statistics, sys
     import jax, jax.numpy as jnp
+    from sana_jax.devices import start_computing
     from sana_jax.host_memory import keep_freed_memory
 
     if sys.argv[1] == "keep":
         assert keep_freed_memory("cpu")
+    if sys.argv[1] == "start":
+        assert start_computing("cpu") == jax.devices()[0]
     # Of 64 MB, far more than what glibc keeps by itself; the result is one number.
     function = jax.jit(lambda x: jnp.fft.fft(jnp.broadcast_to(x, (64, 1 << 16)).reshape(-1, 64)).real.sum())
     faults = []
@@ -27,14 +31,20 @@ PROGRAM = """
 
 def faults_of_a_call(how: str) -> int:
     command = [sys.executable, "-c", textwrap.dedent(PROGRAM), how]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    environment = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    return int(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+@pytest.fixture(scope="module")
+def left_alone() -> int:
+    return faults_of_a_call("leave")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_a_call_finds_the_memory_of_the_one_before():
-    left_alone, kept = faults_of_a_call("leave"), faults_of_a_call("keep")
+@pytest.mark.parametrize("how", ["keep", "start"])
+def test_a_call_finds_the_memory_of_the_one_before(left_alone, how):
     assert left_alone > 5_000  # 4 KiB each
-    assert kept < left_alone / 20
+    assert faults_of_a_call(how) < left_alone / 20
 
 
 def test_is_left_alone_where_a_gpu_is_asked_for():

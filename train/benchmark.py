@@ -29,7 +29,6 @@ from sana_jax.benchmarking.command import BenchmarkConfig
 from sana_jax.benchmarking.sides import Run, Setting, add_figures, measure_sides, row_of, rows
 from sana_jax.command_line import parse
 from sana_jax.errors import UserError, run_command_line
-from sana_jax.host_memory import keep_freed_memory
 from sana_jax.models.sana import SanaConfig, SanaTransformer
 from sana_jax.pipelines.families import abstract_params
 from train.batch import Batch
@@ -206,8 +205,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else list(argv)
     config = parse(TrainBenchmarkConfig, argv, prog=PROGRAM)
-    if config.compare is None:
-        keep_freed_memory(config.device)  # as train.main does
     cases = {name: functools.partial(train_case, name, config.batch_size) for name in CASES}
     return command.run(config, PROGRAM, argv, cases, USUAL, sized=False)
 

@@ -23,8 +23,7 @@ import jax
 import numpy as np
 
 from sana_jax.command_line import parse
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device
+from sana_jax.devices import start_computing
 from sana_jax.errors import UserError, counted, run_command_line
 from sana_jax.files import write_json
 from sana_jax.generate import GenerateConfig, picture_settings
@@ -66,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.previews:
         join_previews(config)
         return 0
-    device = choose_device(config.device)
-    enable_compilation_cache()
+    device = start_computing(config.device)
     try:
         with jax.default_device(device):
             compare(config)

@@ -26,8 +26,7 @@ import numpy as np
 from configs.schema import DigitsDataConfig
 from kernels.typing import Float
 from sana_jax.command_line import parse
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device
+from sana_jax.devices import start_computing
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.generate import GenerateConfig, picture_settings
 from sana_jax.images import save_png, to_pil
@@ -216,8 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     metrics = ["--metrics", *words[:first]] if first else []
     config = parse(EvaluateConfig, [*metrics, *words[first:]], prog=PROG)
-    device = choose_device(config.device)
-    enable_compilation_cache()
+    device = start_computing(config.device)
     with jax.default_device(device):
         evaluate(config)
     return 0

@@ -37,8 +37,8 @@ from configs.data import ImageDataConfig, MovingDigitsDataConfig
 from kernels.typing import Array, Float, Int
 from sana_jax.autoencoders.base import latent_frames, pixel_frames
 from sana_jax.command_line import parse
-from sana_jax.compilation import enable_compilation_cache, readable_bytes
-from sana_jax.devices import choose_device, prefer_device
+from sana_jax.compilation import readable_bytes
+from sana_jax.devices import start_computing
 from sana_jax.diffusion.samplers.longsana import DENOISING_STEPS
 from sana_jax.diffusion.samplers.world_model import chunk_starts
 from sana_jax.errors import UserError, run_command_line
@@ -577,9 +577,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     """Runs the command; returns its exit status."""
     config = parse(MakeTrajectoriesConfig, sys.argv[1:] if argv is None else argv, prog=PROG)
     with nullcontext(stop) if stop is not None else closing(StopRequest()) as stop:
-        prefer_device(config.device)
-        choose_device(config.device)
-        enable_compilation_cache()
+        start_computing(config.device)
         made = make_trajectories(config, say=_print_line, stop=stop)
         stop.nothing_to_lose = True
         return 0 if made is not None else exit_status(stop.signal)

@@ -26,8 +26,7 @@ from jax.sharding import Mesh
 from configs.data import ImageDataConfig, VideoDataConfig
 from configs.schema import RunConfig
 from configs.world_data import WorldDataConfig
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device, prefer_device
+from sana_jax.devices import start_computing
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.pipelines.model_directory import ModelDirectory
 from train.data.cache import CacheIdentity, CacheWriter, read_identity
@@ -68,9 +67,7 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     if config.model is None and config.encoders is None:
         raise UserError("--model is missing: its autoencoder and text encoder make the cache; name a model's directory")
     with nullcontext(stop) if stop is not None else closing(StopRequest()) as stop:
-        prefer_device(config.device)
-        choose_device(config.device)
-        enable_compilation_cache()
+        start_computing(config.device)
         parts = open_encoders(config).parts
         for part, option in zip(with_pictures(config), ("cache", "joint-cache")):
             directory = precompute(part, parts, say=_print_line, stop=stop, thorough=True)

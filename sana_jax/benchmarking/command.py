@@ -17,6 +17,7 @@ from sana_jax.benchmarking.other_side import check_other_side
 from sana_jax.benchmarking.sides import Setting
 from sana_jax.devices import choose_device
 from sana_jax.errors import UserError
+from sana_jax.host_memory import keep_freed_memory
 
 _PEAK_SIZES = {"tiny": (128, 1 << 16), "cpu": (1024, 1 << 28), "gpu": (8192, 1 << 30)}
 
@@ -113,6 +114,7 @@ def run(
         check_other_side()
         # before JAX takes most of a GPU's memory for itself alone
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    keep_freed_memory(config.device)  # as the commands do that are measured
     platform = "cpu" if choose_device(config.device).platform == "cpu" else "gpu"
     size = ("tiny" if platform == "cpu" else "full") if config.size == "auto" else config.size
     dtype = ("float32" if platform == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype

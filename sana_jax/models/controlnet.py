@@ -156,10 +156,16 @@ class SanaControlNet(nn.Module):
         block_class = remat_block(SanaBlock, self.remat, static_arguments=(5,))
         block = block_class(cfg, self.dtype, self.fp16_saturation, name="transformer_blocks")
         _, outputs = scan(block, x, None)
-        zero_layers = nn.vmap(Linear, variable_axes={"params": 0, LORA: 0}, split_rngs={"params": True})
-        residuals = zero_layers(
-            cfg.inner_dim, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="controlnet_blocks"
-        )(outputs)
+        # One after another, so that over many devices no more than one layer's kernel is fetched at a time.
+        zero_layers = nn.scan(
+            lambda layer, _, x: (None, layer(x)),
+            variable_axes={"params": 0, LORA: 0},
+            split_rngs={"params": True},
+            length=cfg.num_layers,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        zero_layer = _zero_dense(cfg.inner_dim, self.dtype, "controlnet_blocks")
+        _, residuals = zero_layers(zero_layer, None, outputs)
         # The scale itself is not rounded: 0.7 in bfloat16 is 0.699.
         return (residuals.astype(jnp.float32) * conditioning_scale).astype(residuals.dtype)
 

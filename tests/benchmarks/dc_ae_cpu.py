@@ -23,6 +23,7 @@ from jax.extend import core as jax_core
 from kernels.benchmarking.timing import paired_ratio, ratio, time_interleaved
 from sana_jax.autoencoders.dc_ae import DCDecoder, DCEncoder, init_params
 from sana_jax.autoencoders.dc_ae_config import DCAEConfig
+from sana_jax.host_memory import keep_freed_memory
 from tests.benchmarks.sana_cpu import array, compile_timed, environment, markdown, random_like
 
 CONFIG = DCAEConfig.f32c32_sana()
@@ -146,6 +147,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=NETWORKS, help="only this network")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
+    keep_freed_memory("cpu")  # as the commands do; PyTorch has it too
 
     names = (options.only,) if options.only else ()
     report = environment() | measure(options.pixels, options.repetitions, options.torch_threads, names)

@@ -20,6 +20,7 @@ import numpy as np
 
 from kernels.benchmarking.timing import Timing, paired_ratio, time_interleaved
 from kernels.gated_delta_rule import gated_delta_rule
+from sana_jax.host_memory import keep_freed_memory
 from sana_jax.nn.rope import rope_3d
 from tests.benchmarks.sana_cpu import compile_timed, environment, markdown
 
@@ -114,6 +115,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--torch-threads", type=int, default=cores, help="threads of PyTorch; all cores unless given")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
+    keep_freed_memory("cpu")  # as the commands do; PyTorch has it too
     report = {**environment(), **measure(options.repetitions, options.torch_threads, options.gradient)}
     timings: dict[str, Timing] = report["timings"]
     report["timings"] = {name: timing.summary() for name, timing in timings.items()}

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.benchmarking.timing import paired_ratio, ratio, time_interleaved
+from sana_jax.host_memory import keep_freed_memory
 from sana_jax.models.gemma import Gemma, GemmaConfig, init_params
 from sana_jax.text_encoders.gemma import _layer_by_layer_program
 from tests.benchmarks.sana_cpu import array, compile_timed, environment, random_like
@@ -166,6 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--torch-threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
+    keep_freed_memory("cpu")  # as the commands do; PyTorch has it too
 
     config = GemmaConfig() if options.full else GemmaConfig(num_hidden_layers=options.layers, vocab_size=1000)
     report = environment() | {"layers": config.num_hidden_layers}

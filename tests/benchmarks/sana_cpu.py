@@ -23,6 +23,7 @@ import numpy as np
 
 from kernels.benchmarking.report import cpu_name
 from kernels.benchmarking.timing import Timing, compile_timed, paired_ratio, random_like, ratio, time_interleaved
+from sana_jax.host_memory import keep_freed_memory
 from sana_jax.models.sana import SanaBlock, SanaConfig, SanaTransformer
 from sana_jax.nn.attention import mask_to_bias
 
@@ -287,6 +288,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--torch-threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
+    keep_freed_memory("cpu")  # as the commands do; PyTorch has it too
 
     report = environment()
     config = MODELS[options.model]

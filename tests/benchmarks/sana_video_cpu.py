@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.benchmarking.timing import Timing, paired_ratio, time_interleaved
+from sana_jax.host_memory import keep_freed_memory
 from sana_jax.models.sana_video import SanaVideoBlock, SanaVideoConfig, init_state
 from sana_jax.nn.attention import mask_to_bias
 from sana_jax.nn.rope import rope_3d
@@ -152,6 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--torch-threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
+    keep_freed_memory("cpu")  # as the commands do; PyTorch has it too
     report = {**environment(), **measure_block(options.repetitions, options.torch_threads)}
     timings: dict[str, Timing] = report["timings"]
     report["timings"] = {name: timing.summary() for name, timing in timings.items()}

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.benchmarking.timing import Timing, paired_ratio, time_interleaved
+from sana_jax.host_memory import keep_freed_memory
 from sana_jax.models.sana_wm import BlockInputs, SanaWMBlock, SanaWMConfig
 from sana_jax.models.sana_wm_state import visible_frames
 from sana_jax.nn.camera_attention import AttentionInputs, CausalLayout
@@ -198,6 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--torch-threads", type=int, default=2, help="threads of PyTorch")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
+    keep_freed_memory("cpu")  # as the commands do; PyTorch has it too
     report = {**environment(), **measure_block(options.kind, options.repetitions, options.torch_threads)}
     timings: dict[str, Timing] = report["timings"]
     report["timings"] = {name: timing.summary() for name, timing in timings.items()}

@@ -23,6 +23,7 @@ import jax
 from kernels.benchmarking.timing import paired_ratio, ratio, time_interleaved
 from sana_jax.autoencoders.wan import WanDecoder, WanEncoder, init_params
 from sana_jax.autoencoders.wan_config import WanConfig
+from sana_jax.host_memory import keep_freed_memory
 from tests.benchmarks.dc_ae_cpu import products_of, run_products
 from tests.benchmarks.sana_cpu import array, compile_timed, environment, markdown, random_like
 
@@ -110,6 +111,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--only", choices=CASES, help="only this")
     parser.add_argument("--json", type=pathlib.Path, help="where to write the figures as well")
     options = parser.parse_args(arguments)
+    keep_freed_memory("cpu")  # as the commands do; PyTorch has it too
 
     names = (options.only,) if options.only else CASES
     size = (options.frames, options.height, options.width)

@@ -1,4 +1,4 @@
-"""The smallest published model at its full size, compiled for eight devices: about a minute and no weights."""
+"""Published recipes at their full size, compiled for eight and 64 devices: half a minute each and no weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,19 @@ import pytest
 
 from tests.train.compiled_presets import check_fetched_layer_by_layer, compiled_report
 from tests.train.compiled_text import Exchange
+from tests.train.test_full_size_lowering import FULL_SIZE
 
 pytestmark = pytest.mark.prove
 
 
-@pytest.mark.parametrize("preset", ["sana_600m_512", "lora_24gb"])
+@pytest.mark.parametrize("preset", FULL_SIZE)
 def test_a_full_size_step_fetches_weights_layer_by_layer(preset, tmp_path):
     check_fetched_layer_by_layer(compiled_report(tmp_path / "report.json", preset, "fsdp=8"))
+
+
+@pytest.mark.parametrize("preset", ["sana15_4800m_1024", "sana_video_2b_480p"])
+def test_so_it_does_over_64_devices(preset, tmp_path):
+    check_fetched_layer_by_layer(compiled_report(tmp_path / "report.json", preset, "data=8", "fsdp=8"))
 
 
 @pytest.mark.parametrize("remat", ["none", "offload"])

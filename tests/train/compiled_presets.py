@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 from tests.train.compiled_text import Exchange
 
 ROOT = Path(__file__).parents[2]
-STACK = "transformer_blocks"
-LORA_PARAMETERS = "params/lora/transformer_blocks"
+STACKED = re.compile(r"(^|/)(transformer|controlnet|delta|softmax)_blocks/")
+LORA_PARAMETERS = "params/lora/"
+# Of a few values per channel.
+UNCUT = re.compile("conv_depth|conv_[qkv]|/logvar/")
 
 
 def compiled_report(output: Path, *words: str, timeout: int = 500) -> dict:
@@ -24,31 +27,31 @@ def compiled_report(output: Path, *words: str, timeout: int = 500) -> dict:
 
 
 def check_fetched_layer_by_layer(report: dict) -> None:
-    """Every matrix is cut, and no device ever gathers a matrix of the blocks but one layer's, inside the loop."""
-    layers = report["layers"]
+    """Every matrix is cut, and no device ever gathers a matrix of the blocks but one layer's, inside a loop."""
+    trained = {path: pair for path, pair in report["trained"].items() if path.startswith("params/")}
+    cut = {path: shape for path, (shape, part) in (trained | report["parameters"]).items() if shape != part}
+    parts = trained | report["parameters"]
+    stacked = {path: shape for path, shape in cut.items() if STACKED.search(path)}
+    for path, shape in stacked.items():
+        assert shape[0] == parts[path][1][0], f"{path} is cut by its layers"
+    whole_stacks = {math.prod(shape) for shape in stacked.values()}
+    of_lora = {math.prod(shape[1:]) for path, shape in stacked.items() if LORA_PARAMETERS in path}
+    of_blocks = {math.prod(shape[1:]) for path, shape in stacked.items() if LORA_PARAMETERS not in path}
+    others = {math.prod(shape) for path, shape in cut.items() if path not in stacked}
+
     exchanged = [Exchange(kind, tuple(shape), loops) for kind, shape, loops in report["exchanges"]]
     gathered = [exchange for exchange in exchanged if exchange.kind == "all-gather"]
-    of_blocks, stacked, others = set(), set(), set()
-    for path, (shape, part) in report["parameters"].items():
-        if math.prod(shape) == math.prod(part):
-            continue
-        if STACK in path:
-            assert shape[0] == layers == part[0], path
-            of_blocks.add(math.prod(shape[1:]))
-            stacked.add(math.prod(shape))
+    in_loop = {exchange.size for exchange in gathered if exchange.loops}
+    assert of_blocks <= in_loop, f"never fetched: {of_blocks - in_loop}"
+    for exchange in gathered:
+        if exchange.loops:
+            assert exchange.size not in whole_stacks - of_blocks, f"all layers in every turn of a loop: {exchange}"
+            assert exchange.size <= max(of_blocks), f"more than a layer: {exchange}"
         else:
-            others.add(math.prod(shape))
-    in_loop = [exchange for exchange in gathered if exchange.loops]
-    outside = [exchange for exchange in gathered if not exchange.loops]
-    # A LoRA's matrices lie in the blocks as well.
-    lora = [shape for path, (shape, part) in report["trained"].items() if LORA_PARAMETERS in path and shape != part]
-    assert of_blocks <= {exchange.size for exchange in in_loop} <= of_blocks | {math.prod(shape[1:]) for shape in lora}
-    for exchange in outside:
-        assert exchange.size in others, f"gathered outside of the loop: {exchange}"
-        assert exchange.size not in stacked
-    # one forward and at most two backward (again, and for the gradient) of each
-    cut = len(lora) + sum(STACK in path and shape != part for path, (shape, part) in report["parameters"].items())
-    assert len(in_loop) <= 3 * cut
-    matrices = {path: (shape, part) for path, (shape, part) in report["trained"].items() if path.endswith("kernel")}
-    for path, (shape, part) in matrices.items():
-        assert math.prod(part) * 8 == math.prod(shape) or "conv_depth" in path, path
+            # the rest are vectors, and what is computed of the time of a few samples
+            of_a_block = exchange.size in (of_blocks | of_lora | whole_stacks) - others
+            assert not of_a_block, f"gathered outside of the loop: {exchange}"
+            assert exchange.size <= max(others | of_blocks), f"more than a layer: {exchange}"
+    for path, (shape, part) in trained.items():
+        if path.endswith("kernel"):
+            assert math.prod(part) * 8 == math.prod(shape) or UNCUT.search(path), f"{path} of {shape} is whole"

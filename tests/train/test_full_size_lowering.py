@@ -86,3 +86,30 @@ def test_weights_are_fetched_layer_by_layer(narrow_run):
 @pytest.mark.prove
 def test_the_estimate_without_compiling_is_near(narrow_run):
     assert narrow_run["estimated"] == pytest.approx(narrow_run["bytes"], rel=0.15)
+
+
+WHOLE_AND_PART = {"transformer_blocks/to_q/kernel": [[4, 64, 16], [4, 8, 16]], "proj_out/kernel": [[64, 8], [8, 8]]}
+AS_IT_SHOULD = [["all-gather", [64, 16], 1], ["all-gather", [64, 8], 0]]
+
+
+@pytest.mark.parametrize(
+    ("parts", "exchanges", "what"),
+    [
+        ({}, [*AS_IT_SHOULD, ["all-gather", [64, 16], 0]], "outside of the loop"),
+        ({}, [*AS_IT_SHOULD, ["all-gather", [4, 64, 16], 0]], "outside of the loop"),
+        ({}, [*AS_IT_SHOULD, ["all-gather", [4, 64, 16], 1]], "all layers in every turn"),
+        ({}, [*AS_IT_SHOULD, ["all-gather", [2, 64, 16], 1]], "more than a layer"),
+        ({}, AS_IT_SHOULD[1:], "never fetched"),
+        ({"proj_out/kernel": [[64, 8], [64, 8]]}, AS_IT_SHOULD, "is whole"),
+        ({"transformer_blocks/to_q/kernel": [[4, 64, 16], [1, 64, 16]]}, AS_IT_SHOULD, "cut by its layers"),
+    ],
+)
+def test_what_is_fetched_otherwise_is_found(parts, exchanges, what):
+    trained = {f"params/{path}": pair for path, pair in (WHOLE_AND_PART | parts).items()}
+    with pytest.raises(AssertionError, match=what):
+        check_fetched_layer_by_layer({"parameters": {}, "trained": trained, "exchanges": exchanges})
+
+
+def test_what_is_fetched_layer_by_layer_passes():
+    trained = {f"params/{path}": pair for path, pair in WHOLE_AND_PART.items()}
+    check_fetched_layer_by_layer({"parameters": WHOLE_AND_PART, "trained": trained, "exchanges": AS_IT_SHOULD})

@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
-from sana_jax.compilation import enable_compilation_cache
-from sana_jax.devices import choose_device
+from sana_jax.devices import start_computing
 from sana_jax.files import write_json
 
 
@@ -45,8 +44,7 @@ def report(config: Config, evaluate: Callable[[Config], Any], describe: Callable
     Raises:
         UserError: the device is not there, or the file cannot be written; and what ``evaluate`` raises.
     """
-    choose_device(config.device)
-    enable_compilation_cache()
+    start_computing(config.device)
     figures = evaluate(config)
     for line in describe(figures):
         print(line)
