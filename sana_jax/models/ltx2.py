@@ -227,8 +227,7 @@ class LTX2VideoTransformer(nn.Module):
         x = self.proj_in(hidden_states).reshape(batch, math.prod(grid), cfg.inner_dim)
 
         # One embedding for every time that was given, and none for every token.
-        embedding, time = self.time_embed(timestep.reshape(-1), None)
-        embedding, time = (array.reshape(batch, -1, *array.shape[1:]) for array in (embedding, time))
+        embedding, time = self.time_embed(timestep.reshape(batch, -1), None)
         shared = Shared(
             self.caption_projection(encoder_hidden_states),
             _prompt_mask(encoder_attention_mask),

@@ -413,8 +413,8 @@ class SanaVideoTransformer(nn.Module):
 
         x = self._embed(hidden_states, grid)
         # One embedding for every time that was given, and none for every token.
-        embedding, time = TimeEmbedding(cfg.inner_dim, dtype=self.dtype, name="time_embed")(timestep.reshape(-1), None)
-        embedding, time = (array.reshape(batch, -1, *array.shape[1:]) for array in (embedding, time))
+        embed_times = TimeEmbedding(cfg.inner_dim, dtype=self.dtype, name="time_embed")
+        embedding, time = embed_times(timestep.reshape(batch, -1), None)
         caption = CaptionProjection(cfg.inner_dim, self.dtype, name="caption_projection")(encoder_hidden_states)
         caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)
         bias = None if encoder_attention_mask is None else mask_to_bias(encoder_attention_mask)

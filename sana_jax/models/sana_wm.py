@@ -274,8 +274,7 @@ class SanaWMTransformer(nn.Module):
             x = x + self._embed("raymap_embedding", direction_map(camera_conditions, height, width), grid)
 
         embed_times = TimeEmbedding(cfg.hidden_size, dtype=self.dtype, name="time_embed")
-        embedding, time = embed_times(jnp.trunc(timestep).reshape(-1), None)
-        embedding, time = (array.reshape(batch, frames, *array.shape[1:]) for array in (embedding, time))
+        embedding, time = embed_times(jnp.trunc(timestep), None)
         caption = CaptionProjection(cfg.hidden_size, self.dtype, name="caption_projection")(encoder_hidden_states)
         if cfg.y_norm:
             caption = RMSNorm(CAPTION_NORM_EPSILON, CAPTION_NORM_INITIAL_SCALE, name="caption_norm")(caption)

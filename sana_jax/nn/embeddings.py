@@ -57,8 +57,8 @@ class TimestepEmbedder(nn.Module):
     zero_output: bool = False
 
     @nn.compact
-    def __call__(self, timestep: Float[Array, " B"]) -> Float[Array, "B D"]:
-        """Embeds one number per sample."""
+    def __call__(self, timestep: Float[Array, "*B"]) -> Float[Array, "*B D"]:
+        """Embeds every number by itself."""
         normal = scaled_normal(0.02)
         last = nn.initializers.zeros if self.zero_output else normal
         hidden = timestep_sinusoid(timestep).astype(self.dtype)
@@ -69,8 +69,9 @@ class TimestepEmbedder(nn.Module):
 class TimeEmbedding(nn.Module):
     """The embedding of the timestep (and, in distilled models, of the guidance scale) and its adaLN projection.
 
-    Returns ``(e, t6)``: the raw embedding (B, D), which the output layer uses, and ``Linear(SiLU(e))`` as (B, 6, D),
-    which the blocks use.
+    Returns ``(e, t6)``: the raw embedding (*B, D), which the output layer uses, and ``Linear(SiLU(e))`` as (*B, 6, D),
+    which the blocks use. Videos' times are (B, F), one per frame or one in all: with samples first they stay, over
+    several devices, where their samples are.
     """
 
     features: int
@@ -79,15 +80,15 @@ class TimeEmbedding(nn.Module):
 
     @nn.compact
     def __call__(
-        self, timestep: Float[Array, " B"], guidance: Float[Array, " B"] | None
-    ) -> tuple[Float[Array, "B D"], Float[Array, "B 6 D"]]:
+        self, timestep: Float[Array, "*B"], guidance: Float[Array, "*B"] | None
+    ) -> tuple[Float[Array, "*B D"], Float[Array, "*B 6 D"]]:
         """Embeds the timestep and, where the model takes it, the guidance scale."""
         embedding = TimestepEmbedder(self.features, self.dtype, name="timestep_embedder")(timestep)
         if self.guidance_embeds:
             guidance_embedder = TimestepEmbedder(self.features, self.dtype, zero_output=True, name="guidance_embedder")
             embedding = embedding + guidance_embedder(guidance)
         projection = Linear(6 * self.features, dtype=self.dtype, kernel_init=scaled_normal(0.02), name="linear")
-        return embedding, projection(silu(embedding)).reshape(-1, 6, self.features)
+        return embedding, projection(silu(embedding)).reshape(*embedding.shape[:-1], 6, self.features)
 
 
 class CaptionProjection(nn.Module):
