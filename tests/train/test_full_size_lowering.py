@@ -88,7 +88,11 @@ def test_the_estimate_without_compiling_is_near(narrow_run):
     assert narrow_run["estimated"] == pytest.approx(narrow_run["bytes"], rel=0.15)
 
 
-WHOLE_AND_PART = {"transformer_blocks/to_q/kernel": [[4, 64, 16], [4, 8, 16]], "proj_out/kernel": [[64, 8], [8, 8]]}
+WHOLE_AND_PART = {
+    "transformer_blocks/to_q/kernel": [[4, 64, 16], [4, 8, 16]],
+    "proj_out/kernel": [[64, 8], [8, 8]],
+    "bias": [[8], [8]],
+}
 AS_IT_SHOULD = [["all-gather", [64, 16], 1], ["all-gather", [64, 8], 0]]
 
 
@@ -99,6 +103,7 @@ AS_IT_SHOULD = [["all-gather", [64, 16], 1], ["all-gather", [64, 8], 0]]
         ({}, [*AS_IT_SHOULD, ["all-gather", [4, 64, 16], 0]], "outside of the loop"),
         ({}, [*AS_IT_SHOULD, ["all-gather", [4, 64, 16], 1]], "all layers in every turn"),
         ({}, [*AS_IT_SHOULD, ["all-gather", [2, 64, 16], 1]], "more than a layer"),
+        ({}, [*AS_IT_SHOULD, ["all-reduce", [32, 8], 0]], "neither a parameter nor small"),
         ({}, AS_IT_SHOULD[1:], "never fetched"),
         ({"proj_out/kernel": [[64, 8], [64, 8]]}, AS_IT_SHOULD, "is whole"),
         ({"transformer_blocks/to_q/kernel": [[4, 64, 16], [1, 64, 16]]}, AS_IT_SHOULD, "cut by its layers"),
