@@ -52,8 +52,11 @@ def check_fetched_layer_by_layer(report: dict) -> None:
             assert not of_a_block, f"gathered outside of the loop: {exchange}"
     # Beside parameters and their gradients devices are all given only what they hold anyway, nothing of the batch.
     largest_whole = max(math.prod(shape) for shape, part in parts.values() if shape == part)
+    whole = others | of_blocks | of_lora | whole_stacks
+    # what one device of a row holds of a gradient, which is summed over the rows
+    own = {math.prod(parts[path][1]) for path in cut}
     for exchange in (exchange for exchange in exchanged if exchange.kind in ("all-gather", "all-reduce")):
-        known = exchange.size in others | of_blocks | of_lora | whole_stacks or exchange.size <= largest_whole
+        known = exchange.size in whole | own or exchange.size <= largest_whole
         assert exchange.loops or known, f"neither a parameter nor small: {exchange}"
     for path, (shape, part) in trained.items():
         if path.endswith("kernel"):
