@@ -13,7 +13,10 @@ pytestmark = pytest.mark.prove
 
 @pytest.mark.parametrize("preset", FULL_SIZE)
 def test_a_full_size_step_fetches_weights_layer_by_layer(preset, tmp_path):
-    check_fetched_layer_by_layer(compiled_report(tmp_path / "report.json", preset, "fsdp=8"))
+    several = preset == "sprint" or "self_forcing" in preset or "longsana" in preset
+    check_fetched_layer_by_layer(
+        compiled_report(tmp_path / "report.json", preset, "fsdp=8"), fetches=None if several else 3
+    )
 
 
 @pytest.mark.parametrize("preset", ["sana15_4800m_1024", "sana_video_2b_480p"])

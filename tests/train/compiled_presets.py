@@ -26,8 +26,12 @@ def compiled_report(output: Path, *words: str, timeout: int = 1500) -> dict:
     return json.loads(output.read_text())
 
 
-def check_fetched_layer_by_layer(report: dict) -> None:
-    """Every matrix is cut, and no device ever gathers a matrix of the blocks but one layer's, inside a loop."""
+def check_fetched_layer_by_layer(report: dict, fetches: int | None = 3) -> None:
+    """Every matrix is cut, and no device ever gathers a matrix of the blocks but one layer's, inside a loop.
+
+    ``fetches`` is how often each may be: once forward and at most twice backward (again, and for the gradient); None
+    for objectives that run networks several times.
+    """
     trained = {path: pair for path, pair in report["trained"].items() if path.startswith("params/")}
     cut = {path: shape for path, (shape, part) in (trained | report["parameters"]).items() if shape != part}
     parts = trained | report["parameters"]
@@ -41,23 +45,23 @@ def check_fetched_layer_by_layer(report: dict) -> None:
 
     exchanged = [Exchange(kind, tuple(shape), loops) for kind, shape, loops in report["exchanges"]]
     gathered = [exchange for exchange in exchanged if exchange.kind == "all-gather"]
-    in_loop = {exchange.size for exchange in gathered if exchange.loops}
-    assert of_blocks <= in_loop, f"never fetched: {of_blocks - in_loop}"
-    for exchange in gathered:
-        if exchange.loops:
-            assert exchange.size not in whole_stacks - of_blocks, f"all layers in every turn of a loop: {exchange}"
-            assert exchange.size <= max(of_blocks), f"more than a layer: {exchange}"
-        else:
-            of_a_block = exchange.size in (of_blocks | of_lora | whole_stacks) - others
-            assert not of_a_block, f"gathered outside of the loop: {exchange}"
-    # Beside parameters and their gradients devices are all given only what they hold anyway, nothing of the batch.
+    in_loop = [exchange for exchange in gathered if exchange.loops]
+    assert of_blocks <= {exchange.size for exchange in in_loop}, "never fetched"
+    assert fetches is None or len(in_loop) <= fetches * len(stacked), "fetched too often"
     largest_whole = max(math.prod(shape) for shape, part in parts.values() if shape == part)
+    for exchange in in_loop:
+        small = exchange.size <= largest_whole
+        assert small or exchange.size in of_blocks | of_lora, f"more than a layer: {exchange}"
+    for exchange in (exchange for exchange in gathered if not exchange.loops):
+        of_a_block = exchange.size in (of_blocks | of_lora | whole_stacks) - others
+        assert not of_a_block, f"gathered outside of the loop: {exchange}"
+    # Beside parameters and their gradients devices are all given only what they hold anyway, nothing of the batch.
     whole = others | of_blocks | of_lora | whole_stacks
     # what one device of a row holds of a gradient, which is summed over the rows
     own = {math.prod(parts[path][1]) for path in cut}
     for exchange in (exchange for exchange in exchanged if exchange.kind in ("all-gather", "all-reduce")):
         known = exchange.size in whole | own or exchange.size <= largest_whole
         assert exchange.loops or known, f"neither a parameter nor small: {exchange}"
-    for path, (shape, part) in trained.items():
+    for path, (shape, part) in report["trained"].items():  # the optimizer's too
         if path.endswith("kernel"):
             assert math.prod(part) * 8 == math.prod(shape) or UNCUT.search(path), f"{path} of {shape} is whole"

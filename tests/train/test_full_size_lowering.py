@@ -101,10 +101,11 @@ AS_IT_SHOULD = [["all-gather", [64, 16], 1], ["all-gather", [64, 8], 0]]
     [
         ({}, [*AS_IT_SHOULD, ["all-gather", [64, 16], 0]], "outside of the loop"),
         ({}, [*AS_IT_SHOULD, ["all-gather", [4, 64, 16], 0]], "outside of the loop"),
-        ({}, [*AS_IT_SHOULD, ["all-gather", [4, 64, 16], 1]], "all layers in every turn"),
+        ({}, [*AS_IT_SHOULD, ["all-gather", [4, 64, 16], 1]], "more than a layer"),
         ({}, [*AS_IT_SHOULD, ["all-gather", [2, 64, 16], 1]], "more than a layer"),
         ({}, [*AS_IT_SHOULD, ["all-reduce", [32, 8], 0]], "neither a parameter nor small"),
         ({}, AS_IT_SHOULD[1:], "never fetched"),
+        ({}, [*AS_IT_SHOULD, *AS_IT_SHOULD[:1] * 3], "fetched too often"),
         ({"proj_out/kernel": [[64, 8], [64, 8]]}, AS_IT_SHOULD, "is whole"),
         ({"transformer_blocks/to_q/kernel": [[4, 64, 16], [1, 64, 16]]}, AS_IT_SHOULD, "cut by its layers"),
     ],
