@@ -47,5 +47,5 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=50),
     ema=EmaConfig(decay=0.99),
     checkpoint=CheckpointConfig(every=200),
-    preview=PreviewConfig(every=200, per_caption=3, guidance_scale=2.0),
+    preview=PreviewConfig(every=200, captions=10, per_caption=3, guidance_scale=2.0),
 )

@@ -39,5 +39,5 @@ CONFIG = RunConfig(
     optimizer=OptimizerConfig(learning_rate=2e-3, schedule="cosine", warmup_steps=20),
     ema=EmaConfig(enabled=False),
     checkpoint=CheckpointConfig(every=100),
-    preview=PreviewConfig(every=100, per_caption=3, guidance_scale=None),
+    preview=PreviewConfig(every=100, captions=10, per_caption=3, guidance_scale=None),
 )

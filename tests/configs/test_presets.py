@@ -170,3 +170,8 @@ def test_clips_are_for_video_models():
     ):
         with pytest.raises(UserError, match=r"trains on (pictures|clips), and --model .* or a preset that trains on"):
             trainer.main(words)
+
+
+@pytest.mark.parametrize("name", ["digits", "digits_lora", "digits_sprint", "digits_controlnet"])
+def test_previews_show_every_digit(name):
+    assert load_preset(name).preview.captions == 10
