@@ -31,6 +31,7 @@ from sana_jax.nn.step_cache import blocks_or_residual
 
 QK_NORM = "rms_norm_across_heads"
 CAPTION_NORM_EPSILON = 1e-5
+OUTPUT_NORM_EPSILON = 1e-6  # of the last layer norm, whatever norm_eps is
 _LARGEST_SIZE = 1_000_000  # of any field of a configuration; a file that asks for more is damaged
 # The caption norm's scale starts small, so that text steers an untrained network gently.
 CAPTION_NORM_INITIAL_SCALE = 0.01
@@ -71,7 +72,7 @@ class SanaConfig:
         sample_size: latent side the model was trained for; also picks the table of aspect ratios.
         patch_size: latent pixels per token side.
         norm_elementwise_affine: False; the layer norms have no parameters.
-        norm_eps: their epsilon.
+        norm_eps: their epsilon in the blocks; that of the last one is 1e-6.
         interpolation_scale: None for no position table; otherwise the divisor of its coordinates (2K: 1, 4K: 2).
         guidance_embeds: whether the guidance scale is an input (SANA-Sprint).
         guidance_embeds_scale: what the guidance scale is multiplied with before it is embedded.
@@ -344,7 +345,7 @@ class SanaTransformer(nn.Module):
         shift, scale = modulation(table, embedding[:, None, :])
         out_channels = cfg.out_channels or cfg.in_channels
         projection = Linear(p * p * out_channels, dtype=self.dtype, kernel_init=xavier_uniform(), name="proj_out")
-        x = projection(modulated_norm(x, shift, scale, cfg.norm_eps))
+        x = projection(modulated_norm(x, shift, scale, OUTPUT_NORM_EPSILON))
         # Each token holds a (row, column, channel) patch, channels fastest.
         x = x.reshape(batch, *grid, p, p, out_channels).swapaxes(2, 3)
         x = x.reshape(batch, height, width, out_channels)

@@ -36,7 +36,7 @@ VARIANTS = {
     "sprint": {"qk_norm": QK_NORM, "guidance_embeds": True},
     "2k": {"sample_size": 64, "interpolation_scale": 1.0},
     "4k": {"sample_size": 128, "interpolation_scale": 2.0},
-    "patch-2": {"patch_size": 2},
+    "patch-2": {"patch_size": 2, "norm_eps": 1e-3},
     "biased": {"attention_bias": True, "out_channels": 6, "num_layers": 4},
 }
 
