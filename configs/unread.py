@@ -10,6 +10,17 @@ from configs.serialization import to_dict
 from sana_jax.errors import UserError
 
 _SAMPLES_OF_PREVIEWS = ("preview.seed", "preview.per_caption", "preview.captions")
+# What is read while data is looked through, and not of a finished cache.
+_SOURCE = (
+    "format",
+    "caption",
+    "missing_captions",
+    "minimum_size",
+    "max_bad_share",
+    "rare_buckets",
+    "group_column",
+    "filters",
+)
 _VALIDATION = ("validation.sigmas", "validation.samples", "validation.seed")
 
 
@@ -50,6 +61,9 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.validation.every == 0:
         why = "with --validation.every 0, which measures none; leave it out, or give --validation.every steps"
         yield from ((name, why) for name in _VALIDATION)
+    if getattr(config.data, "cache", None) is not None and config.data.path is None:
+        why = "with --data.cache alone, whose samples are trained on as they are; name the data too, with --data.path"
+        yield from ((f"data.{name}", why) for name in _SOURCE if hasattr(config.data, name))
     if not config.logging.wandb:
         yield "logging.wandb_project", "without --logging.wandb; leave it out, or add that"
     if config.nonfinite == "error":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import string
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -66,7 +67,7 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         save_condition_tokens(run_dir, saved)
         described = "; ".join(describe_encoder(name, saved) for name in saved.encoders.encoders)
         facts["condition tokens"] = f"{described}; for sana_jax, from the condition_tokens files beside the LoRA"
-    prompt, template = _prompt_and_template(getattr(config.data, "caption", None))
+    prompt, template = _prompt_and_template(_caption_given(config.data))
     if template is not None:
         facts["captions"] = f"each sample's own, by the template `{template}`"
     card = LoraCard(
@@ -92,6 +93,12 @@ def _describe_data(parts: RunParts) -> str:
     if isinstance(dataset, WithPrior):
         return f"{len(dataset.subject):,} {kind}, and {len(dataset.prior):,} of their class"
     return f"{len(dataset):,} {kind}"
+
+
+def _caption_given(data: Any) -> str | None:
+    """``--data.caption``; None where nothing read it: a finished cache has captions of its own."""
+    finished_cache = getattr(data, "cache", None) is not None and data.path is None
+    return None if finished_cache else getattr(data, "caption", None)
 
 
 def _prompt_and_template(caption: str | None) -> tuple[str | None, str | None]:

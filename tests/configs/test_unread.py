@@ -48,6 +48,11 @@ from train.main import read_command_line
         (["digits", "--preview.every=0", "--preview.per-caption", "1"], r"--preview.per-caption 1 would not be used"),
         (["digits", "--preview.every=0", "--preview.captions", "3"], r"--preview.captions 3 would not be used"),
         (["digits", "--preview.prompts", "a", "--preview.captions", "3"], r"--preview.captions 3 .* --preview.prompts"),
+        (
+            ["lora", "--model", "m", "--data.cache", "c", "--data.caption", "x"],
+            r"--data.caption x would .* --data.cache",
+        ),
+        (["lora", "--model", "m", "--data.cache", "c", "--data.minimum-size", "9"], r"--data.minimum-size 9 would not"),
         (["digits", "--logging.wandb-project", "x"], r"--logging.wandb-project x would not .* without --logging.wandb"),
     ],
 )
@@ -58,6 +63,7 @@ def test_what_would_not_be_read_is_refused(words, message):
 
 def test_what_is_read_is_not_refused():
     read_command_line(["digits", "--ema.no-enabled"])  # whose preset has a decay of its own
+    read_command_line(["lora", "--model", "m", "--data.cache", "c", "--data.path", "p", "--data.caption", "x"])
     read_command_line(["sana_600m_512", "--encoders", "x", "--model-variant", "bf16", "--data.clip-threshold", "20"])
     read_command_line(["dreambooth", "--prior.caption", "a dog", "--prior.num-inference-steps", "9"])
     read_command_line(["digits", "--preview.every", "0"])  # and previews

@@ -40,6 +40,7 @@ class BucketPlan:
         merged: (from, to, pictures) for each rare size whose pictures went to another.
         repeated: (size, pictures, at least) for each size whose pictures are to be repeated to fill a batch.
         enlarged: pictures that are smaller than their size.
+        cropped: pictures of which more than a hundredth lies outside of their size.
         lines: all of it in words.
     """
 
@@ -49,6 +50,7 @@ class BucketPlan:
     merged: tuple[tuple[Bucket, Bucket, int], ...]
     repeated: tuple[tuple[Bucket, int, int], ...]
     enlarged: int
+    cropped: int
     lines: tuple[str, ...]
 
 
@@ -176,13 +178,13 @@ def _plan_of(
     used, bucket_of, counts = np.unique(chosen, return_inverse=True, return_counts=True)
     buckets = tuple(_bucket(table[index]) for index in used)
     repeated = tuple((bucket, int(count), minimum) for bucket, count in zip(buckets, counts) if count < minimum)
-    factors = [
-        covering_size(size, *buckets[index])[0] / size[0] for size, index in zip(sizes, bucket_of.reshape(-1).tolist())
-    ]
-    enlarged = [each for each in factors if each > 1]
-    plan = BucketPlan(buckets, bucket_of.reshape(-1), tuple(counts.tolist()), merged, repeated, len(enlarged), ())
-    lines = _lines(plan, max(enlarged, default=1.0))
-    return BucketPlan(*(getattr(plan, name) for name in BucketPlan.__dataclass_fields__ if name != "lines"), lines)
+    targets = [buckets[index] for index in bucket_of.reshape(-1).tolist()]
+    scaled = [covering_size(size, *target) for size, target in zip(sizes, targets)]
+    enlarged = [height / size[0] for (height, _), size in zip(scaled, sizes) if height > size[0]]
+    lost = [1 - math.prod(target) / math.prod(size) for size, target in zip(scaled, targets)]
+    lost = [share for share in lost if share > 0.01]  # less is rounding
+    fields = (buckets, bucket_of.reshape(-1), tuple(counts.tolist()), merged, repeated, len(enlarged), len(lost))
+    return BucketPlan(*fields, _lines(BucketPlan(*fields, ()), max(enlarged, default=1.0), lost))
 
 
 def _bucket(size: Bin) -> Bucket:
@@ -193,7 +195,7 @@ def _shape(size: Bin | Bucket) -> float:
     return size.height / size.width
 
 
-def _lines(plan: BucketPlan, most: float) -> tuple[str, ...]:
+def _lines(plan: BucketPlan, most: float, lost: Sequence[float]) -> tuple[str, ...]:
     sizes = ", ".join(f"{bucket}: {count}" for bucket, count in zip(plan.buckets, plan.counts))
     lines = [f"sizes (height x width: pictures): {sizes}" if sizes else "sizes: none, there are no pictures"]
     if plan.merged:
@@ -204,4 +206,7 @@ def _lines(plan: BucketPlan, most: float) -> tuple[str, ...]:
         lines.append(f"sizes with fewer pictures than the {plan.repeated[0][2]} of a batch, to be repeated: {few}")
     if plan.enlarged:
         lines.append(f"{plan.enlarged} pictures are smaller than their size and are enlarged, by up to {most:.2f}")
+    if lost:
+        mean, most = sum(lost) / len(lost), max(lost)
+        lines.append(f"{len(lost)} pictures are cropped: {mean:.0%} of their area on average, {most:.0%} at most")
     return tuple(lines)

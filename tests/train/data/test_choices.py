@@ -105,6 +105,14 @@ def test_enlargement_is_counted():
     assert "2 pictures are smaller than their size and are enlarged, by up to 2.00" in plan.lines
 
 
+def test_what_is_cropped_is_counted():
+    square = size_table(16, 32, None, aspect_buckets=False)
+    plan = assign_buckets([(512, 512), (1024, 512), (5120, 512), (600, 602)], square, minimum=1)
+    assert plan.cropped == 2
+    assert "2 pictures are cropped: 70% of their area on average, 90% at most" in plan.lines
+    assert not any("cropped" in line for line in assign_buckets([(600, 600)], square, minimum=1).lines)
+
+
 def test_no_pictures():
     plan = assign_buckets([], BINS[16], minimum=4)
     assert plan.buckets == plan.counts == ()
