@@ -237,7 +237,7 @@ def check_writable(config: RunConfig) -> None:
     """Asked before minutes of preparation; the folder itself is made when there is something to put into it.
 
     Raises:
-        UserError: the run's directory is a file, or cannot be written to.
+        UserError: the run's directory is a file, lies in the data, or cannot be written to.
     """
     run_dir = Path(config.run_dir)
     if not config.run_dir or (run_dir.exists() and not run_dir.is_dir()):
@@ -246,7 +246,24 @@ def check_writable(config: RunConfig) -> None:
     folder = next(path for path in (run_dir.absolute(), *run_dir.absolute().parents) if path.exists())
     if not folder.is_dir():
         raise UserError(f"--run-dir {run_dir} lies in {folder}, which is a file; name a place for a directory")
+    for option, data in _folders_of_data(config):
+        if run_dir.resolve().is_relative_to(data.resolve()):
+            raise UserError(
+                f"--run-dir {run_dir} lies in {option} {data}, where the run's own pictures would be taken for data; "
+                "name a place outside of it"
+            )
     check_can_write(f"{run_dir}/", f"to --run-dir {run_dir}")
+
+
+def _folders_of_data(config: RunConfig) -> Iterator[tuple[str, Path]]:
+    """Options that name folders that are looked through, with the folders."""
+    joint, prior = getattr(config.data, "joint_pictures", None), config.prior
+    named = {
+        "--data.path": getattr(config.data, "path", None),
+        "--data.joint-pictures": joint,
+        "--prior.path": None if prior is None else prior.path,
+    }
+    yield from ((option, Path(place)) for option, place in named.items() if place is not None and Path(place).is_dir())
 
 
 def run_sampler(config: RunConfig) -> Sampler:

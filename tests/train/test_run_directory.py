@@ -17,6 +17,8 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.generate import GenerateConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from train import run_directory
+from train.data.cache import CacheIdentity
+from train.data.cache_plan import cache_directory
 from train.evaluation.drawing import as_trained
 from train.run_directory import check_writable, claim, computed_otherwise, hold, located
 
@@ -58,6 +60,22 @@ def test_permissions_alone_do_not_tell_whether_a_directory_can_be_written():
     """Those of an administrator allow to write in /proc, which takes no files."""
     with pytest.raises(UserError, match=r"cannot write to --run-dir /proc/run \(.*that can be written to"):
         check_writable(run_in("/proc/run"))
+
+
+def test_a_run_does_not_write_into_its_data(tmp_path):
+    """Its previews and its cache's check picture would be trained on the next time."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for place in (pictures, pictures / "runs" / "one", tmp_path / "elsewhere" / ".." / "pictures" / "run"):
+        run = run_in(place)
+        with pytest.raises(UserError, match=r"--run-dir .* lies in --data.path .*; name a place outside of it"):
+            check_writable(dataclasses.replace(run, data=dataclasses.replace(run.data, path=str(pictures))))
+    beside = run_in(tmp_path / "pictures_run")
+    data = dataclasses.replace(beside.data, path=str(pictures))
+    check_writable(dataclasses.replace(beside, data=data))
+    inside = dataclasses.replace(data, cache=str(pictures / "cache"))
+    with pytest.raises(UserError, match=r"--data.cache .* lies in --data.path .*; name a place outside of it"):
+        cache_directory(dataclasses.replace(beside, data=inside), CacheIdentity({}))
 
 
 def base(weights_id: str):

@@ -63,10 +63,16 @@ def cache_directory(config: RunConfig, identity: CacheIdentity) -> Path:
     """Where the cache of a run is: ``--data.cache``, or one beside the run that runs on the same data share.
 
     Raises:
-        UserError: neither a cache nor data is named.
+        UserError: neither a cache nor data is named, or the cache would lie in the data.
     """
     if config.data.cache is not None:
-        return Path(config.data.cache).expanduser()
+        directory, data = Path(config.data.cache).expanduser(), config.data.path
+        if data is not None and Path(data).is_dir() and directory.resolve().is_relative_to(Path(data).resolve()):
+            raise UserError(
+                f"--data.cache {directory} lies in --data.path {data}, where its check picture would be taken for "
+                "data; name a place outside of it"
+            )
+        return directory
     if config.data.path is None:
         raise UserError("--data.path is missing: name a folder of pictures, or a finished cache with --data.cache")
     path = Path(config.data.path).absolute()

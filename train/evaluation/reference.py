@@ -14,13 +14,13 @@ from sana_jax.errors import UserError
 from sana_jax.files import atomic_file
 from sana_jax.images import to_pil
 from sana_jax.pipelines.image_inputs import read_picture
+from train.data.sources.listing import PICTURE_SUFFIXES
 from train.evaluation.distances import Gaussian, check_features, fit_gaussian
 from train.evaluation.features import FeatureFunction
 
 if TYPE_CHECKING:
     from PIL import Image
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 DIGITS = "digits"
 _MOST_UNREADABLE = 0.1  # of a folder's pictures
 _SMALL = 16  # px: below this pictures are read as they are
@@ -87,9 +87,13 @@ class FolderPictures:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES and not p.name.startswith("."))
+        self.paths = sorted(
+            p for p in folder.rglob("*") if p.suffix.lower() in PICTURE_SUFFIXES and not p.name.startswith(".")
+        )
         if not self.paths:
-            raise UserError(f"{folder} has no pictures; allowed are {', '.join(PICTURES)}: name a folder with some")
+            raise UserError(
+                f"{folder} has no pictures; allowed are {', '.join(PICTURE_SUFFIXES)}: name a folder with some"
+            )
         self.read: list[Path] = []
 
     def __iter__(self) -> Iterator[Image.Image]:

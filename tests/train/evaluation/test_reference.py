@@ -40,13 +40,14 @@ def folder(tmp_path):
 def test_a_folder_of_any_nesting_and_sizes(folder, capsys):
     Image.new("L", (8, 8), 100).save(folder / "zz tiny.png")
     photograph(3).convert("CMYK").save(folder / "zz.JPG")
+    photograph(4).save(folder / "zz.tif")  # every kind that training reads
     (folder / ".hidden.png").write_bytes(b"")
     (folder / "notes.txt").write_text("")
     pictures = list(FolderPictures(folder))
-    assert len(pictures) == 14
+    assert len(pictures) == 15
     assert {picture.mode for picture in pictures} == {"RGB"}
     reference = load_reference(str(folder), FUNCTION, ())
-    assert reference.features.shape == (14, 48)
+    assert reference.features.shape == (15, 48)
     np.testing.assert_allclose(reference.features, pixel_features(pictures, 4), rtol=1e-6)
     np.testing.assert_allclose(reference.gaussian.mean, reference.features.mean(axis=0), rtol=1e-5)
 
