@@ -83,7 +83,7 @@ class Previewer:
     @property
     def example_prompt(self) -> str:
         """A caption to try the finished model with."""
-        return self.captions[min(7, len(self.captions) - 1)]
+        return self.captions[0 if self._config.preview.prompts else min(7, len(self.captions) - 1)]
 
     def due(self, step: int) -> bool:
         """Whether a preview belongs to this step."""

@@ -11,7 +11,7 @@ and ``<layer>/up`` (rank, out), stacked over blocks as the parameters are. There
 
 from __future__ import annotations
 
-from sana_jax.lora.reading import Lora, LoraLayer, parse_lora_option, read_lora
+from sana_jax.lora.reading import Lora, LoraLayer, find_lora_file, parse_lora_option, read_lora
 from sana_jax.lora.targets import PRESETS, match_targets, target_table
 from sana_jax.lora.trees import init_lora, lora_tree, merge_lora, scaled_lora, with_dropout
 from sana_jax.lora.writing import lora_from_tree, save_lora_weights, write_lora
@@ -20,6 +20,7 @@ __all__ = [
     "PRESETS",
     "Lora",
     "LoraLayer",
+    "find_lora_file",
     "init_lora",
     "lora_from_tree",
     "lora_tree",

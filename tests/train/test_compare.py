@@ -20,6 +20,7 @@ from PIL import Image
 from sana_jax import SanaPipeline, SanaSprintPipeline
 from sana_jax.errors import run_command_line
 from sana_jax.images import save_png
+from sana_jax.lora.reading import FILE_NAME
 from sana_jax.weights.identity import weights_id
 from tests.train.evaluation.models import SEVEN, THREE, digits_run, lora_file, save_checkpoints
 from train import compare
@@ -294,6 +295,12 @@ def test_lora_files_and_their_weights(run, tmp_path, capsys):
     lora_file(files[0], 3)
     assert call(run, *words, "--lora", files[0]) == 0
     assert "0 are in" in capsys.readouterr().out
+    # a directory with a LoRA, as generate takes it and model cards write it
+    drawn = [pixels(tmp_path / "out" / row["file"]) for row in table]
+    lora_file(tmp_path / "lora" / FILE_NAME, 2)
+    assert call(run, *words, "--lora", tmp_path / "lora") == 0
+    (row,) = rows(tmp_path / "out")
+    np.testing.assert_array_equal(pixels(tmp_path / "out" / row["file"]), drawn[-1])
 
 
 def test_several_models_and_a_list_of_prompts(run, tmp_path):
@@ -355,7 +362,7 @@ def test_published_models(kind, tmp_path, capsys):
         ((*PROMPTS, "--guidance-scales", "nan"), "finite"),
         ((*PROMPTS, "--num-inference-steps", 0), "--num-inference-steps 0 is not allowed"),
         ((*PROMPTS, "--lora-scales", 1), "--lora-scales would not be used"),
-        ((*PROMPTS, "--lora", "missing.safetensors"), "LoRA missing.safetensors is not a file"),
+        ((*PROMPTS, "--lora", "missing.safetensors"), "there is no LoRA file missing.safetensors"),
         ((*PROMPTS, "--checkpoint-steps", 5, "--strip"), "only one is drawn"),
         ((*PROMPTS, "--milliseconds", 100), "--milliseconds would not be used"),
         ((*PROMPTS, "--gif", "--milliseconds", 15), "--milliseconds 15 is not allowed"),

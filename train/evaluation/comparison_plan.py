@@ -16,6 +16,7 @@ from typing import Any, Literal
 import sana_jax
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
+from sana_jax.lora import find_lora_file
 from sana_jax.pipelines.opening import find_model
 from train.evaluation.drawing import (
     check_draws_from_text,
@@ -206,7 +207,7 @@ def _wanted_steps(config: CompareConfig, directory: Path) -> list[int | None] | 
 def plan_pictures(config: CompareConfig, columns: Sequence[Column], prompts: Sequence[str]) -> list[Picture]:
     """Every picture of the table, column by column."""
     pictures = []
-    loras = {file: file_identity(Path(file)) for file in config.lora}
+    loras = {file: file_identity(find_lora_file(file)) for file in config.lora}
     identities: dict[tuple[Path, int | None], str] = {}
     for column in columns:
         where = column.directory, column.checkpoint_step

@@ -13,7 +13,7 @@ import numpy as np
 
 from sana_jax.errors import UserError
 from sana_jax.generate import GenerateConfig, call_arguments, open_pipeline
-from sana_jax.lora import parse_lora_option
+from sana_jax.lora import find_lora_file, parse_lora_option
 from sana_jax.pipelines.base import ImagePipeline
 from sana_jax.pipelines.model_directory import pipeline_of
 from sana_jax.pipelines.sampling_function import is_guided
@@ -180,8 +180,7 @@ def check_lora_files(files: Sequence[str]) -> None:
         path, weight = parse_lora_option(text)
         if weight != 1:
             raise UserError(f"--lora {text}: name the file alone; its weights are --lora-scales")
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"LoRA {path} is not a file; name a .safetensors file")
+        find_lora_file(path)
 
 
 def read_prompts(given: Sequence[str], file: str | None) -> tuple[str, ...]:
