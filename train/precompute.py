@@ -167,6 +167,11 @@ def already_prepared(config: RunConfig, model: ModelDirectory, pins: Path | None
     identity = cache_identity(config.data, model, _conditions(config.data, model, encoder, say))
     directory = cache_directory(config, identity)
     if not holds(directory, identity, pins, config.preview.prompts, variants(config.data)):
+        if not directory.exists():
+            say(
+                f"data: the run began with a cache, and there is none at {directory}: it is made anew (where the run "
+                "has moved, what lay beside it may be moved there too)"
+            )
         return None
     say(f"data: the run goes on with the samples that it began with ({pins}), all of them in the cache {directory}")
     return directory

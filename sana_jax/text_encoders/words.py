@@ -15,6 +15,7 @@ from sana_jax.errors import UserError
 
 # angle brackets keep it apart from every word that a caption can hold
 _BEGIN = "<bos>"
+_MOST_SHOWN = 100  # characters of a prompt in a message
 
 
 @functools.lru_cache(maxsize=4096)
@@ -120,10 +121,11 @@ class WordEncoder:
 
     def _words(self, prompt: str, *, allow_empty: bool) -> list[str]:
         words = prompt.lower().split()
+        prompt = prompt if len(prompt) <= _MOST_SHOWN else f"{prompt[:_MOST_SHOWN]}..."
         allowed = ", ".join(self.vocabulary)
         if not words and not allow_empty:
             raise UserError(f"prompt {prompt!r} is empty; allowed are the words {allowed}: write at least one of them")
-        unknown = list(dict.fromkeys(word for word in words if word not in self.vocabulary))
+        unknown = list(dict.fromkeys(word for word in words if word not in self.vocabulary))[:8]
         if unknown:
             raise UserError(
                 f"prompt {prompt!r} has {', '.join(map(repr, unknown))}, which this model has not been trained on; "
@@ -133,6 +135,6 @@ class WordEncoder:
         if len(words) > limit:
             raise UserError(
                 f"prompt {prompt!r} has {len(words)} words; at most {limit} are allowed, and "
-                f"{' '.join(words[limit:])!r} does not fit: shorten the prompt"
+                f"{words[limit]!r} and what follows does not fit: shorten the prompt"
             )
         return words

@@ -124,3 +124,10 @@ def test_pixels_are_latents():
         PixelAutoencoder(2)
     with pytest.raises(UserError, match="scaling_factor"):
         PixelAutoencoder(1, 0.0)
+
+
+def test_a_long_prompt_is_not_printed_whole():
+    for prompt in ("a " * 2000, "picture " * 2000, " ".join(f"word{i}" for i in range(2000))):
+        with pytest.raises(UserError) as raised:
+            encoder().encode(prompt)
+        assert len(str(raised.value)) < 500

@@ -63,7 +63,8 @@ class _Contents:
                 if pins is not None:
                     raise CheckpointError(
                         f"the run began with {key} as it was then ({pins}), and the cache {reader.directory} does not "
-                        "have it so; put the picture and its sizes back as they were, or start a new run"
+                        "have it so; put the picture and its sizes back as they were, name the cache that it began "
+                        "with (--data.cache), or start a new run"
                     ) from error
                 raise CheckpointError(
                     f"the cache {reader.directory} lists {key}, and no shard has it; python -m train.precompute with "

@@ -75,6 +75,10 @@ def test_the_data_is_not_looked_at_where_the_cache_has_all(begun, gray, tmp_path
     crops = dataclasses.replace(config, data=dataclasses.replace(config.data, crop="random"))
     assert already_prepared(crops, gray, pins, lines.append) is None
     assert already_prepared(config, gray, None, lines.append) is None
+    assert len(lines) == 1
+    moved = dataclasses.replace(config, data=dataclasses.replace(config.data, cache=str(tmp_path / "gone")))
+    assert already_prepared(moved, gray, pins, lines.append) is None
+    assert f"there is none at {tmp_path / 'gone'}: it is made anew" in lines[1]
 
 
 def test_a_cache_that_was_made_again_of_other_pictures(begun, gray, tmp_path):
