@@ -252,6 +252,7 @@ def index_source(config: ImageDataConfig) -> IndexedSource:
     records = _with_captions(records, config, source)
     if isinstance(config, VideoDataConfig):
         records = with_motion_scores(records, config.motion_score)
+    records = _with_groups(records, config, source)
     source.records = [record for _, record in records]
     source._entries = {entry.key: entry for entry, _ in records}
     return source
@@ -505,4 +506,25 @@ def _with_captions(
         source.notes.append(_counted(missing, f"{many} without a caption are left out", _LISTED))
     elif missing and config.missing_captions == "empty":
         source.notes.append(_counted(missing, f"{many} without a caption get an empty one", _LISTED))
+    return done
+
+
+def _with_groups(
+    records: list[tuple[Entry, Record]], config: ImageDataConfig, source: IndexedSource
+) -> list[tuple[Entry, Record]]:
+    """Records of which those of one picture, as where it has a line per caption, are of one group.
+
+    A picture is known by its stamp, whatever the names of its samples are; pictures that come once stay as they are.
+    """
+    counts = collections.Counter(record.stamp for _, record in records)
+    groups = {record.stamp: record.group for _, record in records if record.group is not None}
+    done, named = [], []
+    for entry, record in records:
+        if record.group is None and record.stamp and counts[record.stamp] > 1:
+            record = dataclasses.replace(record, group=groups.get(record.stamp, f"picture {record.stamp}"))
+            named.append(record.key)
+        done.append((entry, record))
+    if named and config.validation_share:
+        one = source.media.one
+        source.notes.append(_counted(named, f"samples share their {one} with others, and a split keeps them together"))
     return done

@@ -272,3 +272,14 @@ def test_the_reports_mistakes(folder, words, says):
     with pytest.raises(UserError) as caught:
         inspect_data([str(folder), *([] if "--no-clips" in words else ["--clips"]), *words])
     assert says in str(caught.value)
+
+
+def test_clips_of_a_video_that_is_named_twice_are_of_one_group(tmp_path):
+    for index in range(3):
+        write_video(tmp_path / f"{index}.mp4", 5, first=10 * index)
+    rows = [{"video": f"{index}.mp4", "text": text} for index in (0, 1, 2) for text in ("a", "b")[: 2 - index // 2]]
+    (tmp_path / "all.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source, _ = opened(tmp_path / "all.jsonl")
+    groups = [record.group for record in source.records]
+    assert groups[0] == groups[1] != groups[2] == groups[3]
+    assert groups[4] == "video 2"

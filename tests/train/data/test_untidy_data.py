@@ -1,0 +1,95 @@
+"""Data as people have it: a picture on several lines, splits in one folder, numbers and blanks in tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.data import ImageDataConfig
+from tests.train.data.damage import encoded, pixels
+from train.data.source import IndexedSource, open_source
+from train.data.splits import split
+
+
+def write_pictures(folder: Path, count: int, *, suffix: str = ".png") -> list[str]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in range(count):
+        (folder / f"{index}{suffix}").write_bytes(encoded(pixels(16, 20 + index), "PNG"))
+    return [f"{index}{suffix}" for index in range(count)]
+
+
+def write_lines(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def opened(path: Path, **fields) -> tuple[IndexedSource, str]:
+    lines: list[str] = []
+    return open_source(ImageDataConfig(path=str(path), **fields), lines.append), "\n".join(lines)
+
+
+# -- one picture in several samples ------------------------------------------------------------------------------------
+
+
+def held_out(source: IndexedSource, share: float) -> list[set]:
+    """Pictures of both sides, by their bytes."""
+    return [{source.read(source.records[index]) for index in side} for side in split(source.records, share)]
+
+
+@pytest.mark.parametrize("how", ["lines", "keys", "copies", "parquet"])
+def test_a_picture_of_several_samples_is_on_one_side(tmp_path, how):
+    names = write_pictures(tmp_path, 12)
+    rows = [{"file_name": name, "text": f"{name}, {which}"} for name in names for which in ("one", "two")]
+    path = tmp_path / "all.jsonl"
+    if how == "parquet":
+        import pyarrow
+        from pyarrow import parquet
+
+        cells = [{"image": (tmp_path / row["file_name"]).read_bytes(), "text": row["text"]} for row in rows]
+        path = tmp_path / "all.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(cells), path)
+    elif how == "keys":
+        rows = [row | {"key": f"line {number}"} for number, row in enumerate(rows)]
+    elif how == "copies":
+        for name in names:
+            (tmp_path / f"copy_{name}").write_bytes((tmp_path / name).read_bytes())
+        rows[1::2] = [row | {"file_name": f"copy_{row['file_name']}"} for row in rows[1::2]]
+    if how != "parquet":
+        write_lines(path, rows)
+    source, said = opened(path, validation_share=0.4)
+    assert len({record.key for record in source.records}) == 24
+    for share in (0.1, 0.4, 0.8):
+        training, validation = held_out(source, share)
+        assert len(training) + len(validation) == 12
+        assert not training & validation
+    assert "24 samples share their picture with others, and a split keeps them together: " in said
+    assert "share their picture" not in opened(path)[1]
+
+
+HELD_OUT = ["0", "14", "15", "17", "26", "34", "35"]  # as it was before anything was known of repeated pictures
+
+
+def test_pictures_that_come_once_stay_on_their_side(tmp_path):
+    names = write_pictures(tmp_path, 40)
+    rows = [{"file_name": name, "text": "x"} for name in names]
+    path = write_lines(tmp_path / "all.jsonl", rows)
+    before, _ = opened(path)
+    assert [record.group for record in before.records] == [None] * 40
+    assert [before.records[index].key for index in split(before.records, 0.2)[1]] == HELD_OUT
+    write_lines(path, rows + rows[:4])
+    after, _ = opened(path)
+    groups = [record.group for record in after.records]
+    assert groups[:4] == groups[40:] == [f"picture {record.stamp}" for record in after.records[:4]]
+    assert groups[4:40] == [None] * 36
+    write_lines(path, [*rows, rows[0] | {"text": ""}])  # a line that is left out repeats nothing
+    assert opened(path, missing_captions="skip")[0].records == before.records
+
+
+def test_a_group_that_is_given_counts(tmp_path):
+    names = write_pictures(tmp_path, 3)
+    rows = [{"file_name": name, "text": "x", "group": f"of {name}"} for name in names]
+    rows.append({"file_name": names[1], "text": "y"})
+    source, _ = opened(write_lines(tmp_path / "all.jsonl", rows))
+    assert [record.group for record in source.records] == ["of 0.png", "of 1.png", "of 2.png", "of 1.png"]
