@@ -44,12 +44,8 @@ def test_a_picture_of_several_samples_is_on_one_side(tmp_path, how):
     rows = [{"file_name": name, "text": f"{name}, {which}"} for name in names for which in ("one", "two")]
     path = tmp_path / "all.jsonl"
     if how == "parquet":
-        import pyarrow
-        from pyarrow import parquet
-
         cells = [{"image": (tmp_path / row["file_name"]).read_bytes(), "text": row["text"]} for row in rows]
-        path = tmp_path / "all.parquet"
-        parquet.write_table(pyarrow.Table.from_pylist(cells), path)
+        path = write_table(tmp_path / "all.parquet", cells)
     elif how == "keys":
         rows = [row | {"key": f"line {number}"} for number, row in enumerate(rows)]
     elif how == "copies":
@@ -93,3 +89,51 @@ def test_a_group_that_is_given_counts(tmp_path):
     rows.append({"file_name": names[1], "text": "y"})
     source, _ = opened(write_lines(tmp_path / "all.jsonl", rows))
     assert [record.group for record in source.records] == ["of 0.png", "of 1.png", "of 2.png", "of 1.png"]
+
+
+# -- splits in files' names --------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, rows: list[dict]) -> Path:
+    import pyarrow
+    from pyarrow import parquet
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("names", "read"),
+    [
+        (["train.parquet", "test.parquet"], ["train"]),
+        (["default/train/0000.parquet", "default/test/0000.parquet"], ["default/train/0000"]),
+        (["train.parquet", "validation-00000-of-00001.parquet"], ["train"]),
+        (["train/part-00000-of-00001.parquet", "dev/part-00000-of-00001.parquet"], ["train/part-00000-of-00001"]),
+        (["Train_1.parquet", "data/train-2.parquet", "val.parquet"], ["Train_1", "data/train-2"]),
+        (["train-00000-of-00001.parquet", "sketch-00000-of-00001.parquet"], ["train-00000-of-00001"]),
+        (["train.parquet", "trains.parquet"], ["train", "trains"]),
+        (["test.parquet"], ["test"]),
+        (["test.parquet", "valid.parquet"], ["test", "valid"]),
+        (["a/0.parquet", "b/0.parquet"], ["a/0", "b/0"]),
+    ],
+)
+def test_the_split_train_is_read(tmp_path, names, read):
+    for number, name in enumerate(names):
+        picture = encoded(pixels(16, 20 + number), "PNG")
+        write_table(tmp_path / "set" / name, [{"image": picture, "text": name.removesuffix(".parquet")}])
+    source, said = opened(tmp_path / "set")
+    assert [record.captions[0].text for record in source.records] == read
+    assert ("the split train is read; name files for another (" in said) == (len(read) < len(names))
+    assert ("all files are read (test, valid are there, and no train)" in said) == ("valid" in read)
+    for name in names:  # a split's own folder, or file, is read
+        assert len(opened(tmp_path / "set" / name)[0]) == 1
+        assert len(opened((tmp_path / "set" / name).parent)[0])
+
+
+def test_files_of_no_split_beside_splits(tmp_path):
+    for name in ("train", "test", "more"):
+        write_table(tmp_path / f"{name}.parquet", [{"image": encoded(pixels(), "PNG"), "text": name}])
+    source, said = opened(tmp_path)
+    assert [record.captions[0].text for record in source.records] == ["train"]
+    assert "1 files are of no split and left out: more.parquet" in said

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 _PARTS_IN_MEMORY = 3  # row groups of pictures
+_SPLITS = ("train", "test", "validation", "valid", "val", "dev")
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +151,34 @@ def _data_files(listing: Listing, path: pathlib.Path) -> list[pathlib.Path]:
             raise UserError(f"{path} is a selection of a larger dataset; write it anew after flatten_indices()")
         files = [path / str(each["filename"]) for each in state.get("_data_files", [])]
     else:
-        files = sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow"))
-        splits = sorted({file.name.split("-")[0] for file in files if "-of-" in file.name})
-        if len(splits) > 1 and "train" in splits:
-            listing.notes.append(f"the split train is read; name files for another ({', '.join(splits)} are there)")
-            files = [file for file in files if file.name.split("-")[0] == "train"]
+        files = _of_one_split(listing, path, sorted(path.rglob("*.parquet")) or sorted(path.rglob("*.arrow")))
     if not files:
         raise UserError(f"{path} has no arrow or parquet files; name the folder that save_to_disk wrote")
     return files
+
+
+def _of_one_split(listing: Listing, path: pathlib.Path, files: list[pathlib.Path]) -> list[pathlib.Path]:
+    """The files of the split train, where there are several splits and it is one of them; else all, which is said."""
+    split_of = {file: _split_of(file.relative_to(path)) for file in files}
+    splits = sorted({split for split in split_of.values() if split is not None})
+    if len(splits) < 2:
+        return files
+    if "train" not in splits:
+        listing.notes.append(f"all files are read ({', '.join(splits)} are there, and no train); name one for it alone")
+        return files
+    listing.notes.append(f"the split train is read; name files for another ({', '.join(splits)} are there)")
+    others = [str(file.relative_to(path)) for file, split in split_of.items() if split is None]
+    listing.note(others, "files are of no split and left out")
+    return [file for file, split in split_of.items() if split == "train"]
+
+
+def _split_of(file: pathlib.PurePath) -> str | None:
+    """The split that a file's name begins with, or that a folder which it lies in is called; None where none is."""
+    if named := re.match(rf"({'|'.join(_SPLITS)})(?![a-z])", file.stem.lower()):
+        return named[1]
+    folders = [folder.lower() for folder in reversed(file.parts[:-1])]
+    found = next((folder for folder in folders if folder in _SPLITS), None)
+    return found or (file.name.split("-")[0] if "-of-" in file.name else None)
 
 
 def _holds_pictures(field: pyarrow.Field) -> bool:
