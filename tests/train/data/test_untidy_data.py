@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from configs.data import ImageDataConfig
+from sana_jax.errors import UserError
 from tests.train.data.damage import encoded, pixels
 from train.data.source import IndexedSource, open_source
 from train.data.splits import split
@@ -137,3 +138,37 @@ def test_files_of_no_split_beside_splits(tmp_path):
     source, said = opened(tmp_path)
     assert [record.captions[0].text for record in source.records] == ["train"]
     assert "1 files are of no split and left out: more.parquet" in said
+
+
+# -- cells of tables ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet"])
+def test_nan_is_missing(tmp_path, suffix):
+    names, nan = write_pictures(tmp_path, 3), float("nan")
+    rows = [{"file_name": name, "text": nan, "captions": ["x", nan], "zoom": 0.5, "group": nan} for name in names]
+    rows[1] = {"file_name": names[1], "text": nan, "captions": nan, "zoom": nan, "group": nan}
+    if suffix == "parquet":
+        rows = [row | {"captions": row["text"]} for row in rows]
+        rows[0]["captions"] = rows[2]["captions"] = 1.5
+        path = write_table(tmp_path / "all.parquet", rows)
+    else:
+        path = tmp_path / f"all.{suffix}"
+        path.write_text(json.dumps(rows) if suffix == "json" else "\n".join(map(json.dumps, rows)))
+    with pytest.raises(UserError, match=r"1 of 3 pictures have no caption"):
+        opened(path)
+    source, _ = opened(path, missing_captions="empty")
+    expected = "1.5" if suffix == "parquet" else "x"
+    assert [[caption.text for caption in record.captions] for record in source.records] == [
+        [expected],
+        [""],
+        [expected],
+    ]
+    assert [dict(record.columns) for record in source.records] == [{"zoom": 0.5}, {}, {"zoom": 0.5}]
+    assert [record.group for record in source.records] == [None] * 3
+
+
+def test_a_picture_that_is_nan_is_named_nowhere(tmp_path):
+    rows = [{"file_name": name, "text": "x"} for name in write_pictures(tmp_path, 1)]
+    path = write_lines(tmp_path / "all.jsonl", [*rows, {"file_name": float("nan"), "text": "y"}])
+    assert "all.jsonl line 2 names no picture" in opened(path, max_bad_share=0.5)[1]

@@ -48,7 +48,7 @@ def sort_out(row: Mapping[str, Any], picture: str | None, kinds: Collection[str]
         picture: the picture's column.
         kinds: further columns that are captions.
     """
-    rest = {str(name): value for name, value in row.items() if name is not None and value is not None and value != ""}
+    rest = {str(name): value for name, value in row.items() if name is not None and not _is_missing(value)}
     found = rest.pop(picture, None) if picture is not None else None
     key = next((str(rest.pop(name)) for name in KEY_COLUMNS if name in rest), None)
     scores = _scores(rest)
@@ -79,6 +79,11 @@ def without_repeats(captions: Sequence[Caption], kinds: Collection[str]) -> list
         if before.score is None:
             kept[key] = before._replace(score=caption.score)
     return list(kept.values())
+
+
+def _is_missing(value: Any) -> bool:
+    """Whether a cell says nothing; pandas writes NaN there."""
+    return value is None or value == "" or (isinstance(value, float) and value != value)
 
 
 def _is_length(value: Any) -> bool:
@@ -128,7 +133,7 @@ def _captions(value: Any, kind: str, scores: Mapping[str | int, float]) -> list[
         if isinstance(each, Mapping):
             name, score = str(each.get("kind", name)), as_number(each.get("score", score))
             each = each.get("text")
-        text = "" if each is None else clean_text(str(each))
+        text = "" if _is_missing(each) else clean_text(str(each))
         if text:
             captions.append(Caption(text, name, score))
     return captions
