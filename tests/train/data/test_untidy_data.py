@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from configs.data import ImageDataConfig
@@ -172,3 +174,48 @@ def test_a_picture_that_is_nan_is_named_nowhere(tmp_path):
     rows = [{"file_name": name, "text": "x"} for name in write_pictures(tmp_path, 1)]
     path = write_lines(tmp_path / "all.jsonl", [*rows, {"file_name": float("nan"), "text": "y"}])
     assert "all.jsonl line 2 names no picture" in opened(path, max_bad_share=0.5)[1]
+
+
+def write_csv(path: Path, columns: dict[str, list[str]], delimiter: str = ",") -> Path:
+    lines = [delimiter.join(columns), *(delimiter.join(cells) for cells in zip(*columns.values()))]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("cells", "values"),
+    [
+        (["1", "-20"], [1, -20]),
+        (["1", "2.5"], [1.0, 2.5]),
+        (["0.50", "1e3"], [0.5, 1000.0]),
+        ([".5", "+3"], [0.5, 3.0]),
+        (["1_11", "11_1"], ["1_11", "11_1"]),
+        (["2024_01_10", "2024_11_0"], ["2024_01_10", "2024_11_0"]),
+        (["1.1_0", "2"], ["1.1_0", "2"]),
+        (["007", "1"], ["007", "1"]),
+        (["1e999", "1"], ["1e999", "1"]),
+        (["٣", "1"], ["٣", "1"]),
+        (["nan", "1"], ["nan", "1"]),
+        (["9" * 5000, "1"], ["9" * 5000, "1"]),
+    ],
+)
+def test_numbers_in_a_table_show_as_they_are_written(tmp_path, cells, values):
+    columns = {"file_name": write_pictures(tmp_path, 2), "n": cells, "group": cells}
+    source, _ = opened(write_csv(tmp_path / "all.csv", columns), caption="a {n}")
+    assert [record.columns["n"] for record in source.records] == values
+    assert [isinstance(record.columns["n"], str) for record in source.records] == [isinstance(values[0], str)] * 2
+    assert [record.captions[0].text for record in source.records] == [f"a {cell}" for cell in cells]
+    assert [record.group for record in source.records] == cells
+    moved = pickle.loads(pickle.dumps(source.records))
+    assert moved == source.records
+    assert [str(record.columns["n"]) for record in moved] == cells
+
+
+def test_numbers_in_a_table_stay_numbers(tmp_path):
+    columns = {"file_name": write_pictures(tmp_path, 2), "zoom": ["0.50", "2"], "text": ["1.0", "2.10"]}
+    path = write_csv(tmp_path / "all.csv", columns)
+    assert [record.captions[0].text for record in opened(path)[0].records] == ["1.0", "2.10"]
+    records = opened(path, caption="{zoom:.1f} of {zoom}")[0].records
+    assert [record.captions[0].text for record in records] == ["0.5 of 0.50", "2.0 of 2"]
+    assert np.array_equal(np.float32([record.columns["zoom"] for record in records]), np.float32([0.5, 2]))
+    assert json.dumps(records[0].columns["zoom"]) == "0.5"

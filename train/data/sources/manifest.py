@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from sana_jax.errors import UserError
@@ -155,14 +155,28 @@ def _csv_rows(listing: Listing, path: pathlib.Path, text: str) -> Iterator[tuple
     yield from rows
 
 
-def _number_type(values: list[str]) -> type | None:
-    """int or float where every value is one; 007 is a name and not a number."""
-    if not values or any(re.match(r"-?0[0-9]", value) for value in values):
+class _WrittenNumber(float):
+    """A number that captions and names show as it is written: 0.50 and not 0.5."""
+
+    def __new__(cls, text: str) -> _WrittenNumber:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else self.text
+
+
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+
+def _number_type(values: list[str]) -> Callable[[str], float] | None:
+    """int or float where every value is plainly one; 007 and 1_1 are names and not numbers."""
+    if not values or any(re.match(r"[+-]?0[0-9]", value) or not _NUMBER.fullmatch(value) for value in values):
         return None
-    for convert in (int, float):
-        try:
-            if all(abs(convert(value)) < float("inf") for value in values):
-                return convert
-        except ValueError:
-            continue
-    return None
+    if all(re.fullmatch(r"0|-?[1-9][0-9]{,99}", value) for value in values):
+        return int
+    return _WrittenNumber if all(abs(float(value)) < float("inf") for value in values) else None
