@@ -219,3 +219,27 @@ def test_numbers_in_a_table_stay_numbers(tmp_path):
     assert [record.captions[0].text for record in records] == ["0.5 of 0.50", "2.0 of 2"]
     assert np.array_equal(np.float32([record.columns["zoom"] for record in records]), np.float32([0.5, 2]))
     assert json.dumps(records[0].columns["zoom"]) == "0.5"
+
+
+@pytest.mark.parametrize(("delimiter", "named"), [("\t", "tabs"), (";", ";"), (",", None), (" , ", None)])
+def test_what_is_between_a_tables_columns(tmp_path, delimiter, named):
+    names = write_pictures(tmp_path, 2)
+    path = write_csv(tmp_path / "all.csv", {"file_name": names, "text": ['"a , b"', "c"], "n": ["1", "2"]}, delimiter)
+    path.write_text(f"{path.read_text()}  \n")
+    source, said = opened(path)
+    assert source.problems == []
+    assert [record.captions[0].text for record in source.records] == ["a , b", "c"]
+    assert [record.columns["n"] for record in source.records] == [1, 2]
+    assert (f"all.csv has {named} between its columns" in said) == (named is not None)
+
+
+def test_names_that_are_numbers(tmp_path):
+    names = write_pictures(tmp_path, 2, suffix="")
+    path = write_csv(tmp_path / "all.csv", {"file_name": [*names, "7"], "text": ["a", "b", "c"]})
+    source, said = opened(path, max_bad_share=0.5)
+    assert [record.key for record in source.records] == ["0", "1"]
+    assert "left out: 7 is missing" in said
+    lines = write_lines(tmp_path / "all.jsonl", [{"file_name": 0, "text": "a"}, {"file_name": True, "text": "b"}])
+    source, said = opened(lines, max_bad_share=0.5)
+    assert [record.key for record in source.records] == ["0"]
+    assert "left out: all.jsonl line 2 names no picture" in said

@@ -69,6 +69,7 @@ def _refuse_no_rows(path: pathlib.Path, listing: Listing, media: Media) -> None:
 
 def _add_row(listing: Listing, where: str, row, media: Media) -> None:
     name = row.picture.get("path") if isinstance(row.picture, dict) else row.picture
+    name = str(name) if isinstance(name, int | float) and not isinstance(name, bool) else name
     if not isinstance(name, str) or not name.strip():
         listing.problem(where, f"names no {media.one}")
         return
@@ -123,11 +124,13 @@ def _json_rows(listing: Listing, path: pathlib.Path, text: str) -> Iterator[tupl
 def _csv_rows(listing: Listing, path: pathlib.Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Rows by the names in the first line; a column whose every value is a number becomes numbers."""
     csv.field_size_limit(1 << 24)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    if delimiter == "," and ";" in text.split("\n", 1)[0] and "," not in text.split("\n", 1)[0]:
-        delimiter = ";"
-        listing.notes.append(f"{path.name} has ; between its columns")
-    reader = csv.reader(io.StringIO(text.replace("\0", ""), newline=""), delimiter=delimiter)
+    first, delimiter = text.split("\n", 1)[0], "\t" if path.suffix.lower() == ".tsv" else ","
+    if delimiter == "," and "," not in first and (others := [each for each in ";\t" if each in first]):
+        delimiter = max(others, key=first.count)
+        named = "tabs" if delimiter == "\t" else delimiter
+        listing.notes.append(f"{path.name} has {named} between its columns")
+    lines = io.StringIO(text.replace("\0", ""), newline="")
+    reader = csv.reader(lines, delimiter=delimiter, skipinitialspace=True)
     try:
         names = [name.strip() for name in next(reader, [])]
         if repeated := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
@@ -136,8 +139,8 @@ def _csv_rows(listing: Listing, path: pathlib.Path, text: str) -> Iterator[tuple
                 "each: give every column a name of its own"
             )
         rows = []
-        for cells in reader:
-            where = f"{path.name} line {reader.line_num}"
+        for row in reader:
+            where, cells = f"{path.name} line {reader.line_num}", [cell.strip() for cell in row]
             if not any(cells):
                 continue
             if len(cells) != len(names):
