@@ -97,12 +97,15 @@ def test_a_group_that_is_given_counts(tmp_path):
 # -- splits in files' names --------------------------------------------------------------------------------------------
 
 
-def write_table(path: Path, rows: list[dict]) -> Path:
+def write_table(path: Path, rows: list[dict], picture=None) -> Path:
     import pyarrow
     from pyarrow import parquet
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    table = pyarrow.Table.from_pylist(rows)
+    if picture is not None:
+        table = table.set_column(0, "image", table["image"].cast(picture))
+    parquet.write_table(table, path)
     return path
 
 
@@ -243,3 +246,30 @@ def test_names_that_are_numbers(tmp_path):
     source, said = opened(lines, max_bad_share=0.5)
     assert [record.key for record in source.records] == ["0"]
     assert "left out: all.jsonl line 2 names no picture" in said
+
+
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "category", "binary", "large_binary"])
+def test_kinds_of_parquet_columns(tmp_path, kind):
+    import pyarrow
+
+    names = write_pictures(tmp_path, 3)
+    files = [(tmp_path / name).read_bytes() for name in names]
+    cells = files if "binary" in kind else names
+    picture = pyarrow.dictionary(pyarrow.int32(), pyarrow.large_string()) if kind == "category" else None
+    path = tmp_path / "all.parquet"
+    rows = [{"image": cell, "text": "x"} for cell in cells]
+    write_table(path, rows, picture or getattr(pyarrow, kind)())
+    source, _ = opened(path)
+    assert [source.read(record) for record in source.records] == files
+
+
+def test_bytes_in_a_struct_may_be_large(tmp_path):
+    import pyarrow
+
+    picture = encoded(pixels(), "PNG")
+    kind = pyarrow.struct([("bytes", pyarrow.large_binary()), ("path", pyarrow.large_string())])
+    cells = [{"bytes": picture, "path": "a.png"}, {"bytes": None, "path": "b.png"}]
+    (tmp_path / "b.png").write_bytes(encoded(pixels(20), "PNG"))
+    write_table(tmp_path / "all.parquet", [{"image": cell, "text": "x"} for cell in cells], kind)
+    source, _ = opened(tmp_path / "all.parquet")
+    assert [source.read(record) for record in source.records] == [picture, (tmp_path / "b.png").read_bytes()]

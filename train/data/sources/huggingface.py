@@ -94,11 +94,9 @@ def _add_part(
     number: int,
 ) -> None:
     """Adds the rows of one part of a file, whose first row is the ``number``-th of all."""
-    import pyarrow
-
     pictures = {field.name for field in schema if field.name == picture or _holds_pictures(field)}
     others = [field.name for field in schema if field.name not in pictures]
-    texts = {name for name in pictures if pyarrow.types.is_string(schema.field(name).type)}
+    texts = {name for name in pictures if _is_text(schema.field(name).type)}
     rows = {name: _part(str(file), part, name).to_pylist() for name in (*others, *texts)}
     paths = {name: _paths(_part(str(file), part, name)) for name in pictures - texts}
     for row in range(_rows(str(file), part)):
@@ -188,6 +186,15 @@ def _holds_pictures(field: pyarrow.Field) -> bool:
     if not pyarrow.types.is_struct(field.type):
         return False
     return "bytes" in {field.type.field(index).name for index in range(field.type.num_fields)}
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    """Whether a column is of texts: the kind that datasets writes, those of pandas 3 and polars, or a category's."""
+    import pyarrow
+
+    if pyarrow.types.is_dictionary(kind):
+        kind = kind.value_type
+    return kind in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view())
 
 
 def _picture_column(path: pathlib.Path, schema: pyarrow.Schema) -> str:
