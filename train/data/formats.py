@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import pathlib
 from collections.abc import Iterator
@@ -27,7 +28,7 @@ def find_format(path: pathlib.Path, media: Media = PICTURES) -> Format:
     """The format of a path, by what is there.
 
     Raises:
-        UserError: a file that is none of them, or tar files and loose pictures in one folder.
+        UserError: a file that is none of them, or loose pictures beside tar or parquet files.
     """
     if path.is_file():
         return _format_of_file(path)
@@ -52,17 +53,18 @@ def find_format(path: pathlib.Path, media: Media = PICTURES) -> Format:
 
 
 def _refuse_mixture(path: pathlib.Path, media: Media) -> None:
-    """Raises ``UserError`` where there are tar files and loose pictures, either of which might be what is meant."""
-    tars, loose = 0, 0
-    for name in names_below(path):
-        suffix = os.path.splitext(name)[1].lower()
-        tars += suffix == ".tar"
-        loose += suffix in {*PICTURE_SUFFIXES, *media.suffixes}
-    if tars and loose:
-        raise UserError(
-            f"--data.path {path} has {tars} tar files and {loose} {media.many} beside them, and one format is read: "
-            f"choose --data.format webdataset for the tar files, or --data.format folder for the {media.many}"
-        )
+    """Raises ``UserError`` for loose pictures beside tar or parquet files, either of which might be what is meant."""
+    counts = collections.Counter(os.path.splitext(name)[1].lower() for name in names_below(path))
+    loose = sum(counts[suffix] for suffix in {*PICTURE_SUFFIXES, *media.suffixes})
+    others = [(".tar", "tar files", "webdataset")]
+    if media is not CLIPS:  # parquet files have no videos, and may well describe those beside them
+        others.append((".parquet", "parquet files", "huggingface"))
+    for suffix, files, name in others:
+        if loose and counts[suffix]:
+            raise UserError(
+                f"--data.path {path} has {counts[suffix]} {files} and {loose} {media.many} beside them, and one format "
+                f"is read: choose --data.format {name} for the {files}, or --data.format folder for the {media.many}"
+            )
 
 
 def _format_of_file(path: pathlib.Path) -> Format:

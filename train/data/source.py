@@ -105,6 +105,7 @@ class IndexedSource:
         without_caption: keys of the records that have none of their own.
         duplicates: pictures that share a name.
         has_rows: whether captions are in columns, as ``Listing`` says.
+        tables: likewise.
         looked_at: files that could be pictures, the unusable ones included.
     """
 
@@ -113,6 +114,7 @@ class IndexedSource:
         self.problems: list[Problem] = list(listing.problems)
         self.notes: list[str] = list(listing.notes)
         self.duplicates, self.has_rows = list(listing.duplicates), listing.has_rows
+        self.tables = list(listing.tables)
         self.records: list[Record] = []
         self.without_caption: list[str] = []
         self.looked_at = len(listing.entries) + len(listing.problems)
@@ -311,6 +313,8 @@ def refuse_missing_captions(source: IndexedSource, config: ImageDataConfig) -> N
         example = _column_of_words(source.records) or example
     elif source.media is CLIPS:
         advice = "write one beside each (a.txt for a.mp4)"
+    if source.tables:
+        advice = f"name {shown(str(source.tables[0]))} as --data.path, if it has them, {advice}"
     raise UserError(
         f"{len(missing)} of {len(source)} {source.media.many} have no caption: {names}; {advice}, give all of them one "
         f"with --data.caption {example!r}, or choose --data.missing-captions skip or empty"

@@ -273,3 +273,29 @@ def test_bytes_in_a_struct_may_be_large(tmp_path):
     write_table(tmp_path / "all.parquet", [{"image": cell, "text": "x"} for cell in cells], kind)
     source, _ = opened(tmp_path / "all.parquet")
     assert [source.read(record) for record in source.records] == [picture, (tmp_path / "b.png").read_bytes()]
+
+
+# -- formats side by side ----------------------------------------------------------------------------------------------
+
+
+def test_loose_pictures_beside_parquet_files(tmp_path):
+    write_table(tmp_path / "data/train-00000-of-00001.parquet", [{"image": encoded(pixels(), "PNG"), "text": "x"}])
+    (tmp_path / "logo.png").write_bytes(encoded(pixels(), "PNG"))
+    with pytest.raises(
+        UserError, match=r"has 1 parquet files and 1 pictures beside them.*huggingface for.*folder for the pictures$"
+    ):
+        opened(tmp_path)
+    assert [record.key for record in opened(tmp_path, format="huggingface")[0].records] == ["00000000"]
+    source, _ = opened(tmp_path, format="folder", missing_captions="empty")
+    assert [record.key for record in source.records] == ["logo"]
+
+
+@pytest.mark.parametrize("name", ["labels.jsonl", "deep/all.CSV"])
+def test_a_manifest_of_another_name_is_spoken_of(tmp_path, name):
+    write_pictures(tmp_path, 2)
+    with pytest.raises(UserError, match=r"have no caption: 0, 1; write one beside each"):
+        opened(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("file_name,text")
+    with pytest.raises(UserError, match=rf"name \S+/{name} as --data.path, if it has them, write one beside each"):
+        opened(tmp_path)

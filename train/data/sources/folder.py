@@ -19,6 +19,7 @@ from train.data.sources.listing import (
     CAPTION_SUFFIXES,
     PICTURE_SUFFIXES,
     PICTURES,
+    TABLE_SUFFIXES,
     Blob,
     Entry,
     FileBlob,
@@ -243,6 +244,7 @@ def _walk(listing: Listing, root: pathlib.Path, media: Media) -> list[str]:
                     left_out["unread"].append(relative)
                 elif suffix not in known:
                     left_out["other"].append(relative)
+                    listing.tables += [pathlib.Path(root, relative)] if suffix in TABLE_SUFFIXES else []
         waiting += reversed(below)
     listing.note(left_out["hidden"], "hidden or system files are left out")
     listing.note(left_out["twice"], "folders were met again through links and are read once")

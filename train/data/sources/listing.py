@@ -22,6 +22,7 @@ CLIP_SUFFIXES = (
 UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".psd", ".svg", ".raw", ".dng", ".cr2", ".nef", ".arw", ".exr", ".hdr")
 CAPTION_SUFFIXES = (".txt", ".caption")
 ARRAY_SUFFIXES = (".npz", ".npy")
+TABLE_SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ class Listing:
         notes: lines about what was left out or done.
         duplicates: pictures that share a name.
         has_rows: whether a sample is a row, whose captions are in its columns.
+        tables: files that were left out, and would be manifests if they were named.
     """
 
     kind: str
@@ -219,6 +221,7 @@ class Listing:
     notes: list[str] = field(default_factory=list)
     duplicates: list[tuple[str, ...]] = field(default_factory=list)
     has_rows: bool = False
+    tables: list[pathlib.Path] = field(default_factory=list)
 
     def note(self, names: Sequence[str], text: str, *, first: int = 3) -> None:
         """Adds a line with a count and the first names, if there are names at all."""

@@ -14,10 +14,20 @@ from typing import Any
 from sana_jax.errors import UserError
 from train.data.records import shown
 from train.data.sources.frame_folders import is_folder, list_frames
-from train.data.sources.listing import PICTURES, Entry, FileBlob, Listing, Media, clean_key, read_text, unique_keys
+from train.data.sources.listing import (
+    PICTURES,
+    TABLE_SUFFIXES,
+    Entry,
+    FileBlob,
+    Listing,
+    Media,
+    clean_key,
+    read_text,
+    unique_keys,
+)
 from train.data.sources.rows import picture_column, sort_out
 
-SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".json")
+SUFFIXES = (*TABLE_SUFFIXES, ".json")
 USUAL_STEMS = ("metadata", "manifest", "captions", "dataset")
 
 
