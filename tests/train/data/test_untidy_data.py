@@ -299,3 +299,20 @@ def test_a_manifest_of_another_name_is_spoken_of(tmp_path, name):
     (tmp_path / name).write_text("file_name,text")
     with pytest.raises(UserError, match=rf"name \S+/{name} as --data.path, if it has them, write one beside each"):
         opened(tmp_path)
+
+
+# -- names of files ----------------------------------------------------------------------------------------------------
+
+
+def test_paths_as_others_write_them(tmp_path):
+    write_pictures(tmp_path / "img", 1)
+    names = ["img/0.png", "img\\0.png", "img/1.png", f"file://{tmp_path}/img/0.png", "https://a.org/0.png"]
+    path = write_lines(tmp_path / "all.jsonl", [{"file_name": name, "text": "x"} for name in names])
+    source, _ = opened(path, max_bad_share=1.0)
+    assert len(source) == 1
+    assert dict(source.problems) == {
+        "img\\0.png": "is missing: write / between folders, since \\ is a part of a name here",
+        "img/1.png": "is missing",
+        f"file://{tmp_path}/img/0.png": "is an address: write the path alone, without file://",
+        "https://a.org/0.png": "is a web address, and pictures are read from disk: download it",
+    }

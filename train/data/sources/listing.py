@@ -100,6 +100,8 @@ class FileBlob:
             return open(self.path, "rb")
         except FileNotFoundError as error:
             reason = "is a link to nothing" if os.path.islink(self.path) else "is missing"
+            if reason == "is missing" and os.sep == "/" and "\\" in self.path:
+                reason += ": write / between folders, since \\ is a part of a name here"
             raise BadPicture(self.name, reason) from error
         except BadPicture:
             raise

@@ -83,6 +83,9 @@ def _add_row(listing: Listing, where: str, row, media: Media) -> None:
     if not isinstance(name, str) or not name.strip():
         listing.problem(where, f"names no {media.one}")
         return
+    if name.startswith("file://"):
+        listing.problem(name, "is an address: write the path alone, without file://")
+        return
     if "://" in name:
         listing.problem(name, f"is a web address, and {media.many} are read from disk: download it")
         return
