@@ -316,3 +316,26 @@ def test_paths_as_others_write_them(tmp_path):
         f"file://{tmp_path}/img/0.png": "is an address: write the path alone, without file://",
         "https://a.org/0.png": "is a web address, and pictures are read from disk: download it",
     }
+
+
+def test_captions_named_by_the_whole_name(tmp_path):
+    for name in ("a.png", "b.png", "c.png", "c.jpg", "d.png", "d.png.png"):
+        (tmp_path / name).write_bytes(encoded(pixels(), "PNG"))
+    for name in ("a.png", "b", "b.png", "c.png", "c.jpg", "d", "d.png", "e.png"):
+        (tmp_path / f"{name}.txt").write_text(f"of {name}")
+    (tmp_path / "a.json").write_text(json.dumps({"llava": "also of a", "captions": "more", "zoom": 1}))
+    source, said = opened(tmp_path)
+    found = {record.key: [caption.text for caption in record.captions] for record in source.records}
+    assert found == {
+        "a": ["of a.png", "more"],
+        "b": ["of b"],
+        "c.png": ["of c.png"],
+        "c.jpg": ["of c.jpg"],
+        "d": ["of d"],
+        "d.png": ["of d.png"],
+    }
+    assert source.records[0].columns == {"llava": "also of a", "zoom": 1}
+    assert "2 captions have no picture of the same name and are left out: b.png.txt, e.png.txt" in said
+    for named in ("a", "a.png"):
+        (tmp_path / "meta_data.json").write_text(json.dumps({"img_names": [named]}))
+        assert [each.captions[0].text for each in opened(tmp_path)[0].records] == ["of a.png"]

@@ -1,4 +1,7 @@
-"""A folder of pictures, of any depth, ``x.jpg`` with ``x.txt`` beside it; or those that a ``meta_data.json`` names."""
+"""A folder of pictures, of any depth, ``x.jpg`` with ``x.txt`` beside it; or those that a ``meta_data.json`` names.
+
+A caption may have the picture's whole name too, ``x.jpg.txt``, where there is no ``x.txt``.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +81,7 @@ def list_named(path: pathlib.Path, kinds: Collection[str] = ()) -> Listing:
     unnamed = [relative for relative in pictures if relative not in set(chosen)]
     listing.note(unnamed, f"pictures are not named by {path.name} and left out")
     # captions lie beside the pictures whether or not the names have suffixes
-    stems_chosen = {clean_key(_stem(relative)) for relative in chosen}
+    stems_chosen = {clean_key(name) for relative in chosen for name in (relative, _stem(relative))}
     chosen = [each for each in files if each in set(chosen) or _beside(each, stems_chosen)]
     for name in names:
         if clean_key(name) not in stems:
@@ -133,6 +136,7 @@ def _by_name(
         elif suffix in (*CAPTION_SUFFIXES, ".json", *ARRAY_SUFFIXES):
             beside.setdefault(stem, {})[suffix] = relative
     encodings: dict[str, list[str]] = {}
+    own = _named_in_full(pictures, beside)
     for stem, same in pictures.items():
         if len(same) > 1:
             listing.duplicates.append(tuple(shown(each) for each in same))
@@ -140,7 +144,11 @@ def _by_name(
         for relative in same:
             key = clean_key(relative) if len(same) > 1 else stem
             blob = frames.get(relative) or FileBlob(os.path.join(listing.root, relative), shown(relative))
-            listing.entries.append(_entry(blob, key, found))
+            about = found
+            if relative in own:
+                captions = _beside_picture(listing, own[relative], kinds, encodings)["captions"]
+                about = found | {"captions": tuple(without_repeats([*captions, *found["captions"]], kinds))}
+            listing.entries.append(_entry(blob, key, about))
     alone = {stem: others for stem, others in beside.items() if stem not in pictures}
     if features:
         samples = {stem: others for stem, others in alone.items() if any(each in ARRAY_SUFFIXES for each in others)}
@@ -154,9 +162,25 @@ def _by_name(
     if listing.duplicates:
         some = "; ".join(" and ".join(same) for same in listing.duplicates[:3])
         listing.notes.append(
-            f"{len(listing.duplicates)} names belong to several {media.many}, all are used, with one caption: {some}"
+            f"{len(listing.duplicates)} names belong to several {media.many}, all are used, with one caption where none "
+            f"has a whole name (a.png.txt): {some}"
         )
     note_encodings(listing, encodings)
+
+
+def _named_in_full(pictures: Mapping[str, list[str]], beside: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Caption files such as ``a.png.txt``, by picture and suffix, where ``a.txt`` is not there; out of ``beside``."""
+    taken: dict[str, dict[str, str]] = {}
+    for stem, same in pictures.items():
+        for relative in same:
+            whole = clean_key(relative)
+            if whole in pictures or whole not in beside:  # in pictures: those of a.png.png
+                continue
+            others = beside[whole]
+            missing = [suffix for suffix in CAPTION_SUFFIXES if suffix in others.keys() - beside.get(stem, {}).keys()]
+            if missing:
+                taken[relative] = {suffix: others.pop(suffix) for suffix in missing}
+    return taken
 
 
 def _entry(blob: Blob | None, key: str, found: dict[str, Any]) -> Entry:
