@@ -162,8 +162,8 @@ def _by_name(
     if listing.duplicates:
         some = "; ".join(" and ".join(same) for same in listing.duplicates[:3])
         listing.notes.append(
-            f"{len(listing.duplicates)} names belong to several {media.many}, all are used, with one caption where none "
-            f"has a whole name (a.png.txt): {some}"
+            f"{len(listing.duplicates)} names belong to several {media.many}, all are used, with one caption where "
+            f"none has a whole name (a.png.txt): {some}"
         )
     note_encodings(listing, encodings)
 
