@@ -16,6 +16,7 @@ from sana_jax.files import read_json
 from sana_jax.models.controlnet import SanaControlNetConfig
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import GROWING_PIPELINES
+from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
 from sana_jax.weights.components import CONVERTED, KEPT
 from sana_jax.weights.converted import lazy_saved_tree
@@ -242,10 +243,10 @@ def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
         elif name in _SMALL_FILES:
             found = _small_files(folder, _SMALL_FILES[name], notes)
             copies |= {file: f"{name}/{file.name}" for file in found}
-            if not found:
-                failures[name] = FileNotFoundError(
-                    f"{folder} has none of {', '.join(_SMALL_FILES[name])}; download it again"
-                )
+            try:
+                _check_small(name, folder, notes)
+            except (UserError, FileNotFoundError) as error:
+                failures[name] = error
         else:
             try:
                 if is_without_weights(read_json(folder / CONFIG)):
@@ -500,6 +501,19 @@ def _small_files(folder: Path, names: Collection[str], notes: list[str] | None) 
         if others:
             notes.append(f"{folder.name}: left out {', '.join(others[:5])}{' ...' if len(others) > 5 else ''}")
     return found
+
+
+def _check_small(name: str, folder: Path, notes: list[str]) -> None:
+    """Raises what sampling would of a folder without weights: some of a tokenizer's files do not make one."""
+    if name == "tokenizer":
+        try:
+            PromptTokenizer.from_directory(folder, say=notes.append)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise CheckpointError(f"{folder} can't be read ({error.strerror}); download it again") from error
+    elif not (folder / SCHEDULER_CONFIG).is_file():  # what stands in it is read for the contract
+        raise FileNotFoundError(f"{folder / SCHEDULER_CONFIG} is missing; download it again")
 
 
 def _contract(path: Path, index: Mapping[str, Any], components: list[Component]) -> Contract | None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from convert.engine import export_model, import_model, parse_size
+from convert.inspection import inspect_model
 from convert.sources import Choices
 from sana_jax.contract import Contract, infer_contract
 from sana_jax.errors import CheckpointError, UserError
@@ -171,6 +172,28 @@ def test_a_text_encoder_that_is_a_whole_language_model(tmp_path, published):
     before, after = tensors_of(tmp_path / "published", "model"), tensors_of(tmp_path / "back", "model")
     before.pop("lm_head.weight", None)
     assert after == before
+
+
+@pytest.mark.parametrize("missing", ["tokenizer/tokenizer.json", "scheduler/scheduler_config.json", "vae/config.json"])
+def test_a_model_that_lacks_a_file_does_not_fit(missing, published, tmp_path):
+    """Each is read when the model is sampled, whatever else lies beside it."""
+    source = shutil.copytree(published("sana-1.0"), tmp_path / "published")
+    (source / missing).unlink()
+    lines: list[str] = []
+    assert not inspect_model(source, report=lines.append)
+    assert any("DOES NOT FIT" in line and missing in line for line in lines)
+    assert "everything fits" not in lines
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{source / missing} is missing")):
+        import_model(source, tmp_path / "ours", report=silent)
+    assert [path.name for path in tmp_path.iterdir()] == ["published"]
+
+
+def test_a_damaged_tokenizer_does_not_fit(published, tmp_path):
+    source = shutil.copytree(published("sana-1.0"), tmp_path / "published")
+    (source / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert not inspect_model(source, report=silent)
+    with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        import_model(source, tmp_path / "ours", report=silent)
 
 
 def test_variants(tmp_path, published):

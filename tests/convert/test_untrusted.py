@@ -66,7 +66,11 @@ def good(tmp_path_factory):
             "transformer": ["diffusers", "SanaTransformer2DModel"],
         },
         "scheduler/scheduler_config.json": {"_class_name": "DPMSolverMultistepScheduler", "flow_shift": 3.0},
-        "tokenizer/tokenizer.json": {"version": "1.0"},
+        "tokenizer/tokenizer.json": {
+            "version": "1.0",
+            "model": {"type": "WordLevel", "vocab": {"<unk>": 0}, "unk_token": "<unk>"},
+            "added_tokens": [],
+        },
     }
     for name, content in files.items():
         (root / "model" / name).parent.mkdir(exist_ok=True)
