@@ -24,7 +24,13 @@ from sana_jax.weights.manifest import find_damage, saved_items
 from sana_jax.weights.messages import describe_array
 from sana_jax.weights.recognition import looks_like
 from sana_jax.weights.rules import Misfits, TreeSource, flatten, misfits, places
-from sana_jax.weights.safetensors_files import SafetensorsSource, TensorInfo, TensorSource, find_weights_file
+from sana_jax.weights.safetensors_files import (
+    SafetensorsSource,
+    TensorInfo,
+    TensorSource,
+    check_variant,
+    find_weights_file,
+)
 
 INDEX = "model_index.json"
 CONFIG = "config.json"
@@ -233,6 +239,8 @@ def _refuse_of_originals(choices: Choices, path: Path) -> None:
 def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
     refuse(choices, path, "image_size", "flow_shift")
     index = read_json(path / INDEX)
+    if choices.variant is not None:
+        check_variant(path, choices.variant)  # of the whole, not once more of every component
     components, copies, notes, failures = [], {}, [], {}
     for name, entry in index.items():
         if not isinstance(entry, list) or name.startswith("_") or not entry or entry[0] is None:
@@ -291,24 +299,13 @@ def open_component(
         if problem := find_damage(converted, checksums=checksums):
             raise CheckpointError(f"the weights in {converted} are damaged: {problem}; delete them and convert again")
         return _open_saved(directory, folder, config, converted, "converted", directory / KEPT)
-    file = _weights_file(directory, stem_of(class_of(config)), variant, notes)
+    file = find_weights_file(directory, stem_of(class_of(config)), variant, say=notes.append)
     source = SafetensorsSource(file)
     network = network_of(config, str(directory / CONFIG), source.tensors)
     problems = misfits(source, places(network.rules, network.abstract), network.ignored)
     if problems and (seen := looks_like(source.tensors)):
         notes.append(f"{folder or directory.name}: {seen}")
     return Component(folder, network, config, source, problems, source.files, "published")
-
-
-def _weights_file(directory: Path, stem: str, variant: str | None, notes: list[str]) -> Path:
-    if variant is not None:
-        try:
-            return find_weights_file(directory, stem, variant)
-        except FileNotFoundError:
-            file = find_weights_file(directory, stem, "")
-            notes.append(f"{directory.name}: no variant {variant}, so {file.name} is read")
-            return file
-    return find_weights_file(directory, stem)
 
 
 def _open_saved(

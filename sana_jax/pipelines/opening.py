@@ -37,7 +37,13 @@ from sana_jax.text_encoders import TextEncoder
 from sana_jax.weights import checkpoint_structure, choose_checkpoint, load_checkpoint_params, save_params
 from sana_jax.weights.components import CONVERTED, DIFFUSERS_STEM, Resident, open_component
 from sana_jax.weights.identity import weights_id
-from sana_jax.weights.safetensors_files import SafetensorsSource, find_weights_file
+from sana_jax.weights.safetensors_files import (
+    SafetensorsSource,
+    find_pickle,
+    find_weights_file,
+    has_variant,
+    no_variant_line,
+)
 from sana_jax.weights.tables.sana import controlnet_rules
 
 __all__ = [
@@ -137,6 +143,8 @@ def open_model(
         folder = find_model(controlnet, variant) if controlnet is not None else model.path / "controlnet"
         if (folder / "controlnet").is_dir():
             folder = folder / "controlnet"
+        if controlnet is not None:
+            variant = _variant_beside(folder, variant)
         network, network_weights = _open_controlnet(folder, compute_dtype, variant, emulate_fp16_saturation)
     opened = OpenModel(
         model.path,
@@ -235,7 +243,9 @@ def open_transformer_weights(
             return _open_generator(checkpoints, abstract, weights, checkpoint_step)
         params, step, which = load_checkpoint_params(checkpoints, abstract, which=weights, step=checkpoint_step)
         return Resident.of("transformer", params), step, which
-    if not (component / CONVERTED).is_dir() and not any(component.glob("*.safetensors*")):
+    # weights that are there and not read are named where they are looked for
+    there = any(component.glob("*.safetensors*")) or find_pickle(component)
+    if not (component / CONVERTED).is_dir() and not there:
         raise CheckpointError(
             f"{model.path} has no weights; allowed are {checkpoints.name}/<step> (a training run), transformer/"
             f"{CONVERTED} (converted) or transformer/*.safetensors (published): train until the first checkpoint, or "
@@ -291,6 +301,14 @@ def _open_controlnet(
     return controlnet, open_component(directory, controlnet_rules(controlnet.config), abstract, variant=variant)
 
 
+def _variant_beside(directory: pathlib.Path, variant: str | None) -> str | None:
+    """The variant of a ControlNet that is named beside its model, which has it: None, said, where it has not."""
+    if variant is None or (directory / CONVERTED).is_dir() or has_variant(directory, variant):
+        return variant
+    print(no_variant_line(directory, variant, find_weights_file(directory, DIFFUSERS_STEM)))
+    return None
+
+
 def save_model(pipeline: Any, path: pathlib.Path) -> None:
     """Writes a pipeline's configurations and weights as a converted model directory, the index last."""
     networks = {
@@ -329,6 +347,7 @@ def find_model(path: str | os.PathLike[str], variant: str | None = None) -> path
 
     Raises:
         FileNotFoundError: neither a directory here nor to be had from the Hub.
+        UserError: a model on the Hub without the variant.
     """
     directory = pathlib.Path(path)
     name = os.fspath(path)
@@ -343,6 +362,8 @@ def find_model(path: str | os.PathLike[str], variant: str | None = None) -> path
         info = HfApi().model_info(name, timeout=10)
         files = files_to_fetch([file.rfilename for file in info.siblings], variant)
         return pathlib.Path(snapshot_download(name, allow_patterns=files, revision=info.sha))
+    except UserError as error:
+        raise UserError(f"{name} on the Hub: {error}") from None
     except ImportError:
         reason = "huggingface_hub is not installed"
     except Exception as error:  # the library raises a dozen kinds, from sockets to JSON
@@ -361,6 +382,9 @@ def files_to_fetch(names: Sequence[str], variant: str | None) -> list[str]:
     """Of a repository's files, those that a model directory needs: no other variants, no pickles, no pictures.
 
     Where a component has only another variant than the one asked for, that one is taken.
+
+    Raises:
+        UserError: no component of a model has the variant, so that nothing is downloaded in vain.
     """
     kept = [name for name in names if name.endswith((".json", ".txt", "tokenizer.model", "README.md"))]
     weights: dict[str, dict[str, list[str]]] = {}
@@ -370,6 +394,12 @@ def files_to_fetch(names: Sequence[str], variant: str | None) -> list[str]:
         if (folder or not whole_model) and file.endswith(".safetensors"):
             found = re.fullmatch(r"[\w-]+?(?:\.([a-z]+\d*))?(?:-\d+-of-\d+)?\.safetensors", file)
             weights.setdefault(folder, {}).setdefault((found and found[1]) or "", []).append(name)
+    there = sorted({kind for variants in weights.values() for kind in variants})
+    if variant is not None and whole_model and there and variant not in there:
+        raise UserError(
+            f"no component of the model has the variant {variant!r}; allowed are "
+            f"{', '.join(kind or 'the plain files' for kind in there)}: choose one of them, or leave the variant out"
+        )
     for variants in weights.values():
         kept += variants.get(variant or "") or variants.get("") or next(iter(variants.values()))
     return kept

@@ -18,12 +18,11 @@ from sana_jax.weights.converted import lazy_params_of_saved, load_params
 from sana_jax.weights.recognition import looks_like
 from sana_jax.weights.resident import Resident
 from sana_jax.weights.rules import Rule, lazy_params, misfits, places, read_params
-from sana_jax.weights.safetensors_files import SafetensorsSource, TensorSource, find_weights_file
+from sana_jax.weights.safetensors_files import STEMS, SafetensorsSource, TensorSource, find_weights_file
 from sana_jax.weights.streamed import StreamedResident
 from sana_jax.weights.trees import abstract_tree, saved_structure, tree_bytes
 
-DIFFUSERS_STEM = "diffusion_pytorch_model"
-TRANSFORMERS_STEM = "model"
+DIFFUSERS_STEM, TRANSFORMERS_STEM = STEMS
 CONVERTED = "params"
 # Published tensors that our tree has no place for and an export needs, beside a converted component's ``params``.
 KEPT = "kept_tensors.safetensors"
@@ -46,7 +45,8 @@ def open_component(
         rules: how the published tensors become our tree.
         abstract: our tree of ShapeDtypeStructs: floating-point weights are cast to its dtypes and go to its shardings.
         stem: how the published file is called: ``diffusion_pytorch_model`` or ``model``.
-        variant: ``bf16``, ``fp16``, ... of the published files.
+        variant: ``bf16``, ``fp16``, ... of the published files; where this component of a model lacks it and another
+            has it, a line says which file is read.
         ignored: patterns of published tensors that carry no weights.
         streamed: the key of the tree under which blocks are stacked that are to stay in host memory: what is returned
             is a ``StreamedResident`` then.
@@ -72,7 +72,7 @@ def open_component(
 
         opened = Resident(name, tree_bytes(abstract), read, abstract, open_tree)
     else:
-        source = SafetensorsSource(find_weights_file(directory, stem, variant))
+        source = SafetensorsSource(find_weights_file(directory, stem, variant, say=print))
         opened = open_tensors(name, source, rules, abstract, ignored)
     if streamed is not None:
         opened = StreamedResident(name, abstract, streamed, opened.open_tree)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
@@ -32,6 +32,8 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+STEMS = ("diffusion_pytorch_model", "model")  # how diffusers and transformers call a component's weights
+_MODEL_INDEX = "model_index.json"
 _LONGEST_HEADER = 100_000_000  # bytes; what the format allows
 LFS_POINTER = b"version https://git-lfs"
 _AGAIN = "download or copy it again"
@@ -228,37 +230,103 @@ def _read_index(path: Path) -> dict[str, str]:
     return weight_map
 
 
-def find_weights_file(directory: Path, stem: str, variant: str | None = None) -> Path:
+def find_weights_file(
+    directory: Path, stem: str, variant: str | None = None, *, say: Callable[[str], None] | None = None
+) -> Path:
     """The weights file of a component's directory, or the index of its shards.
+
+    A component of a model may lack a variant that another component of the model has, as diffusers allows: then it is
+    read as if none were chosen.
 
     Args:
         directory: for example ``transformer``.
         stem: ``diffusion_pytorch_model`` (diffusers) or ``model`` (transformers).
         variant: ``bf16``, ``fp16``, ...; None takes the plain files, or the one variant that is there.
+        say: takes a line where another file than that of the variant is read.
 
     Raises:
-        FileNotFoundError: none is there, or several variants and none is chosen.
+        FileNotFoundError: none is there, or several variants and none is chosen, or no component has the variant.
     """
-    found = {}
-    for path in sorted(directory.glob(f"{stem}*")) if directory.is_dir() else []:
-        if re.search(r"-\d{5}-of-\d{5}\.", path.name):
-            continue  # a shard, which the index names
-        parts = path.name.removeprefix(stem).split(".")
-        if parts[0] == "" and parts[-1] == "safetensors" and len(parts) in (2, 3):
-            found[parts[1] if len(parts) == 3 else ""] = path
-        elif parts[:3] == ["", "safetensors", "index"] and parts[-1] == "json" and len(parts) in (4, 5):
-            found[parts[3] if len(parts) == 5 else ""] = path
-    wanted = variant or ""
-    if variant is None and "" not in found and len(found) == 1:
-        return next(iter(found.values()))
+    found, shards = _weight_files(directory, stem)
+    wanted, there = variant or "", {**found, **shards}
+    if variant is None and wanted not in there and len(there) == 1:
+        wanted = next(iter(there))
     if wanted in found:
         return found[wanted]
-    seen = ", ".join(name or "plain" for name in found) or "none"
+    if wanted in shards:
+        index = f"{stem}.safetensors.index{'.' + wanted if wanted else ''}.json"
+        raise FileNotFoundError(
+            f"{directory} has shards ({shards[wanted].name}, ...) without their index: {index} is missing; download it"
+        )
+    if variant and (directory.parent / _MODEL_INDEX).is_file():
+        check_variant(directory.parent, variant)
+        file = find_weights_file(directory, stem)
+        if say is not None:
+            say(no_variant_line(directory, variant, file))
+        return file
     name = f"{stem}{'.' + variant if variant else ''}.safetensors"
+    if not found and (pickle := find_pickle(directory)):
+        raise FileNotFoundError(
+            f"{directory} has no {name}; its weights are in {pickle.name}, a pickle, which is not read: save the model "
+            "again as safetensors with diffusers, DiffusionPipeline.from_pretrained(...).save_pretrained(...), or "
+            "download such files"
+        )
+    seen = ", ".join(name or "plain" for name in found) or "none"
     advice = "choose one of them, or download the weights" if found else "download the weights"
     raise FileNotFoundError(
         f"{directory} has no {name}, nor an index of shards; variants that are there: {seen}: {advice}"
     )
+
+
+def no_variant_line(directory: Path, variant: str, file: Path) -> str:
+    """What is said where a component lacks the variant that is asked for."""
+    return f"{directory.name}: no variant {variant}, so {file.name} is read"
+
+
+def has_variant(directory: Path, variant: str) -> bool:
+    """Whether a component's directory has published weights of a variant."""
+    return variant in _variants(directory)
+
+
+def check_variant(model: Path, variant: str) -> None:
+    """Raises ``FileNotFoundError`` if no component of a model directory with published weights has the variant."""
+    parts = {part.name: _variants(part) for part in sorted(model.iterdir()) if part.is_dir()}
+    there = {name: variants for name, variants in parts.items() if variants}
+    if not there or any(variant in variants for variants in there.values()):
+        return
+    seen = "; ".join(f"{name}: {', '.join(kind or 'plain' for kind in kinds)}" for name, kinds in there.items())
+    raise FileNotFoundError(
+        f"no component of {model} has the variant {variant!r}; variants that are there: {seen}: choose one of them, or "
+        "leave the variant out for the plain files"
+    )
+
+
+def find_pickle(directory: Path) -> Path | None:
+    """A component's weights as PyTorch pickles them, which nothing here reads; None where there are none."""
+    return next((path for stem in (*STEMS, "pytorch_model") for path in sorted(directory.glob(f"{stem}*.bin"))), None)
+
+
+def _variants(directory: Path) -> list[str]:
+    """The variants of a component's weights, "" for the plain files; of shards without an index too."""
+    kinds = [files for stem in STEMS for files in _weight_files(directory, stem)]
+    return sorted(set().union(*kinds))
+
+
+def _weight_files(directory: Path, stem: str) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Variant ("" for plain) -> its file or the index of its shards; and, apart, variant -> its first shard."""
+    found: dict[str, Path] = {}
+    shards: dict[str, Path] = {}
+    for path in sorted(directory.glob(f"{stem}*")) if directory.is_dir() else []:
+        end = path.name.removeprefix(stem)
+        if shard := re.fullmatch(r"(?:\.(\w+))?-\d{5}-of-\d{5}(?:\.(\w+))?\.safetensors", end):
+            shards.setdefault(shard[1] or shard[2] or "", path)
+            continue
+        parts = end.split(".")
+        if parts[0] == "" and parts[-1] == "safetensors" and len(parts) in (2, 3):
+            found[parts[1] if len(parts) == 3 else ""] = path
+        elif parts[:3] == ["", "safetensors", "index"] and parts[-1] == "json" and len(parts) in (4, 5):
+            found[parts[3] if len(parts) == 5 else ""] = path
+    return found, shards
 
 
 def write_safetensors(

@@ -203,6 +203,8 @@ def test_variants(tmp_path, published):
     lines: list[str] = []
     import_model(source, tmp_path / "ours", Choices(variant="bf16"), report=lines.append)
     assert any("vae: no variant bf16, so diffusion_pytorch_model.safetensors is read" in line for line in lines)
+    with pytest.raises(FileNotFoundError, match=r"'bf61'; variants that are there: .* transformer: plain, bf16; vae"):
+        import_model(source, tmp_path / "typo", Choices(variant="bf61"), report=silent)
     export_model(tmp_path / "ours", tmp_path / "back", report=silent)
     assert {dtype for dtype, _, _ in tensors_of(tmp_path / "back" / "transformer").values()} == {"bfloat16"}
     assert {dtype for dtype, _, _ in tensors_of(tmp_path / "back" / "vae").values()} == {"float32"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from sana_jax.errors import UserError
 from sana_jax.pipelines.opening import files_to_fetch
 
 REPOSITORY = [
@@ -32,6 +35,13 @@ def test_plain_files_and_where_there_are_none_the_variant():
 
 def test_the_variant_and_where_there_is_none_the_plain_files():
     assert weights("bf16") == [*REPOSITORY[4:6], REPOSITORY[11], REPOSITORY[13]]
+
+
+def test_a_variant_that_no_component_has_is_not_downloaded_as_another():
+    with pytest.raises(UserError, match="variant 'fp61'; allowed are the plain files, bf16: choose"):
+        files_to_fetch(REPOSITORY, "fp61")
+    alone = ["config.json", "diffusion_pytorch_model.safetensors"]  # a ControlNet beside a model that has the variant
+    assert files_to_fetch(alone, "bf16") == alone
 
 
 def test_configurations_and_tokenizer_always():

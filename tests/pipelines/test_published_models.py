@@ -334,6 +334,44 @@ def test_missing_and_damaged_files(copy, name, error, parts):
     assert (directory / name).name in refusal(directory, error=(UserError, CheckpointError))
 
 
+def halve(component) -> None:
+    """Writes a component's float16 variant beside its plain file."""
+    name = component / "diffusion_pytorch_model"
+    tensors = safetensors.numpy.load_file(f"{name}.safetensors")
+    halves = {key: value.astype(np.float16) for key, value in tensors.items()}
+    safetensors.numpy.save_file(halves, f"{name}.fp16.safetensors", {"format": "pt"})
+
+
+def test_a_variant_that_some_components_have(copy, published, capsys):
+    """The others are read from their plain files, each said once, as ``convert`` and diffusers do; a typo is not."""
+    directory = copy("sana-1.0")
+    halve(directory / "transformer")
+    other = published("controlnet") / "controlnet"
+    capsys.readouterr()
+    pipeline = SanaControlNetPipeline.from_pretrained(directory, controlnet=other, variant="fp16", dtype="float32")
+    assert [line for line in capsys.readouterr().out.splitlines() if "variant" in line] == [
+        "text_encoder: no variant fp16, so model.safetensors is read",
+        "vae: no variant fp16, so diffusion_pytorch_model.safetensors is read",
+        "controlnet: no variant fp16, so diffusion_pytorch_model.safetensors is read",
+    ]
+    plain = jax.tree.leaves(SanaPipeline.from_pretrained(directory, dtype="float32").params)
+    halves = jax.tree.leaves(pipeline.params)
+    assert all(np.array_equal(a.astype(np.float16), b.astype(np.float16)) for a, b in zip(plain, halves))
+    assert not all(np.array_equal(a, b) for a, b in zip(plain, halves))
+    message = refusal(directory, error=FileNotFoundError, variant="fp61")
+    assert "'fp61'; variants that are there: text_encoder: plain; transformer: plain, fp16; vae: plain" in message
+
+
+def test_weights_in_a_format_that_is_not_read(copy):
+    directory = copy("sana-1.0")
+    for folder in ("transformer", "vae"):
+        path = directory / folder / "diffusion_pytorch_model.safetensors"
+        path.rename(path.with_suffix(".bin"))
+        message = refusal(directory, error=FileNotFoundError)
+        assert f"{folder} has no {path.name}; its weights are in diffusion_pytorch_model.bin" in message
+        path.with_suffix(".bin").rename(path)
+
+
 def test_variants_and_dtypes(published):
     assert "variant" in refusal(published("sana-1.0"), error=(UserError, FileNotFoundError), variant="fp16")
     assert "'float16' is not allowed; choose float32 or bfloat16" in refusal(published("sana-1.0"), dtype="float16")
