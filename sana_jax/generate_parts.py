@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import pathlib
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,11 @@ def choose_sampler(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
         raise UserError(
             f"--sampler and --flow-shift would not be used by {type(pipeline).__name__}, which has a sampler of its "
             "own; leave them out"
+        )
+    if config.flow_shift is not None and not (config.flow_shift > 0 and math.isfinite(config.flow_shift)):
+        raise UserError(
+            f"--flow-shift {config.flow_shift:g} must be a positive number; leave it out for the model's own, "
+            f"{pipeline.sampler.flow_shift:g}"
         )
     name = config.sampler or next(name for name, kind in SAMPLERS.items() if isinstance(pipeline.sampler, kind))
     shift = pipeline.sampler.flow_shift if config.flow_shift is None else config.flow_shift

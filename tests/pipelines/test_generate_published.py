@@ -194,6 +194,8 @@ MISTAKES = [
     ("sana-1.0", ("--weights", "ema"), ("is not a training run",)),
     ("sana-1.0", ("--checkpoint-step", 7), ("is not a training run",)),
     ("sana-1.0", ("--variant", "fp16"), ("fp16",)),
+    ("sana-1.0", ("--flow-shift", 0), ("--flow-shift 0 must be a positive number", "the model's own, 3\n")),
+    ("sana-1.0", ("--flow-shift", "nan"), ("--flow-shift nan",)),
     ("sana-1.0", ("--dtype", "float16"), ("--dtype", "float32, bfloat16")),
     ("sana-1.0", ("--lora-merge",), ("--lora-merge would not be used without --lora",)),
     ("sana-1.0", ("--prompt", "  "), ("is empty",)),
