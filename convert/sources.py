@@ -425,10 +425,22 @@ def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     others = sorted(name for name, entry in index.items() if isinstance(entry, list))
     left = [name for name in others if name != "transformer"]
     if left:
-        notes.append(f"left out: {', '.join(left)}; of a training run the transformer alone is converted")
+        alone = "of a training run the transformer alone is converted, which is no model directory"
+        notes.append(f"left out: {', '.join(left)}; {alone}{_sampled(path, kind, index)}")
     # weights of our own components have no needs, and sizes that no published autoencoder makes
     contract = None if has_own_components(index) else _lone_contract(path, component)
     return Model(path, None, (component,), contract=contract, notes=tuple(notes))
+
+
+def _sampled(path: Path, kind: str, index: Mapping[str, Any]) -> str:
+    """What samples a training run, and what makes a whole model directory of it; nothing where no pipeline does."""
+    if kind == "chunk_causal":
+        return ""
+    return (
+        f": python -m sana_jax.generate --model {path} samples the run as it is, and in Python "
+        f"sana_jax.{index.get('_class_name')}.from_pretrained({str(path)!r}, dtype='float32').save_pretrained('DIR') "
+        "makes a whole model directory of it, which generate, export, merge and training take"
+    )
 
 
 def has_own_components(index: Mapping[str, Any]) -> bool:

@@ -103,9 +103,24 @@ def open_base_model(name: str, variant: str | None = None) -> BaseModel:
     if parts.transformer_source is not parts:
         raise UserError(
             f"--model {name} is a run that has trained a {parts.trained_from.kind} beside {parts.trained_from.model}; "
-            "training starts from whole models: name that one, or merge a LoRA first with python -m convert.main merge"
+            f"training starts from whole models: name that one{_whole_with_lora(name, pipeline, parts)}"
         )
     return BaseModel(name, pipeline, parts, model_weights_id(parts), variant)
+
+
+def _whole_with_lora(name: str, pipeline: str, parts: ModelDirectory) -> str:
+    """How the base model and a run's LoRA become one model; nothing for a run of another kind."""
+    if parts.trained_from.kind != "lora":
+        return ""
+    how = f"python -m convert.main export {name} DIR --lora merged"
+    if parts.base.trained_from is not None:
+        # conversion takes the transformer alone from a run that leans on a base model of its own; float32 as it was
+        # trained, for a pipeline saves what it computes with
+        how = (
+            f"in Python pipe = sana_jax.{pipeline}.from_pretrained({name!r}, dtype='float32'); pipe.fuse_lora(); "
+            "pipe.save_pretrained('DIR')"
+        )
+    return f", or put the LoRA into its weights ({how}) and start from --model DIR"
 
 
 def open_encoders(config: RunConfig) -> BaseModel:

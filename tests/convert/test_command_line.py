@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import sana_jax
 from convert.main import COMMANDS, main
 from convert.renames import RenamedSource
 from convert.tables.sana_original import transformer_table
@@ -199,7 +200,13 @@ def test_a_training_run_is_exported(tmp_path, tmp_path_factory, capsys):
         exported = SafetensorsSource(find_weights_file(tmp_path / which, "diffusion_pytorch_model"))
         assert original.tensors == exported.tensors
         assert all(np.array_equal(original.read(name), exported.read(name)) for name in exported.tensors)
-    assert "left out: scheduler, text_encoder, vae" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "left out: scheduler, text_encoder, vae" in said
+    assert f"python -m sana_jax.generate --model {run} samples the run" in said
+    advice = f"sana_jax.SanaPipeline.from_pretrained({str(run)!r}, dtype='float32').save_pretrained('DIR')"
+    assert advice in said
+    eval(advice.replace("DIR", str(tmp_path / "whole")), {"sana_jax": sana_jax})  # what is advised leads there
+    assert sana_jax.SanaPipeline.from_pretrained(tmp_path / "whole").params
     auto, ema, params = ((tmp_path / which) for which in ("auto", "ema", "params"))
     assert same_tensors(auto, ema)
     assert not same_tensors(auto, params)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,6 +30,7 @@ from tests.train.run_training import (
     saved_steps,
     the_error,
 )
+from train.base_model import _whole_with_lora
 from train.example_pictures import main as write_pictures
 from train.main import main as train
 
@@ -251,6 +254,22 @@ def test_training_does_not_start_from_a_loras_run(place, run, tmp_path, capfd):
     status, _, err = call(capfd, *options(place, tmp_path / "run", model=run))
     assert status == 2
     assert "training starts from whole models" in the_error(err)
+    # what is advised leads there
+    advised = re.search(r"\(python -m convert\.main (export .* DIR --lora merged)\)", the_error(err))
+    words = [str(tmp_path / "merged") if word == "DIR" else word for word in advised[1].split()]
+    assert convert(words) == 0
+    status, _, err = call(capfd, *options(place, tmp_path / "run", model=tmp_path / "merged", steps=1))
+    assert status == 0, err
+
+
+def test_a_lora_beside_a_run_that_leans_on_a_model_is_put_into_it_in_python():
+    """Of such a base an export has the transformer alone, from which training does not start."""
+    base = SimpleNamespace(trained_from=SimpleNamespace(kind="whole"))
+    parts = SimpleNamespace(trained_from=SimpleNamespace(kind="lora"), base=base)
+    advice = _whole_with_lora("runs/lora", "SanaPipeline", parts)
+    assert "sana_jax.SanaPipeline.from_pretrained('runs/lora', dtype='float32'); pipe.fuse_lora(); pipe.save" in advice
+    parts.trained_from.kind = "controlnet"
+    assert not _whole_with_lora("runs/controlnet", "SanaPipeline", parts)
 
 
 # -- DreamBooth --------------------------------------------------------------------------------------------------------
