@@ -19,6 +19,9 @@ PREFIX = "transformer."  # of what is said of the transformer, which is all that
 _ALLOWED = re.compile(r"\^?(?:\w|-|\.|\\\.|\.\*|\.\+|\\d\+?|\[0-9\]\+?)*\$?")
 _MOST_WILDCARDS = 4
 _LONGEST_PATTERN = 300
+# Initialisations that take what the LoRA begins with out of the base model's weights (peft/tuners/lora/layer.py): such
+# a file goes with those weights, which it does not hold, and not with the published ones.
+_OTHER_BASES = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ def read_adapter_metadata(source: SafetensorsSource) -> AdapterMetadata | None:
     """What the header says of the transformer; None where it says nothing.
 
     Raises:
-        CheckpointError: an entry that is not what PEFT writes.
+        CheckpointError: an entry that is not what PEFT writes, or a LoRA for other weights than the published ones.
     """
     text = source.metadata.get(KEY)
     if text is None:
@@ -62,6 +65,12 @@ def read_adapter_metadata(source: SafetensorsSource) -> AdapterMetadata | None:
         raise CheckpointError(f"{source.location}: {KEY} in its header is not a JSON object; save it again")
     prefixed = {k.removeprefix(PREFIX): v for k, v in entries.items() if k.startswith(PREFIX)}
     entries = prefixed or entries
+    begins = entries.get("init_lora_weights")
+    if isinstance(begins, str) and begins.lower().startswith(_OTHER_BASES):
+        raise CheckpointError(
+            f"{source.location}: its header says init_lora_weights {begins!r}, which changes the base model's weights, "
+            "so the file does not fit the published ones; save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     if "r" not in entries and "lora_alpha" not in entries:
         return None
     rank = _number(source, "r", entries.get("r"))

@@ -38,6 +38,11 @@ class Gemma3Config(GemmaConfig):
     family: ClassVar[str] = "Gemma-3"
     qk_norm: ClassVar[bool] = True
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.attn_logit_softcapping is not None:  # transformers' Gemma-3 has the field, and does not read it
+            raise not_allowed("attn_logit_softcapping", self.attn_logit_softcapping, "null, since Gemma-3 has none")
+
     def usually_slides(self, layer: int) -> bool:
         """Whether a layer sees a window only where ``layer_types`` does not say."""
         return (layer + 1) % self.sliding_window_pattern != 0
@@ -64,7 +69,8 @@ class Gemma3Config(GemmaConfig):
     def _read_rotation(cls, given: dict[str, Any]) -> dict[str, Any]:
         """The file's values with those of the rotary position embedding as fields.
 
-        transformers 5 writes one part for each kind of layer; before it, ``rope_scaling`` was the global layers'.
+        transformers 5 writes one part for each kind of layer; before it, ``rope_scaling`` was the global layers', and
+        oldest files call its kind ``type``, which is taken as it was meant (transformers 5 leaves such a factor out).
         """
         nested, scaling = given.pop("rope_parameters", None), given.pop("rope_scaling", None)
         if nested is not None and (not isinstance(nested, dict) or not set(nested) <= {_LOCAL, _GLOBAL}):

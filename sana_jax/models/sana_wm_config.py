@@ -122,10 +122,11 @@ class SanaWMConfig:
     def _check_sizes(self) -> None:
         patch, width = self.patch_size, self.hidden_size
         whole = isinstance(patch, tuple) and len(patch) == 3 and all(type(p) is int and p >= 1 for p in patch)
-        if not whole or patch[0] != 1 or any(p > 1 and p % 2 for p in patch):
+        # an odd number of columns is padded by the reference, which then has a row too many
+        if not whole or (patch != (1, 1, 1) and (patch[0] != 1 or patch[2] % 2 or (patch[1] > 1 and patch[1] % 2))):
             raise UserError(
-                f"transformer.patch_size={patch!r} is not allowed; allowed are one latent frame, and rows and columns "
-                "of 1 or an even number, such as (1, 1, 1) or (1, 2, 2)"
+                f"transformer.patch_size={patch!r} is not allowed; allowed are (1, 1, 1), or one latent frame, rows "
+                "of 1 or an even number and columns of an even number, such as (1, 2, 2)"
             )
         if self.linear_head_dim % 8:
             raise UserError(

@@ -95,6 +95,7 @@ def test_alpha_tensors(tmp_path):
         (None, [1.0, 1.0]),
         ({"transformer.r": 2, "transformer.lora_alpha": 5}, [2.5, 2.5]),
         ({"r": 2, "lora_alpha": 5}, [2.5, 2.5]),
+        ({"transformer.r": 2, "transformer.lora_alpha": 5, "transformer.init_lora_weights": "gaussian"}, [2.5, 2.5]),
         ({"transformer.r": 2, "transformer.lora_alpha": 4, "transformer.use_rslora": True}, [4 / math.sqrt(2)] * 2),
         ({"transformer.r": 8, "transformer.lora_alpha": 4, "transformer.rank_pattern": {"to_q": 2}}, [2.0, 2.0]),
         (
@@ -238,6 +239,8 @@ RANK_2 = {"transformer.r": 2, "transformer.lora_alpha": 2}
         ({}, RANK_2 | {"transformer.alpha_pattern": {"(a+)+": 2}}, ["not supported"]),
         ({}, RANK_2 | {"transformer.alpha_pattern": {".*" * 30: 2}}, ["not supported"]),
         ({}, RANK_2 | {"transformer.rank_pattern": {"to_q": 2.5}}, ["rank_pattern"]),
+        ({}, RANK_2 | {"transformer.init_lora_weights": "pissa_niter_4"}, ["'pissa_niter_4'", "does not fit"]),
+        ({}, RANK_2 | {"transformer.init_lora_weights": "olora"}, ["'olora'", "path_initial_model"]),
     ],
 )
 def test_bad_files(tmp_path, changes, metadata, words):

@@ -344,6 +344,7 @@ def test_every_parameter_has_one_sharding_rule():
         ({"num_attention_heads": 3}, "num_attention_heads=3 does not divide"),
         ({"patch_size": [2, 1, 1]}, r"patch_size=\(2, 1, 1\)"),
         ({"patch_size": (1, 3, 3)}, "even number"),
+        ({"patch_size": (1, 2, 1)}, "columns of an even number"),
         ({"patch_size": 2}, "patch_size=2"),
         ({"softmax_every_n": -1}, "softmax_every_n=-1.*from 0 on"),
         ({"conv_kernel_size": 4.0}, "conv_kernel_size=4.0"),

@@ -272,6 +272,7 @@ def test_published_configurations():
         ({"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}}, "sliding_attention"),
         ({"rope_local_base_freq": -1}, "rope_local_base_freq=-1"),
         ({"sliding_window_pattern": 0}, "sliding_window_pattern=0"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping=50.0"),
         ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
         ({"altup_num_inputs": 4}, "altup_num_inputs"),
     ],
