@@ -528,7 +528,7 @@ def _with_groups(
             record = dataclasses.replace(record, group=groups.get(record.stamp, f"picture {record.stamp}"))
             named.append(record.key)
         done.append((entry, record))
-    if named and config.validation_share:
-        one = source.media.one
-        source.notes.append(_counted(named, f"samples share their {one} with others, and a split keeps them together"))
+    if named:
+        kept = ", and a split keeps them together" if config.validation_share else ""
+        source.notes.append(_counted(named, f"samples share their {source.media.one} with others{kept}"))
     return done
