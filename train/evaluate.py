@@ -33,6 +33,7 @@ from sana_jax.images import save_png, to_pil
 from sana_jax.pipelines.base import ImagePipeline
 from sana_jax.pipelines.opening import find_model
 from train.data.digits import DigitsData, load_images
+from train.data.sources.listing import PICTURE_SUFFIXES
 from train.evaluation import digits as digits_metric
 from train.evaluation.distances import fit_gaussian, frechet_distance, kernel_distance
 from train.evaluation.drawing import (
@@ -47,7 +48,6 @@ from train.evaluation.features import FeatureFunction, load_features
 from train.evaluation.record import append_record, describe_device, make_record
 from train.evaluation.reference import (
     DIGITS,
-    PICTURES,
     FolderPictures,
     Reference,
     captions_beside,
@@ -364,7 +364,7 @@ def _clear_kept(folder: Path) -> None:
     if not folder.is_dir():
         return
     kept, others = [], []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES):
         (kept if path.parent == folder and _is_kept(path) else others).append(path)
     if others:
         raise UserError(

@@ -96,9 +96,10 @@ def test_a_24_gb_gpu_is_enough_for_a_lora():
 
 
 def test_training_from_scratch_asks_for_encoders(tmp_path):
+    (tmp_path / "pictures").mkdir()
     words = ["sana_600m_512", "--mesh.data=1", "--batch-size=1", f"--run-dir={tmp_path / 'run'}", "--device=cpu"]
     with pytest.raises(UserError, match=r"prepares its pictures with a model's .* with --encoders DIRECTORY"):
-        trainer.main([*words, f"--data.path={tmp_path}"])
+        trainer.main([*words, f"--data.path={tmp_path / 'pictures'}"])
 
 
 @pytest.mark.parametrize("words", [["finetune", "--model", "a", "--encoders", "b"], ["digits", "--encoders", "b"]])
