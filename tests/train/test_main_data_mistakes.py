@@ -68,6 +68,13 @@ def options(base: Path, pictures: Path, run_dir: Path, *more: str) -> list[str]:
     ]
 
 
+def without_data(words: list[str], pictures: Path) -> list[str]:
+    """The options of a run that names a finished cache alone."""
+    return [
+        word for word in words if word not in ("--data.path", str(pictures), "--data.caption", "a handwritten three")
+    ]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, cache, base):
     """A LoRA run of a few steps with its cache beside it, and the pictures; not to be changed."""
@@ -147,7 +154,7 @@ def test_a_cache_of_another_model(here, base, pictures, tmp_path, capfd):
     words = options(base, pictures, tmp_path / "runs" / "run", "--data.cache", str(made))
     assert_refused(capfd, words, str(made), "text_encoder", "there", "here", "--data.cache", folder=tmp_path)
     # the same where only the cache is named
-    words = [word for word in words if word not in ("--data.path", str(pictures))]
+    words = without_data(words, pictures)
     assert_refused(capfd, words, str(made), "text_encoder", "--data.cache", folder=tmp_path)
 
 
@@ -155,11 +162,11 @@ def test_folders_that_are_no_cache(here, base, pictures, tmp_path, capfd):
     run_dir = tmp_path / "runs" / "run"
     assert_refused(
         capfd,
-        options(base, pictures, run_dir, "--data.cache", str(pictures)),
-        *("--data.cache", "pictures", "cache.json"),
+        options(base, pictures, run_dir, "--data.cache", str(draw_pictures(tmp_path / "others"))),
+        *("--data.cache", "others", "cache.json"),
         folder=tmp_path,
     )
-    words = [word for word in options(base, pictures, run_dir) if word not in ("--data.path", str(pictures))]
+    words = without_data(options(base, pictures, run_dir), pictures)
     assert_refused(capfd, [*words, "--data.cache", str(tmp_path / "none")], "none", "precompute", folder=tmp_path)
 
 
@@ -238,8 +245,7 @@ def test_a_new_preview_prompt_on_resume(here, copied, tmp_path, capfd):
 
 def test_a_preview_prompt_that_is_not_in_the_cache(here, base, finished, tmp_path, capfd):
     (prepared,) = (finished / "cache").iterdir()
-    words = options(base, tmp_path, tmp_path / "runs" / "run", "--data.cache", str(prepared))
-    words = [word for word in words if word not in ("--data.path", str(tmp_path))]
+    words = without_data(options(base, tmp_path, tmp_path / "runs" / "run", "--data.cache", str(prepared)), tmp_path)
     prompts = ["--preview.prompts", "a handwritten seven"]
     assert_refused(capfd, [*words, *prompts], "'a handwritten seven'", "not in the cache", "precompute")
     assert not (tmp_path / "runs").exists()
