@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from kernels.activations import silu
+from kernels.bias import add_bias
 from kernels.depthwise_conv import depthwise_conv2d
 from kernels.typing import Array, Float
 
@@ -13,6 +14,6 @@ def mix_ffn(
     x: Float[Array, "B H W E"], bias: Float[Array, " E"], kernel: Float[Array, "3 3 E"], depth_bias: Float[Array, " E"]
 ) -> Float[Array, "B H W F"]:
     """Same value as the reference; differentiable in forward and reverse mode; the result keeps ``x``'s dtype."""
-    x = depthwise_conv2d(silu(x + bias.astype(x.dtype)), kernel) + depth_bias.astype(x.dtype)
+    x = add_bias(depthwise_conv2d(silu(add_bias(x, bias)), kernel), depth_bias)
     value, gate = jnp.split(x, 2, axis=-1)
     return value * silu(gate)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
+from kernels.bias import add_bias
 from kernels.typing import Array, Float, PRNGKeyArray
 from sana_jax.quantization.formats import LEAVES
 from sana_jax.quantization.products import quantized_product
@@ -50,7 +51,7 @@ class Linear(nn.Module):
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
         y = quantized_product(x, quantized) if quantized else product(x, kernel)
         if bias is not None and not self.bias_apart:
-            y = y + bias
+            y = add_bias(y, bias)
         if self.has_variable(LORA, "down"):
             down, up = (self.get_variable(LORA, name).astype(y.dtype) for name in ("down", "up"))
             if self.has_variable(LORA, "dropout_keys"):

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.bias import add_bias
 from kernels.depthwise_conv import depthwise_conv2d
 from kernels.mix_ffn import mix_ffn
 from kernels.selection import DEFAULT, PLATFORMS, pick
@@ -154,4 +155,4 @@ class DepthwiseConv(nn.Module):
         init = torch_uniform(9)
         kernel = self.param("kernel", init, (3, 3, self.channels), jnp.float32).astype(self.dtype)
         bias = self.param("bias", init, (self.channels,), jnp.float32).astype(self.dtype)
-        return (kernel, bias) if self.weights_apart else depthwise_conv2d(x, kernel) + bias
+        return (kernel, bias) if self.weights_apart else add_bias(depthwise_conv2d(x, kernel), bias)

@@ -44,6 +44,21 @@ def test_pallas_rounds_once():
     assert_matches(function, reference.mix_ffn, given, tolerances=TOLERANCES[jnp.bfloat16])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "pallas"])
+def test_the_gradients_of_biases_are_summed_in_float32(implementation):
+    """Over 2,048 places; in bfloat16 a sum stands still at 256 times its terms."""
+    given = inputs((2, 32, 32, 8), jnp.bfloat16)
+    functions = {"xla": mix_ffn, "pallas": lambda *arrays: pallas.mix_ffn(*arrays, True)}
+
+    def gradients(function, given):
+        loss = lambda *arrays: function(*arrays).astype(jnp.float32).sum()  # noqa: E731
+        return jax.jit(jax.grad(loss, argnums=(1, 3)))(*given)
+
+    exact = gradients(reference.mix_ffn, [array.astype(jnp.float32) for array in given])
+    for found, expected in zip(gradients(functions[implementation], given), exact):
+        assert np.linalg.norm(found.astype(np.float32) - expected) <= 0.02 * np.linalg.norm(expected)
+
+
 def test_forward_mode():
     """As Sprint's training takes it."""
     given, tangents = inputs(SHAPES[0]), inputs(SHAPES[0], seed=5)
