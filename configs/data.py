@@ -100,6 +100,11 @@ class ImageDataConfig:
             name, equals, kind = condition.partition("=")
             require("data.conditions", condition, bool(name and equals and kind), "name=kind, as in control=picture")
 
+    @property
+    def finished_cache(self) -> bool:
+        """Whether samples are those of a cache as it is, and no data is looked through."""
+        return self.cache is not None and self.path is None
+
     def weights(self) -> dict[str, float]:
         """``proportions`` by kind of caption.
 

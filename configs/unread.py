@@ -61,7 +61,7 @@ def _unread(config: RunConfig) -> Iterator[tuple[str, str]]:
     if config.validation.every == 0:
         why = "with --validation.every 0, which measures none; leave it out, or give --validation.every steps"
         yield from ((name, why) for name in _VALIDATION)
-    if getattr(config.data, "cache", None) is not None and config.data.path is None:
+    if getattr(config.data, "finished_cache", False):
         why = "with --data.cache alone, whose samples are trained on as they are; name the data too, with --data.path"
         yield from ((f"data.{name}", why) for name in _SOURCE if hasattr(config.data, name))
     if not config.logging.wandb:

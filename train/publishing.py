@@ -97,8 +97,7 @@ def _describe_data(parts: RunParts) -> str:
 
 def _caption_given(data: Any) -> str | None:
     """``--data.caption``; None where nothing read it: a finished cache has captions of its own."""
-    finished_cache = getattr(data, "cache", None) is not None and data.path is None
-    return None if finished_cache else getattr(data, "caption", None)
+    return None if getattr(data, "finished_cache", False) else getattr(data, "caption", None)
 
 
 def _prompt_and_template(caption: str | None) -> tuple[str | None, str | None]:
