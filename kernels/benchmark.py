@@ -71,7 +71,7 @@ def measure_op(
     for name in implementations:
         row = rows[name] = {**start, "implementation": name}
         try:
-            compiled, compilation = compile_timed(_function(op, name, what), arrays, cotangent)
+            compiled, compilation = compile_timed(measured_function(op, name, what), arrays, cotangent)
             found = jax.block_until_ready(compiled(arrays, cotangent))
         except Exception as error:  # whatever a kernel or its library raises is a row's reason, not the table's end
             row["note"] = f"cannot run here: {_first_line(error)}"
@@ -91,7 +91,7 @@ def measure_op(
     return list(rows.values())
 
 
-def _function(op: Op, name: str, what: str) -> Callable[[Any, Any], Any]:
+def measured_function(op: Op, name: str, what: str) -> Callable[[Any, Any], Any]:
     def values(arrays: Any, cotangent: Any) -> Any:
         return op.run(arrays, name)
 

@@ -1,8 +1,10 @@
 """Which implementation of an operation runs: the one that is named, or the one that was measured to be faster.
 
 The measurements are data, in ``measurements.json`` beside this file. A row there is one implementation timed beside
-``xla`` on one device; nothing is picked that has no row. What is picked and cannot run what is asked (``Refusal``)
-leaves it to XLA, and a line says so; what is named raises the reason.
+``xla`` on one device; nothing is picked that has no row. For a kind of device where an operation was never timed, a
+row may be reckoned from the programs that the device's own compiler makes: it counts where it promises half the time
+or less, and no more once anything is timed there. What is picked and cannot run what is asked (``Refusal``) leaves it
+to XLA, and a line says so; what is named raises the reason.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ DEFAULT = "xla"
 DEVICE_PROGRAMS = {"pallas": ("cuda",), "triton": ("cuda",), "cudnn": ("cuda",)}
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 # Implementations that bring a gradient of their own, and so have no forward-mode derivative.
-REVERSE_MODE_ALONE = (*DEVICE_PROGRAMS, "blockwise")
+REVERSE_MODE_ALONE = (*DEVICE_PROGRAMS, "blockwise", "large_blocks")
+# A reckoning is not a time: what it promises must be worth more than it may be wrong by.
+RECKONED_AT_MOST = 0.5
 _forward_mode = contextvars.ContextVar("forward_mode", default=False)
 
 
@@ -52,6 +56,7 @@ class Measurement:
         shapes: the inputs' shapes and dtype, and whether gradients were taken.
         ratio: time as a share of xla's; below 1 is faster.
         how: the command, or what was timed and how often.
+        timed: whether it ran; False where the ratio was reckoned from the compiled programs.
     """
 
     op: str
@@ -63,6 +68,7 @@ class Measurement:
     shapes: str
     ratio: float
     how: str
+    timed: bool = True
 
 
 @dataclass(frozen=True)
@@ -140,14 +146,16 @@ def pick(op: str, platform: str) -> Pick:
     """What None means for one operation on one platform.
 
     The implementation that was faster than ``xla`` in every row of that platform, and by the geometric mean the fastest
-    of these; ``xla`` where there is none.
+    of these; ``xla`` where there is none. Reckoned rows count where there is no timed one.
     """
     rows = [row for row in measurements() if (row.op, row.platform) == (op, platform)]
+    timed = [row for row in rows if row.timed]
+    rows, limit = (timed, 1.0) if timed else (rows, RECKONED_AT_MOST)
     by_name = {row.implementation: [r for r in rows if r.implementation == row.implementation] for row in rows}
     faster = {
         name: math.exp(sum(math.log(row.ratio) for row in own) / len(own))
         for name, own in by_name.items()
-        if max(row.ratio for row in own) < 1
+        if max(row.ratio for row in own) < limit
     }
     best = min(faster, key=faster.__getitem__, default=DEFAULT)
     return Pick(op, platform, best, tuple(by_name.get(best, rows)))
@@ -213,7 +221,8 @@ def _in_words(found: Pick) -> str:
         others = ", ".join(f"{row.implementation} {row.ratio:.2f} x its time" for row in found.measurements)
         return f"{start} (no other was faster in every row: {others})"
     rows = "; ".join(
-        f"{row.ratio:.2f} x the time of {DEFAULT} at {row.shapes}, {row.device}, {row.date}"
+        f"{'' if row.timed else 'reckoned '}{row.ratio:.2f} x the time of {DEFAULT} at {row.shapes}, {row.device}, "
+        f"{row.date}"
         for row in found.measurements
     )
     return f"{start} ({rows})"

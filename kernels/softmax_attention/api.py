@@ -15,10 +15,15 @@ from kernels.selection import choose
 from kernels.softmax_attention import blockwise, cudnn, reference, xla
 from kernels.typing import Array, Bool, Float, Int
 
-IMPLEMENTATIONS = {"xla": xla.attend, "blockwise": blockwise.attend, "cudnn": cudnn.attend}
+_BLOCKS = {"blockwise": blockwise.attend, "large_blocks": blockwise.attend_in_large_blocks}
+IMPLEMENTATIONS = {"xla": xla.attend, **_BLOCKS, "cudnn": cudnn.attend}
 # An operation of its own in the table of measurements: what is faster with few keys need not be with many. What XLA
 # runs there is the form in blocks.
-BOUNDED_IMPLEMENTATIONS = {"xla": blockwise.attend, "cudnn": functools.partial(cudnn.attend, bounded_memory=True)}
+BOUNDED_IMPLEMENTATIONS = {
+    "xla": blockwise.attend,
+    "large_blocks": blockwise.attend_in_large_blocks,
+    "cudnn": functools.partial(cudnn.attend, bounded_memory=True),
+}
 OPERATIONS = {"softmax_attention": IMPLEMENTATIONS, "bounded_softmax_attention": BOUNDED_IMPLEMENTATIONS}
 
 
@@ -50,13 +55,13 @@ def softmax_attention(
         scale: factor of the scores; None for 1/√d.
         soft_cap: c in ``cap(x) = c · tanh(x / c)``; None for no cap.
         bounded_memory: whether no array may have an entry for every pair of a query and a key of every head. None then
-            picks of such forms alone, ``blockwise`` where nothing is measured.
-        implementation: None picks by measurement (so far ``xla`` everywhere, or ``blockwise`` with
-            ``bounded_memory``); a name runs just that. ``xla`` has all scores at once, and forward-mode derivatives;
-            ``blockwise`` never has all of them, and takes no bias and no soft cap; ``cudnn`` is for NVIDIA GPUs and
-            bfloat16 or float16, takes no soft cap, values of the keys' size alone, and heads whose size is a multiple
-            of 8 up to 128 (256 from H100 on): with None, ``blockwise`` or ``xla`` run what it does not take.
-            ``reference`` is the definition, in float32.
+            picks of such forms alone, ``blockwise`` where the table has nothing.
+        implementation: None picks by the table of ``kernels.selection`` (so far ``xla``, or with ``bounded_memory``
+            ``cudnn`` on NVIDIA GPUs and ``blockwise`` elsewhere); a name runs just that. ``xla`` has all scores at
+            once, and forward-mode derivatives; ``blockwise`` never has all of them, and takes no bias and no soft cap;
+            ``large_blocks`` is the same for GPUs; ``cudnn`` is for NVIDIA GPUs and bfloat16 or float16, takes no soft
+            cap, values of the keys' size alone, and heads whose size is a multiple of 8 up to 128 (256 from H100 on):
+            with None, blocks or ``xla`` run what it does not take. ``reference`` is the definition, in float32.
 
     Returns:
         In ``query``'s dtype. Scores, softmax and sums are float32; weights are rounded to ``value``'s dtype before
@@ -79,10 +84,10 @@ def softmax_attention(
     axes = _axes(mask, bias, key_lengths)
     if bounded_memory:
         named = {**BOUNDED_IMPLEMENTATIONS, "blockwise": blockwise.attend}
-        run = choose("bounded_softmax_attention", named, implementation, axes)
+        run = choose("bounded_softmax_attention", named, implementation, axes, fallbacks=("large_blocks",))
     else:
         named = {**IMPLEMENTATIONS, "reference": reference.attend}
-        run = choose("softmax_attention", named, implementation, axes, fallbacks=("blockwise",))
+        run = choose("softmax_attention", named, implementation, axes)
     return run(query, key, value, mask, bias, key_lengths, causal, scale, soft_cap)
 
 

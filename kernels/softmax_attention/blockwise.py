@@ -21,6 +21,9 @@ from kernels.typing import Array, Bool, Float, Int
 
 # Scores of one block are float32: at 20 heads these take 21 MB per example.
 QUERY_BLOCK, KEY_BLOCK = 512, 512
+# For GPUs, which start a dozen programs for every pair of blocks: a quarter as many pairs, of 84 MB. Their products
+# read rows of 16 halves; a block of another length is copied before every product, to be filled up.
+LARGE_BLOCK, WHOLE_ROWS = 1024, 16
 _LOWEST = -1e30  # a maximum of no scores: finite, so that differences from it are numbers
 
 
@@ -53,6 +56,7 @@ def attend(
     *,
     query_block: int = QUERY_BLOCK,
     key_block: int = KEY_BLOCK,
+    multiple: int = 1,
 ) -> Float[Array, "B M h e"]:
     """Same value as the reference; differentiable in reverse mode alone.
 
@@ -62,6 +66,7 @@ def attend(
     Args:
         query_block: queries taken at a time, at most.
         key_block: keys taken at a time, at most.
+        multiple: what the number of tokens in a block is a multiple of, where there are as many.
 
     Raises:
         Refusal: for a bias, which has an entry for every pair, or a soft cap.
@@ -76,22 +81,30 @@ def attend(
     if rows > 1:  # heads that share keys become further rows of one head
         query = query.reshape(batch, queries, shared, rows, size).swapaxes(2, 3)
         query = query.reshape(batch, queries * rows, shared, size)
-    sizes = _block_size(query.shape[1], query_block), _block_size(key.shape[1], key_block)
+    sizes = tuple(
+        _block_size(x.shape[1], most, multiple) for x, most in ((query, query_block), (key, key_block))
+    )
     out = _attention(query, key, value, mask, _Form(size**-0.5 if scale is None else float(scale), sizes, rows, causal))
     if rows > 1:
         out = out.reshape(batch, queries, rows, shared, -1).swapaxes(2, 3)
     return out.reshape(batch, queries, heads, value.shape[-1])
 
 
-def _block_size(tokens: int, most: int) -> int:
+attend_in_large_blocks = functools.partial(
+    attend, query_block=LARGE_BLOCK, key_block=LARGE_BLOCK, multiple=WHOLE_ROWS
+)
+
+
+def _block_size(tokens: int, most: int, multiple: int) -> int:
     """The largest block that leaves no rest, if it has half of ``most`` tokens or more; else blocks of about one size.
 
     Where nothing is filled up, no score has to be left out, which costs as much as the products do on a CPU.
     """
     for size in range(min(tokens, most), most // 2, -1):
-        if tokens % size == 0:
+        if tokens % size == 0 and size % multiple == 0:
             return size
-    return math.ceil(tokens / math.ceil(tokens / most))
+    about = math.ceil(tokens / math.ceil(tokens / most))
+    return about if tokens < multiple else math.ceil(about / multiple) * multiple
 
 
 def _blocks(arrays: tuple[Array, ...], size: int) -> tuple[Array, ...]:
