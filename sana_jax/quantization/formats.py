@@ -2,12 +2,15 @@
 
 A kernel (C, D) is stored as a dictionary of leaves in place of the one leaf ``kernel``:
 
-- ``int8``: ``kernel_int8`` (C, D) times ``kernel_scale`` (D,) float32: -127..127 of the column's largest value.
-- ``fp8``: ``kernel_fp8`` (C, D) in float8_e4m3fn, times ``kernel_scale`` (D,) float32; 448 is the column's largest.
+- ``int8``: ``kernel_int8`` (D, C) times ``kernel_scale`` (D,) float32: -127..127 of the output's largest value.
+- ``fp8``: ``kernel_fp8`` (D, C) in float8_e4m3fn, times ``kernel_scale`` (D,) float32; 448 is the output's largest.
 - ``int4``: ``kernel_int4`` (C/2, D) uint8, -7..7 in each half of a byte, times ``kernel_block_scale`` (C/32, D)
   bfloat16.
 - ``nvfp4``: ``kernel_nvfp4`` (C/2, D) uint8, an e2m1 value in each half of a byte, times ``kernel_block_scale``
   (C/16, D) float8_e4m3fn, times ``kernel_tensor_scale`` () float32.
+
+An output's values of 8 bits lie side by side, since that is how GPUs multiply them: the other way round, XLA would turn
+all kernels around before a network's first layer, into as much memory again.
 
 Two neighbouring inputs share a byte, the even one in the low half. Inputs that do not fill the last block are filled up
 with zeros; how many there are is known from what is multiplied. Stacked layers have all this behind a leading axis.
@@ -28,6 +31,7 @@ from kernels.typing import Array, Float, Int, UInt8
 
 FORMATS = ("int8", "fp8", "int4", "nvfp4")
 WEIGHT_ONLY = ("int4", "nvfp4")  # the activations keep their dtype
+OUTPUTS_FIRST = ("int8", "fp8")
 BLOCK_INPUTS = {"int4": 32, "nvfp4": 16}  # inputs that share a scale; without one, a whole column does
 
 SCALE, BLOCK_SCALE, TENSOR_SCALE = "kernel_scale", "kernel_block_scale", "kernel_tensor_scale"
@@ -58,7 +62,7 @@ def format_of(names: Iterable[str]) -> str | None:
 def leaf_shapes(shape: tuple[int, ...], format_name: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the leaves of a kernel (..., C, D)."""
     *stack, inputs, outputs = shape
-    codes, scale, scale_name = (inputs, outputs), (outputs,), SCALE
+    codes, scale, scale_name = (outputs, inputs), (outputs,), SCALE
     if format_name in BLOCK_INPUTS:
         scale_name = BLOCK_SCALE
         blocks = -(-inputs // BLOCK_INPUTS[format_name])
@@ -89,10 +93,10 @@ def quantize_kernel(kernel: Float[Array, "C D"], format_name: str) -> dict[str, 
     if format_name in BLOCK_INPUTS:
         return _quantize_blocks(kernel, format_name)
     if format_name == "int8":
-        codes, scale = int8_codes(kernel, axis=0)
+        codes, scale = int8_codes(kernel.T, axis=1)
     else:
-        codes, scale = e4m3_codes(kernel, axis=0)
-    return {codes_name(format_name): codes, SCALE: scale[0]}
+        codes, scale = e4m3_codes(kernel.T, axis=1)
+    return {codes_name(format_name): codes, SCALE: scale[:, 0]}
 
 
 def dequantize_kernel(leaves: Mapping[str, Array], inputs: int) -> Float[Array, "C D"]:
@@ -100,7 +104,7 @@ def dequantize_kernel(leaves: Mapping[str, Array], inputs: int) -> Float[Array, 
     format_name = format_of(leaves)
     codes = leaves[codes_name(format_name)]
     if format_name not in BLOCK_INPUTS:
-        return codes.astype(jnp.float32) * leaves[SCALE]
+        return codes.T.astype(jnp.float32) * leaves[SCALE]
     scale = leaves[BLOCK_SCALE].astype(jnp.float32)
     if format_name == "int4":
         values = unpack_int4(codes).astype(jnp.float32)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from kernels.typing import Array, Float
+from kernels.typing import Array, Float, Shaped
 from sana_jax.quantization.formats import (
     SCALE,
     WEIGHT_ONLY,
@@ -40,12 +40,14 @@ def quantized_product(x: Float[Array, "... C"], leaves: Mapping[str, Array]) -> 
 
 
 @functools.partial(jax.custom_jvp)
-def _product_in_8_bits(x: Float[Array, "N C"], codes: Array, scale: Float[Array, " D"]) -> Float[Array, "N D"]:
+def _product_in_8_bits(
+    x: Float[Array, "N C"], codes: Shaped[Array, "D C"], scale: Float[Array, " D"]
+) -> Float[Array, "N D"]:
     wide = x.astype(jnp.float32)
     whole_numbers = codes.dtype == jnp.int8
     own, own_scale = int8_codes(wide, axis=1) if whole_numbers else e4m3_codes(wide, axis=1)
     sums = jax.lax.dot_general(
-        own, codes, (((1,), (0,)), ((), ())), preferred_element_type=jnp.int32 if whole_numbers else jnp.float32
+        own, codes, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32 if whole_numbers else jnp.float32
     )
     return (sums.astype(jnp.float32) * own_scale * scale).astype(x.dtype)
 
@@ -53,5 +55,5 @@ def _product_in_8_bits(x: Float[Array, "N C"], codes: Array, scale: Float[Array,
 @_product_in_8_bits.defjvp
 def _product_in_8_bits_jvp(primals, tangents):
     x, codes, scale = primals
-    kernel = (codes.astype(jnp.float32) * scale).astype(x.dtype)
+    kernel = (codes.T.astype(jnp.float32) * scale).astype(x.dtype)
     return _product_in_8_bits(x, codes, scale), tangents[0] @ kernel

@@ -16,6 +16,7 @@ from sana_jax.quantization.formats import (
     BLOCK_SCALE,
     FORMATS,
     LEAVES,
+    OUTPUTS_FIRST,
     SCALE,
     TENSOR_SCALE,
     codes_name,
@@ -152,15 +153,15 @@ def quantized_rules(rules: tuple[tuple[str, tuple[Any, ...]], ...]) -> tuple[tup
     for pattern, axes in rules:
         if pattern.endswith("/kernel") and len(axes) in (2, 3):  # a depthwise convolution's has more
             layer = pattern.removesuffix("/kernel")
-            values = "|".join([*map(codes_name, FORMATS), BLOCK_SCALE])
-            added.append((rf"({layer})/({values})", axes))
-            added += [(f"({layer})/{name}", _leaf_axes(axes, name)) for name in (SCALE, TENSOR_SCALE)]
+            names = (*map(codes_name, FORMATS), BLOCK_SCALE, SCALE, TENSOR_SCALE)
+            added += [(f"({layer})/{name}", _leaf_axes(axes, name)) for name in names]
     return (*rules, *added)
 
 
 def _leaf_axes(axes: tuple[Any, ...], name: str) -> tuple[Any, ...]:
     """The mesh axes of a leaf, from those of the kernel (..., C, D)."""
-    return {SCALE: (*axes[:-2], axes[-1]), TENSOR_SCALE: axes[:-2]}.get(name, axes)
+    turned = dict.fromkeys(map(codes_name, OUTPUTS_FIRST), (*axes[:-2], axes[-1], axes[-2]))
+    return {SCALE: (*axes[:-2], axes[-1]), TENSOR_SCALE: axes[:-2], **turned}.get(name, axes)
 
 
 def _leaf_sharding(leaf: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,6 +27,7 @@ from sana_jax.models.sana_wm_state import cache_frames
 from sana_jax.pipelines.families import abstract_params
 from sana_jax.pipelines.long_video import ATTENTION_EPSILON
 from sana_jax.pipelines.world_refiner_blocks import BlockPlace, capture_sink, seen_by_block
+from sana_jax.quantization.trees import quantizable_layers, quantized_abstract
 
 DTYPE = jnp.bfloat16
 CAPTION = 300
@@ -44,8 +46,8 @@ def _mask(caption: Any) -> jax.Array:
     return jnp.ones(caption.shape[:2], jnp.int32)
 
 
-def image(config: SanaConfig, batch: int, side: int) -> Case:
-    """A transformer for pictures."""
+def image(config: SanaConfig, batch: int, side: int, quantization: str | None = None) -> Case:
+    """A transformer for pictures; with ``quantization`` all layers that can be have that format."""
     network = SanaTransformer(config, dtype=DTYPE)
 
     def run(params, latents, caption, time):
@@ -53,8 +55,10 @@ def image(config: SanaConfig, batch: int, side: int) -> Case:
         return network.apply({"params": params}, latents, caption, time, guidance, _mask(caption))
 
     latents, time = _array(batch, side, side, config.in_channels, dtype="float32"), _array(batch, dtype="float32")
-    caption = _array(batch, CAPTION, config.caption_channels)
-    return run, (_halves(abstract_params(SanaTransformer(config))), latents, caption, time)
+    caption, params = _array(batch, CAPTION, config.caption_channels), _halves(abstract_params(SanaTransformer(config)))
+    if quantization is not None:
+        params = quantized_abstract(params, dict.fromkeys(quantizable_layers(params), quantization))
+    return run, (params, latents, caption, time)
 
 
 def text_encoder() -> Case:
@@ -185,6 +189,10 @@ def refiner_block(height: int = 22, width: int = 40, caption: int = 256) -> Case
 NETWORKS: dict[str, Callable[[], Case]] = {
     "text_encoder": text_encoder,
     "sana_1600m_1024": lambda: image(SanaConfig.sana_1600m(), 2, 32),
+    **{
+        f"sana_1600m_1024_{name}": functools.partial(image, SanaConfig.sana_1600m(), 2, 32, name)
+        for name in ("int8", "fp8", "int4", "nvfp4")
+    },
     "sprint_1600m_1024": lambda: image(SanaConfig.sprint_1600m(), 1, 32),
     "dc_ae_decoder_1024": dc_ae_decoder,
     "sana_video_480p": video,

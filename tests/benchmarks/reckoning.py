@@ -33,7 +33,8 @@ class Speeds:
     Attributes:
         bytes: of memory, read or written: 84 % of 3.35e12.
         products: FLOPs of matrix products and convolutions of halves: two thirds of 989e12.
-        wide_products: of float32 as TF32, and of what is asked for in full float32: as much less as is usual.
+        wide_products: of float32, as TF32 or in parts.
+        narrow_products: of 8 bits: two thirds of 1979e12.
         attention: of cuDNN's attention.
         launch: seconds that starting a kernel takes.
     """
@@ -41,8 +42,16 @@ class Speeds:
     bytes: float = 2.8e12
     products: float = 650e12
     wide_products: float = 200e12
+    narrow_products: float = 1300e12
     attention: float = 350e12
     launch: float = 2e-6
+
+    def of(self, kind: str, operands: str) -> float:
+        """FLOPs per second of a kind of kernel on operands of a dtype."""
+        if kind == "attention":
+            return self.attention
+        width = shape_bytes(f"{operands}[]")
+        return {1: self.narrow_products, 4: self.wide_products}.get(width, self.products)
 
 
 class Kernel(NamedTuple):
@@ -141,10 +150,9 @@ class _Program:
                 yield self._kernel(computation, own, times, speeds)
 
     def _kernel(self, computation: str, own: _Instruction, times: int, speeds: Speeds) -> Kernel:
-        kind, flops, wide = self._products(computation, own)
+        kind, flops, dtype = self._products(computation, own)
         moved = self._bytes(computation, own)
-        rate = speeds.attention if kind == "attention" else speeds.wide_products if wide else speeds.products
-        seconds = times * (max(moved / speeds.bytes, flops / rate) + speeds.launch)
+        seconds = times * (max(moved / speeds.bytes, flops / speeds.of(kind, dtype)) + speeds.launch)
         source = _NAMES.search(own.line)
         shape = re.sub(r"\{[^}]*\}", "", own.shape)
         return Kernel(own.name, kind, shape, source[1] if source else "", times, moved, flops, seconds)
@@ -185,41 +193,40 @@ class _Program:
 
     # -- products ------------------------------------------------------------------------------------------------------
 
-    def _products(self, computation: str, own: _Instruction) -> tuple[str, float, bool]:
-        """The kind of an instruction, the FLOPs of its products, and whether these are of float32."""
+    def _products(self, computation: str, own: _Instruction) -> tuple[str, float, str]:
+        """The kind of an instruction, the FLOPs of its products, and the dtype of what they multiply."""
         scope = self.computations[computation]
         target = re.search(r'custom_call_target="([^"]*)"', own.line)
         if target is not None:
             operands = [scope[name].shape for name in own.operands if name in scope]
-            wide = bool(operands) and operands[0].startswith("f32")
+            dtype = operands[0].partition("[")[0].strip("(") if operands else "f32"
             if "cublas" in target[1]:
                 inner = re.search(r'"lhs_contracting_dimensions":\["(\d+)"', own.line)
                 size = _sizes(operands[0])[int(inner[1])]
-                return "product", 2.0 * size * math.prod(_sizes(_split(own.shape)[0])), wide
+                return "product", 2.0 * size * math.prod(_sizes(_split(own.shape)[0])), dtype
             if "$conv" in target[1]:
-                return "convolution", self._convolution(own.line, own.shape, operands), wide
+                return "convolution", self._convolution(own.line, own.shape, operands), dtype
             if "$fmha" in target[1]:
-                return "attention", _attention(operands, "Backward" in target[1]), False
-            return "custom", 0.0, False
+                return "attention", _attention(operands, "Backward" in target[1]), dtype
+            return "custom", 0.0, dtype
         if (called := _CALLED.search(own.line)) is None:
-            return "elementwise", 0.0, False
-        flops, wide = self._inner_products(called[1])
-        return ("product" if flops else "elementwise"), flops, wide
+            return "elementwise", 0.0, "f32"
+        flops, dtype = self._inner_products(called[1])
+        return ("product" if flops else "elementwise"), flops, dtype
 
     @functools.cache  # noqa: B019 (a program is read once and dropped)
-    def _inner_products(self, computation: str) -> tuple[float, bool]:
-        scope, flops, wide = self.computations.get(computation, {}), 0.0, False
+    def _inner_products(self, computation: str) -> tuple[float, str]:
+        scope, flops, dtype = self.computations.get(computation, {}), 0.0, "f32"
         for own in scope.values():
             if own.op == "dot":
                 contracted = re.search(r"lhs_contracting_dims=\{([\d,]+)\}", own.line)[1]
-                sizes = _sizes(scope[own.operands[0]].shape)
-                inner = math.prod(sizes[int(number)] for number in contracted.split(","))
-                flops += 2.0 * inner * math.prod(_sizes(own.shape))
-                wide |= scope[own.operands[0]].shape.startswith("f32")
+                left = scope[own.operands[0]].shape
+                inner = math.prod(_sizes(left)[int(number)] for number in contracted.split(","))
+                flops, dtype = flops + 2.0 * inner * math.prod(_sizes(own.shape)), left.partition("[")[0]
             elif called := _CALLED.search(own.line):
-                more = self._inner_products(called[1])
-                flops, wide = flops + more[0], wide | more[1]
-        return flops, wide
+                more, of = self._inner_products(called[1])
+                flops, dtype = flops + more, of if more else dtype
+        return flops, dtype
 
     @staticmethod
     def _convolution(line: str, shape: str, operands: list[str]) -> float:

@@ -12,6 +12,7 @@ from sana_jax.quantization import FORMATS, dequantize_kernel, quantize_kernel, q
 from sana_jax.quantization.formats import (
     BLOCK_INPUTS,
     BLOCK_SCALE,
+    OUTPUTS_FIRST,
     SCALE,
     TENSOR_SCALE,
     decode_e2m1,
@@ -113,7 +114,7 @@ def test_the_int8_product_is_its_definition_in_integers(dtype):
     wide = np.asarray(x, np.float32).reshape(10, 75)
     own_scale = np.abs(wide).max(1, keepdims=True) / np.float32(127)
     codes = np.round(wide / np.where(own_scale > 0, own_scale, 1)).astype(np.int64)
-    sums = codes @ np.asarray(leaves["kernel_int8"], np.int64)
+    sums = codes @ np.asarray(leaves["kernel_int8"], np.int64).T
     expected = (sums.astype(np.float32) * own_scale * np.asarray(leaves[SCALE])).reshape(2, 5, 9)
     got = jax.jit(quantized_product)(x, leaves)
     assert got.dtype == dtype
@@ -127,7 +128,7 @@ def test_the_fp8_product_is_its_definition_in_float64():
     leaves = quantize_kernel(jnp.asarray(_kernel(75, 9)), "fp8")
     own_scale = np.abs(x).max(1, keepdims=True) / np.float32(448)
     codes = (x / own_scale).astype(ml_dtypes.float8_e4m3fn).astype(np.float64)
-    values = np.asarray(leaves["kernel_fp8"]).astype(np.float64)
+    values = np.asarray(leaves["kernel_fp8"]).astype(np.float64).T
     expected = (codes @ values) * own_scale * np.asarray(leaves[SCALE])
     got = np.asarray(quantized_product(jnp.asarray(x), leaves))
     # sums of float32, against the sum of the absolute products
@@ -171,3 +172,5 @@ def test_products_lower_for_cuda(format_name):
     operand = {"int8": "xi8>", "fp8": "xf8E4M3FN>", "int4": "xbf16>", "nvfp4": "xbf16>"}[format_name]
     product = next(line for line in text.splitlines() if "dot_general" in line)
     assert product.split(":")[-1].split("->")[0].count(operand) == 2
+    # both operands lie along what is summed up: cuBLAS multiplies 8 bits in no other way
+    assert format_name not in OUTPUTS_FIRST or "contracting_dims = [1] x [1]" in product

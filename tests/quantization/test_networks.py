@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from sana_jax.errors import UserError
 from sana_jax.lora import init_lora
@@ -18,7 +19,7 @@ from sana_jax.models.sana import SanaConfig, SanaTransformer, init_params
 from sana_jax.nn.linear import LORA
 from sana_jax.quantization import FORMATS, dequantize_kernel
 from sana_jax.quantization.choice import Quantization, check_device, parse_quantization
-from sana_jax.quantization.formats import LEAVES
+from sana_jax.quantization.formats import LEAVES, OUTPUTS_FIRST
 from sana_jax.quantization.tables import relative_error
 from sana_jax.quantization.trees import (
     quantizable_layers,
@@ -162,16 +163,18 @@ def test_the_sharding_rules_cover_every_quantised_leaf_and_cut_it_as_its_kernel(
         shardings, _ = parameter_shardings(quantized, quantized_rules(rules), mesh)
         for path in layers:
             own = flatten(shardings)[(*path, f"kernel_{format_name}")]
-            assert own.spec == flat[(*path, "kernel")].spec
-    # The same specs come of a tree that carries its shardings.
-    carried = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        abstract,
-        plain_shardings,
-    )
-    carried = quantized_abstract(carried, dict.fromkeys(layers, "nvfp4"))
-    for path, sharding in flatten(shardings).items():
-        assert tuple(flatten(carried)[path].sharding.spec) == tuple(sharding.spec), path
+            *stack, inputs, outputs = flat[(*path, "kernel")].spec
+            turned = format_name in OUTPUTS_FIRST
+            assert own.spec == PartitionSpec(*stack, *((outputs, inputs) if turned else (inputs, outputs)))
+        # The same specs come of a tree that carries its shardings.
+        carried = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            abstract,
+            plain_shardings,
+        )
+        carried = quantized_abstract(carried, dict.fromkeys(layers, format_name))
+        for path, sharding in flatten(shardings).items():
+            assert tuple(flatten(carried)[path].sharding.spec) == tuple(sharding.spec), path
 
 
 def test_gemma_goes_through_the_same_layer():
