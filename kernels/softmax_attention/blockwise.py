@@ -81,18 +81,14 @@ def attend(
     if rows > 1:  # heads that share keys become further rows of one head
         query = query.reshape(batch, queries, shared, rows, size).swapaxes(2, 3)
         query = query.reshape(batch, queries * rows, shared, size)
-    sizes = tuple(
-        _block_size(x.shape[1], most, multiple) for x, most in ((query, query_block), (key, key_block))
-    )
+    sizes = tuple(_block_size(x.shape[1], most, multiple) for x, most in ((query, query_block), (key, key_block)))
     out = _attention(query, key, value, mask, _Form(size**-0.5 if scale is None else float(scale), sizes, rows, causal))
     if rows > 1:
         out = out.reshape(batch, queries, rows, shared, -1).swapaxes(2, 3)
     return out.reshape(batch, queries, heads, value.shape[-1])
 
 
-attend_in_large_blocks = functools.partial(
-    attend, query_block=LARGE_BLOCK, key_block=LARGE_BLOCK, multiple=WHOLE_ROWS
-)
+attend_in_large_blocks = functools.partial(attend, query_block=LARGE_BLOCK, key_block=LARGE_BLOCK, multiple=WHOLE_ROWS)
 
 
 def _block_size(tokens: int, most: int, multiple: int) -> int:

@@ -19,7 +19,7 @@ DTYPES = ("bfloat16", "float16")
 _LARGEST_BIAS = {"bfloat16": 2.0**40, "float16": 2.0**14}
 SIZE_STEP, LARGEST_SIZE, LARGEST_SIZE_OF_HOPPER = 8, 128, 256
 # Bytes that a mask or bias may take, all heads sharing it, where memory is to be bounded: a world of 21 latent frames
-# in causal blocks needs 683 MB, for which softmax in blocks would move a thousand times as much.
+# in causal blocks needs 683 MB, where softmax in blocks would move some hundred times as much.
 LARGEST_MASK = 1 << 30
 
 
@@ -49,7 +49,9 @@ def attend(
     mask_bytes = max(written_out, default=0) * key.shape[1] * query.shape[1] * query.dtype.itemsize
     if reason is None and bounded_memory and mask_bytes > LARGEST_MASK:
         pairs = f"{query.shape[1]} x {key.shape[1]}"
-        reason = f"a mask written out for {pairs} pairs takes over {LARGEST_MASK >> 30} GiB, which bounded_memory forbids"
+        reason = (
+            f"a mask written out for {pairs} pairs takes over {LARGEST_MASK >> 30} GiB, which bounded_memory forbids"
+        )
     if reason is not None:
         raise Refusal(f"implementation='cudnn': {reason}; use 'blockwise' or 'xla'")
     queries, keys = query.shape[1], key.shape[1]

@@ -36,9 +36,7 @@ from tests.benchmarks.gpu_compiler import compile_for, devices, tracing
 from tests.benchmarks.gpu_networks import NETWORKS
 from tests.benchmarks.reckoning import Reckoning, reckon
 
-HOW = (
-    "python -m tests.benchmarks.compiled_for_gpu ops: compiled for that device without one; bytes, products and launches"
-)
+HOW = "python -m tests.benchmarks.compiled_for_gpu ops: compiled for that device without one; bytes, products and launches"
 HEAD = ("reckoned", "launched", "moved", "products", "memory", "compile")
 
 
@@ -144,7 +142,9 @@ def compile_steps(preset: str, count: int) -> Iterator[tuple[str, jax.stages.Com
         for number, step in enumerate(run.jitted_steps(), 1):
             started = time.perf_counter()
             compiled = compile_for(mesh.devices.flat[0], step, run.state.abstract, run.frozen, run.batch)
-            name = f"{preset}, step {number}, {count} devices, batch {run.config.batch_size}, {run.config.compute.remat}"
+            name = (
+                f"{preset}, step {number}, {count} devices, batch {run.config.batch_size}, {run.config.compute.remat}"
+            )
             yield name, compiled, time.perf_counter() - started
 
 

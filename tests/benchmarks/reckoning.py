@@ -165,8 +165,8 @@ class _Program:
         results = [one for one in called.values() if one.root]
         updates = {one.operands[0]: one for one in called.values() if one.op == "dynamic-update-slice"}
         written = shape_bytes(own.shape)
-        if own.op == "custom-call":  # beside its result stands what it works in
-            written = max((shape_bytes(array) for array in _split(own.shape)), default=0)
+        if own.op == "custom-call" and own.shape.startswith("(") and re.search(r"[su]8\[\d+\]\S*\)$", own.shape):
+            written -= shape_bytes(_split(own.shape)[-1])  # the memory that it works in
         if updates and all(one.op in ("dynamic-update-slice", "tuple") for one in results):
             written = sum(shape_bytes(called[one.operands[1]].shape) for one in updates.values())
         read = 0.0

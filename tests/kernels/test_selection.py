@@ -40,8 +40,13 @@ def test_the_table_is_of_operations_that_exist():
     for measurement in measurements():
         assert measurement.implementation in found[measurement.op]
     assert pick("depthwise_conv", "cpu").implementation == "xla_shifted"
-    # nothing is measured on a GPU so far
-    assert all(found.implementation == "xla" for found in picks() if found.platform != "cpu")
+    # nothing is timed on a GPU so far
+    on_gpus = {found.op: found for found in picks() if found.platform == "cuda"}
+    assert all(not row.timed for found in on_gpus.values() for row in found.measurements)
+    cudnn = {op for op, found in on_gpus.items() if found.implementation == "cudnn"}
+    assert cudnn == {"softmax_attention", "bounded_softmax_attention"}
+    assert all(found.implementation == "xla" for op, found in on_gpus.items() if op not in cudnn)
+    assert "softmax_attention on cuda: cudnn (reckoned 0." in describe()
     assert "depthwise_conv on cuda, rocm, tpu: xla (nothing is measured there)" in describe()
 
 
@@ -51,6 +56,18 @@ def test_what_is_faster_in_every_row_is_picked(monkeypatch):
     assert pick("scale", "cpu") == selection.Pick("scale", "cpu", "xla", ())
     table(monkeypatch, row("pallas", 1.1), row("pallas", 0.2))
     assert pick("scale", "cuda").implementation == "xla"
+
+
+def test_what_is_reckoned_must_promise_half_and_counts_until_something_is_timed(monkeypatch):
+    reckoned = [dataclasses.replace(row("pallas", ratio), timed=False) for ratio in (0.3, 0.45)]
+    table(monkeypatch, *reckoned)
+    assert pick("scale", "cuda").implementation == "pallas"
+    table(monkeypatch, *reckoned, dataclasses.replace(row("pallas", 0.6), timed=False))
+    assert pick("scale", "cuda").implementation == "xla"
+    table(monkeypatch, *reckoned, row("pallas", 1.1))
+    assert pick("scale", "cuda") == selection.Pick("scale", "cuda", "xla", (row("pallas", 1.1),))
+    table(monkeypatch, *reckoned, row("xla_other", 0.9))
+    assert pick("scale", "cuda").implementation == "xla_other"
 
 
 def test_none_is_decided_when_the_program_is_lowered(monkeypatch):

@@ -191,7 +191,10 @@ def small_blocks(monkeypatch):
 
 @pytest.mark.parametrize(
     ("implementation", "case"),
-    [*(("blockwise", case) for case in CASES if case != "padding"), *(("xla", case) for case in [*CASES, *ALL_SCORES])],
+    [
+        *((form, case) for form in ("blockwise", "large_blocks") for case in CASES if case != "padding"),
+        *(("xla", case) for case in [*CASES, *ALL_SCORES]),
+    ],
 )
 def test_values_and_gradients(implementation, case, small_blocks):
     options, *shape = (CASES | ALL_SCORES)[case]
@@ -202,6 +205,17 @@ def test_values_and_gradients(implementation, case, small_blocks):
     assert float(jnp.abs(expected[0]).max()) > 0.5
     for mine, wanted in zip(found, expected, strict=True):
         assert relative_error(mine, wanted) <= 2e-6
+
+
+def test_large_blocks_are_of_whole_rows():
+    """A GPU's products copy operands whose rows are of another length, to fill them up."""
+    sizes = {tokens: blockwise._block_size(tokens, blockwise.LARGE_BLOCK, blockwise.WHOLE_ROWS) for tokens in
+             (18480, 2640, 4000, 1250, 300, 12)}  # fmt: skip
+    assert sizes == {18480: 880, 2640: 880, 4000: 800, 1250: 640, 300: 304, 12: 12}
+    query, key, value = (jnp.asarray(array, jnp.float32) for array in draw(1250, 1400))
+    with jax.default_matmul_precision("highest"):
+        found = softmax_attention(query, key, value, implementation="large_blocks")
+        assert relative_error(found, formula(query, key, value)) <= 2e-6
 
 
 def test_what_runs_without_a_measurement():
@@ -230,7 +244,7 @@ def test_what_runs_without_a_measurement():
         ({"soft_cap": 1.0, "implementation": "cudnn"}, "implementation='cudnn': it has no soft_cap; use 'blockwise'"),
         ({"implementation": "cudnn"}, "'cudnn': inputs of float32: all of them must be bfloat16 or float16"),
         ({"bounded_memory": True, "implementation": "xla"}, "'xla' has all scores at once, which bounded_memory=True"),
-        ({"implementation": "flash"}, r"implementation='flash': choose one of \['blockwise', 'cudnn', 'reference'"),
+        ({"implementation": "flash"}, r"implementation='flash': choose one of \['blockwise', 'cudnn', 'large_blocks'"),
     ],
 )
 def test_what_does_not_fit_is_refused(options, message):
@@ -295,7 +309,7 @@ def published_shapes() -> set[tuple[str, int, int, int, int]]:
 
 @pytest.mark.parametrize(("what", "queries", "keys", "heads", "size"), sorted(published_shapes()))
 def test_cudnn_is_called_where_it_is_measured_to_be_faster(what, queries, keys, heads, size, with_cudnn):
-    """At the published sizes, with gradients; the padding of captions is written out, and smaller than the queries."""
+    """At the published sizes, with gradients; the padding of captions is written out."""
 
     def loss(query, key, value, padding=None):
         options = {"bias": padding} if what == "caption" else {"mask": padding, "bounded_memory": True}
@@ -310,13 +324,22 @@ def test_cudnn_is_called_where_it_is_measured_to_be_faster(what, queries, keys, 
     assert calls(jax.grad(loss, (0, 1, 2)), *shapes) == [plain, f"{plain}Backward"]
 
 
+def test_cudnn_is_called_for_worlds_in_causal_blocks(with_cudnn):
+    """The mask is written out once for all heads: 683 MB at 21 latent frames."""
+    tokens = 21 * 880
+    shapes = half(1, tokens, 20, 112), half(1, tokens, 20, 112), half(1, tokens, 20, 112)
+    mask = np.tril(np.ones((1, 21, 21), bool))
+    run = functools.partial(softmax_attention, mask=mask, bounded_memory=True)
+    assert calls(run, *shapes) == ["fmhaScaleBiasSoftmax"]
+
+
 @pytest.mark.parametrize(
     ("sizes", "options", "reason"),
     [
         ((12, 12, 20), {}, "heads of 20 channels: it takes multiples of 8 up to 128 on this device"),
         ((12, 12, 136), {}, "heads of 136 channels"),
         ((12, 11, 16), {"mask": np.ones((1, 1, 11), bool)}, "12 queries and 11 keys: both must be even"),
-        ((64, 64, 16), {"mask": np.ones((1, 2, 2), bool)}, "64 x 64 pairs is larger than the queries"),
+        ((2**15, 2**15, 16), {"mask": np.ones((1, 2, 2), bool)}, "32768 x 32768 pairs takes over 1 GiB"),
     ],
 )
 def test_what_cudnn_does_not_take_runs_in_blocks(sizes, options, reason, with_cudnn):
@@ -326,10 +349,11 @@ def test_what_cudnn_does_not_take_runs_in_blocks(sizes, options, reason, with_cu
     assert calls(bounded, *shapes) == []
     with pytest.raises(ValueError, match=f"implementation='cudnn': .*{reason}.*; use 'blockwise' or 'xla'"):
         lower_for_cuda(functools.partial(bounded, implementation="cudnn"), *shapes)
-    if "64 x 64" not in reason:
+    assert "stablehlo.while" in lower_for_cuda(bounded, *shapes)  # that of the blocks
+    if "1 GiB" not in reason:
         open_to_all = lower_for_cuda(functools.partial(softmax_attention, **options), *shapes)
         assert "cudnn" not in open_to_all
-        assert "stablehlo.while" in open_to_all  # that of the blocks
+        assert "stablehlo.while" not in open_to_all  # XLA has all scores there, as where there is no cuDNN
 
 
 def test_without_a_gpu_cudnn_is_named_as_what_is_missing(monkeypatch):
