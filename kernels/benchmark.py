@@ -92,6 +92,8 @@ def measure_op(
 
 
 def measured_function(op: Op, name: str, what: str) -> Callable[[Any, Any], Any]:
+    """What a row is about, of the inputs and of the cotangent (None for values): ``values`` or ``gradients``."""
+
     def values(arrays: Any, cotangent: Any) -> Any:
         return op.run(arrays, name)
 

@@ -36,7 +36,7 @@ from tests.benchmarks.gpu_compiler import compile_for, devices, tracing
 from tests.benchmarks.gpu_networks import NETWORKS
 from tests.benchmarks.reckoning import Reckoning, reckon
 
-HOW = "python -m tests.benchmarks.compiled_for_gpu ops: compiled for that device without one; bytes, products and launches"
+HOW = "python -m tests.benchmarks.compiled_for_gpu ops: compiled for it without one; bytes, products and launches"
 HEAD = ("reckoned", "launched", "moved", "products", "memory", "compile")
 
 

@@ -69,7 +69,7 @@ def devices(count: int = 1) -> list[jax.Device]:
 @contextlib.contextmanager
 def tracing() -> Iterator[None]:
     """What is traced inside may use cuDNN as an H100 has it."""
-    with mock.patch.object(cudnn, "largest_size", lambda: cudnn.LARGEST_SIZE_OF_HOPPER):
+    with mock.patch.object(cudnn, "largest_size", return_value=cudnn.LARGEST_SIZE_OF_HOPPER):
         yield
 
 
