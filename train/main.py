@@ -51,7 +51,7 @@ from train.memory import advice_when_memory_ends
 from train.metrics import MetricsWriter, Progress, clock, summarise
 from train.optimizers import learning_rate_schedule, warmup_steps
 from train.phases import schedules_of
-from train.plan import needed_and_choices, print_plan
+from train.plan import needed_and_choices, plan_words, print_plan
 from train.preemption import StopRequest, exit_status
 from train.previews import Previewer
 from train.publishing import publish
@@ -125,9 +125,10 @@ def read_command_line(argv: Sequence[str], prog: str = PROG, help_text: Callable
 def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> int:
     """Runs the command; returns its exit status. Without ``stop`` it listens to signals itself, until it returns."""
     words = list(sys.argv[1:] if argv is None else argv)
-    config = read_command_line([word for word in words if word != "--plan"])
-    if "--plan" in words:
-        return print_plan(config, words, _print_line)
+    others, planned, target = plan_words(words)
+    config = read_command_line(others)
+    if planned:
+        return print_plan(config, words, _print_line, target)
     if stop is not None:
         return train(config, stop)
     with closing(StopRequest()) as stop:

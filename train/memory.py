@@ -87,7 +87,12 @@ def compiled_bytes(compiled: jax.stages.Compiled) -> int | None:
 
 
 def traced_activations(
-    loss: Callable[..., Any], keeping_all: Callable[..., Any], arguments: Sequence[PyTree], layers: int, remat: str
+    loss: Callable[..., Any],
+    keeping_all: Callable[..., Any],
+    arguments: Sequence[PyTree],
+    layers: int,
+    remat: str,
+    platform: str,
 ) -> Activations:
     """Estimates the activations of a loss by tracing; nothing is compiled.
 
@@ -97,14 +102,15 @@ def traced_activations(
         arguments: as shapes, without shardings.
         layers: blocks.
         remat: the policy.
+        platform: of the devices.
     """
-    saved = _saved_bytes(loss, arguments)
-    block = (saved if remat == "none" else _saved_bytes(keeping_all, arguments)) // layers
+    saved = _saved_bytes(loss, arguments, platform)
+    block = (saved if remat == "none" else _saved_bytes(keeping_all, arguments, platform)) // layers
     again = _LAST_BLOCK * block if remat == "none" else max(block - saved / layers, block / 4)
     return Activations(saved, int(again))
 
 
-def _saved_bytes(loss: Callable[..., Any], arguments: Sequence[PyTree]) -> int:
+def _saved_bytes(loss: Callable[..., Any], arguments: Sequence[PyTree], platform: str) -> int:
     """Bytes that the forward pass keeps on the device for the backward pass, beside arrays that were there before."""
 
     def kept(trained, *others):
@@ -113,14 +119,14 @@ def _saved_bytes(loss: Callable[..., Any], arguments: Sequence[PyTree]) -> int:
     jaxpr = jax.make_jaxpr(kept)(*arguments).jaxpr
     there_before = {*jaxpr.invars, *jaxpr.constvars}
     found = {var for var in jaxpr.outvars if not isinstance(var, Literal)} - there_before
-    return sum(_kept_bytes(var.aval) for var in found)
+    return sum(_kept_bytes(var.aval, platform) for var in found)
 
 
-def _kept_bytes(aval: Any) -> int:
+def _kept_bytes(aval: Any, platform: str) -> int:
     if not hasattr(aval, "shape") or getattr(aval, "memory_space", None) == jax.memory.Space.Host:
         return 0
     # A CPU computes bfloat16 in float32 and keeps most of it so.
-    width = 4 if aval.dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else aval.dtype.itemsize
+    width = 4 if aval.dtype == jnp.bfloat16 and platform == "cpu" else aval.dtype.itemsize
     return math.prod(aval.shape) * width
 
 

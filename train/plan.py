@@ -1,7 +1,8 @@
 """What a run would take, before it runs: ``python -m train.main PRESET --plan [--field.sub value ...]``.
 
 Neither data nor weights are read. The configured step is compiled for devices as they are here, as the run would do
-it; what other settings would make of it is estimated from shapes and traces, and set right by what was compiled.
+it, or with ``--plan=h100x8`` for GPUs that are not here; what other settings would make of it is estimated from shapes
+and traces, and set right by what was compiled.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from sana_jax.contract import Contract, contract_of
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
+from sana_jax.gpu_compiler import ForGpu, Target, parse_target
 from sana_jax.models.context_parallel import CONTEXT_AXIS
 from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.models.sana_wm import SanaWMConfig
@@ -127,6 +129,10 @@ class PlannedRun(NamedTuple):
         functions = self.recipe.step_functions(self.config, self.state.optimizer, self.null_encoding)
         distinct = dict.fromkeys(functions)
         return [jax.jit(function, donate_argnums=0, out_shardings=shardings) for function in distinct]
+
+
+def _platform(mesh: Mesh | AbstractMesh) -> str:
+    return mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
 
 
 def _batch_parts(mesh: Mesh | AbstractMesh) -> int:
@@ -295,9 +301,14 @@ def _condition_shape(name: str, config: RunConfig, latents: tuple[int, ...]) -> 
 # -- figures -------------------------------------------------------------------------------------------------------
 
 
-def measured_memory(run: PlannedRun, say: Callable[[str], None]) -> Memory | None:
-    """Compiles the step; of several kinds of step, the one that needs most. None where the backend does not say."""
+def measured_memory(run: PlannedRun, say: Callable[[str], None], target: Target | None = None) -> Memory | None:
+    """Compiles the step; of several kinds of step, the one that needs most. None where the backend does not say.
+
+    ``target`` are the GPUs of the run's mesh where these are not here.
+    """
     jitted = run.jitted_steps()
+    if target is not None:
+        jitted = [ForGpu(step, target.gpu) for step in jitted]
     shape = "x".join(map(str, run.batch.latents.shape))
     fixed, needed = _fixed(run), []
     for number, step in enumerate(jitted):
@@ -323,7 +334,7 @@ def estimated_memory(run: PlannedRun) -> Memory | None:
     all_kept = dataclasses.replace(run.config, compute=dataclasses.replace(run.config.compute, remat="none"))
     arguments = _one_devices_share(run)
     losses = [_loss(run, recipe) for recipe in (run.recipe, make_recipe(all_kept))]
-    found = traced_activations(*losses, arguments, layers, run.config.compute.remat)
+    found = traced_activations(*losses, arguments, layers, run.config.compute.remat, _platform(run.mesh))
     gathered = 0
     if run.mesh.shape["fsdp"] > 1:  # a layer's weights, and the one that is fetched meanwhile
         weights = run.frozen if run.frozen is not None else run.state.abstract.params
@@ -383,7 +394,7 @@ def choices(run: PlannedRun, measured: Memory | None, only: Container[str] | Non
             continue  # nothing is known of its activations
         else:
             memory = estimated_memory(other)
-            if mesh == run.mesh:
+            if mesh == run.mesh and other.rows == run.rows:
                 corrected = memory.activations + correction
             else:  # with a share of the samples goes as large a share of what the estimate is off by
                 corrected = memory.activations * (1 + correction / max(1, as_it_is.activations))
@@ -415,7 +426,7 @@ def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh |
             compute = change(config.compute, remat=remat)
             yield f"--compute.remat {remat}", _PRICES[remat], change(config, compute=compute), mesh
     # a CPU computes bfloat16 in float32, with which the estimate would not be right
-    if config.compute.dtype == "float32" and jax.default_backend() != "cpu":
+    if config.compute.dtype == "float32" and _platform(mesh) != "cpu":
         compute = change(config.compute, dtype="bfloat16")
         yield "--compute.dtype bfloat16", "less exact, much faster on a GPU", change(config, compute=compute), mesh
     parts = 2 * config.accumulation
@@ -455,20 +466,37 @@ def _with_optimizer(optimizer: OptimizerConfig, name: str) -> OptimizerConfig:
 # -- command -------------------------------------------------------------------------------------------------------
 
 
-def print_plan(config: RunConfig, words: Sequence[str], say: Callable[[str], None]) -> int:
+def plan_words(words: Sequence[str]) -> tuple[list[str], bool, Target | None]:
+    """A command line's words without ``--plan`` or ``--plan=GPU``, whether there was one, and for which GPUs.
+
+    Raises:
+        UserError: GPUs that are not known.
+    """
+    asked = [word for word in words if word == "--plan" or word.startswith("--plan=")]
+    others = [word for word in words if word not in asked]
+    named = [word.partition("=")[2] for word in asked if "=" in word]
+    return others, bool(asked), parse_target(named[-1]) if named else None
+
+
+def print_plan(
+    config: RunConfig, words: Sequence[str], say: Callable[[str], None], target: Target | None = None
+) -> int:
     """Prints what a run would take on each device, and what would change it; returns the exit status.
 
     Args:
         config: the run.
         words: of its command line, for a process with as many simulated devices as its mesh has.
         say: prints a line.
+        target: GPUs that it is for, in place of the devices that are here.
 
     Raises:
         UserError, FileNotFoundError: one line about what does not fit.
     """
+    if target is not None:
+        return _print_plan_for(target, config, say)
     prefer_device(config.device)
     device = choose_device(config.device)
-    wanted = math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
+    wanted = _fixed_size(config)
     if jax.device_count() % wanted and _SIMULATED not in os.environ:
         here = jax.device_count()
         say(f"the mesh wants {wanted} devices, here are {here}: planning on {wanted} simulated CPU devices")
@@ -482,13 +510,34 @@ def print_plan(config: RunConfig, words: Sequence[str], say: Callable[[str], Non
     with jax.set_mesh(mesh):
         run = planned_run(config, model, mesh)
         measured = measured_memory(run, say)
-        for line in report(run, measured, choices(run, measured), device):
+        for line in report(run, measured, choices(run, measured), device, _of_the_device(device)):
             say(line)
     return 0
 
 
-def report(run: PlannedRun, measured: Memory | None, changes: list[Choice], device: jax.Device) -> list[str]:
-    """The lines of a plan."""
+def _print_plan_for(target: Target, config: RunConfig, say: Callable[[str], None]) -> int:
+    prefer_device("cpu")  # what is computed while tracing
+    mesh = make_mesh(config.mesh, target.devices(_fixed_size(config)))
+    config, model = settled(config)
+    # The mesh is not set, but its outline: nothing can be computed on devices that are not here.
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        run = planned_run(config, model, mesh)
+        measured = measured_memory(run, say, target)
+        limit = f"  of {readable_bytes(target.gpu.memory)} that such a device has"
+        for line in report(run, measured, choices(run, measured), mesh.devices.flat[0], limit):
+            say(line)
+    return 0
+
+
+def _fixed_size(config: RunConfig) -> int:
+    """Of the mesh, as far as it is given."""
+    return math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
+
+
+def report(
+    run: PlannedRun, measured: Memory | None, changes: list[Choice], device: jax.Device, limit: str = ""
+) -> list[str]:
+    """The lines of a plan; ``limit`` says what there is on the device."""
     memory, config = measured or estimated_memory(run), run.config
     schedules, params = schedules_of(run.state.optimizer, config), run.state.abstract.params
     trained, every = trained_count(schedules, params), parameter_count(params)
@@ -510,7 +559,7 @@ def report(run: PlannedRun, measured: Memory | None, changes: list[Choice], devi
         "activations": f"activations ({config.compute.remat}), {origin}",
     }
     rows = [(text, getattr(memory, field), "") for field, text in names.items() if getattr(memory, field)]
-    rows.append(("in all", memory.total, _of_the_device(device)))
+    rows.append(("in all", memory.total, limit))
     lines += [f"  {text:<44}{readable_bytes(size):>10}{note}" for text, size, note in rows]
     lines.append("one change at a time, estimated:")
     for choice in sorted(changes, key=lambda choice: choice.total):
@@ -522,7 +571,10 @@ def report(run: PlannedRun, measured: Memory | None, changes: list[Choice], devi
     if config.self_forcing is not None and config.self_forcing.stream is not None:
         lines.append("not in it either: what a video's windows leave for the next, and the autoencoder that they need")
     if device.platform == "cpu" and config.compute.dtype == "bfloat16":
-        lines.append("a CPU computes bfloat16 in float32: on a GPU the activations are about half of these")
+        lines.append(
+            "a CPU computes bfloat16 in float32: on a GPU the activations are about half of these; --plan=h100 "
+            "compiles for one"
+        )
     return lines
 
 

@@ -21,15 +21,15 @@ AXES = ("data", "fsdp", "tensor", "context")
 BATCH_AXES = ("data", "fsdp")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh over all devices of all processes.
+def make_mesh(config: MeshConfig, among: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh over all devices of all processes, or over those that are given.
 
     Raises:
         UserError: the axes' product is not the number of devices.
     """
     sizes = [getattr(config, axis) for axis in AXES]
     shown = ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
-    devices = jax.device_count()
+    devices = jax.device_count() if among is None else len(among)
     if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
         raise UserError(f"mesh {shown}: each axis is 1 or more, and at most one is -1 for the rest; set --mesh.AXIS")
     if -1 in sizes:
@@ -46,7 +46,7 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"mesh {shown}: the axes' product {math.prod(sizes)} must be the number of devices, {devices}; "
             f"change --mesh.data (-1 for the rest) or the others"
         )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=among)
 
 
 def check_batch(batch_size: int, accumulation: int, mesh: Mesh) -> None:

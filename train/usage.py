@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from configs import DEFAULT_PRESET, PRESETS, load_preset
 from configs.schema import RunConfig
 from sana_jax.command_line import option_names
+from sana_jax.gpu_compiler import GPUS
 
 TRAINING = (
     "Trains a model: starts a run of a preset, with options that change it, or continues one. Everything of a run goes "
@@ -17,6 +18,7 @@ TRAINING = (
 OPTIONS_OF_TRAINING = (
     ("--resume RUN_DIR", "in the place of a preset: continues that run; options may follow"),
     ("PRESET --plan", "says how much memory the run would take, part by part, and leaves"),
+    ("PRESET --plan=h100x8", "the same for eight GPUs that need not be here; " + ", ".join(GPUS) + " are known"),
 )
 _WIDTH = 120
 

@@ -7,6 +7,10 @@ written out for every pair of query and key in the inputs' dtype; causal attenti
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+
 import jax
 import jax.numpy as jnp
 
@@ -21,6 +25,7 @@ SIZE_STEP, LARGEST_SIZE, LARGEST_SIZE_OF_HOPPER = 8, 128, 256
 # Bytes that a mask or bias may take, all heads sharing it, where memory is to be bounded: a world of 21 latent frames
 # in causal blocks needs 683 MB, where softmax in blocks would move some hundred times as much.
 LARGEST_MASK = 1 << 30
+_capability: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("capability", default=None)
 
 
 def attend(
@@ -106,9 +111,21 @@ def _reason_against(query: Array, key: Array, value: Array, written_out: bool, s
 
 def largest_size() -> int | None:
     """The largest head that cuDNN takes on this machine's devices; None where there is no CUDA device."""
-    try:
-        devices = jax.local_devices(backend="cuda")
-    except RuntimeError:
-        return None
-    capabilities = [tuple(int(part) for part in device.compute_capability.split(".")) for device in devices]
+    capabilities = [] if _capability.get() is None else [_capability.get()]
+    if not capabilities:
+        try:
+            devices = jax.local_devices(backend="cuda")
+        except RuntimeError:
+            return None
+        capabilities = [tuple(int(part) for part in device.compute_capability.split(".")) for device in devices]
     return LARGEST_SIZE_OF_HOPPER if min(capabilities) >= (9, 0) else LARGEST_SIZE
+
+
+@contextlib.contextmanager
+def on_capability(capability: tuple[int, int]) -> Iterator[None]:
+    """What is traced inside is for devices of this compute capability, whatever this machine has."""
+    token = _capability.set(capability)
+    try:
+        yield
+    finally:
+        _capability.reset(token)

@@ -31,8 +31,10 @@ from kernels import selection
 from kernels.benchmark import measured_function
 from kernels.benchmarking.ops import Op, describe_sizes
 from kernels.benchmarking.pointwise_ops import OPS
+from kernels.softmax_attention.cudnn import on_capability
 from sana_jax.compilation import readable_bytes
-from tests.benchmarks.gpu_compiler import compile_for, devices, tracing
+from sana_jax.gpu_compiler import Target
+from tests.benchmarks.gpu_compiler import H100, compile_for
 from tests.benchmarks.gpu_networks import NETWORKS
 from tests.benchmarks.reckoning import Reckoning, reckon
 
@@ -135,7 +137,9 @@ def compile_steps(preset: str, count: int) -> Iterator[tuple[str, jax.stages.Com
         for size in sizes:
             known *= size
         sizes[sizes.index(-1)] = count // known
-    mesh = jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices(count))
+    mesh = jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=Target(H100, count).devices()
+    )
     # not jax.set_mesh: what is computed while tracing would be computed on devices that compute nothing
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = preset_run(preset, mesh)
@@ -159,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=0, help="of each program's kernels that are shown, the dearest")
     parser.add_argument("--rows", type=pathlib.Path, help="with ops: where rows for kernels/measurements.json go")
     options = parser.parse_args(argv)
-    (device,) = devices()
+    (device,) = Target(H100, 1).devices()
     if options.what == "ops":
         print_head("operation", "what", "dtype", "implementation")
         rows = [row for name in options.names or OPS for row in op_rows(OPS[name], device, options.most)]
@@ -169,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         print_head("network")
         for name in options.names or NETWORKS:
             started = time.perf_counter()
-            with tracing():
+            with on_capability(H100.capability):
                 function, arguments = NETWORKS[name]()
             compiled = compile_for(device, function, *arguments)
             found, values = cells(compiled, time.perf_counter() - started)

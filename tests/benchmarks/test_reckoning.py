@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.benchmarks.gpu_compiler import compile_for, devices
+from sana_jax.errors import UserError
+from sana_jax.gpu_compiler import Target
+from tests.benchmarks.gpu_compiler import H100, compile_for
 from tests.benchmarks.reckoning import Kernel, Speeds, reckon, shape_bytes
 
 # Written by hand in the form that XLA prints: a layer's kernel is cut out of a stack and multiplied, three times; its
@@ -47,10 +49,10 @@ def test_a_loop_of_unknown_length_is_refused():
 
 def test_a_program_is_compiled_for_a_device_that_is_not_here():
     if importlib.util.find_spec("jax_plugins") is None:
-        with pytest.raises(RuntimeError, match=r"pip install 'jax\[cuda12\]==.*needs no GPU"):
-            devices()
+        with pytest.raises(UserError, match=r"pip install 'jax\[cuda12\]==.*needs no GPU"):
+            Target(H100, 1).devices()
         return
-    (device,) = devices()
+    (device,) = Target(H100, 1).devices()
     half = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
     compiled = compile_for(device, lambda x: jax.nn.silu(x @ x.T), half)
     assert reckon(compiled.as_text()).flops == 2 * 256 * 512 * 256

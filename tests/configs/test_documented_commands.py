@@ -14,6 +14,7 @@ from configs import PRESETS, load_preset
 from sana_jax.command_line import parse
 from train.main import read_command_line
 from train.make_trajectories import MakeTrajectoriesConfig
+from train.plan import plan_words
 
 README = Path(__file__).parents[2] / "README.md"
 TRAJECTORIES, TRAIN = "train.make_trajectories", "train.main"
@@ -63,4 +64,4 @@ def test_the_commands_of_runs_are_read():
     runs = [words for words in runs if not {"--resume", "--help"} & {*words}]
     assert len(runs) > 20
     for words in runs:
-        read_command_line([word for word in words if word != "--plan"])
+        read_command_line(plan_words(words)[0])

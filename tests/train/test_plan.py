@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from configs.lora import LoraConfig
 from configs.schema import ComputeConfig, OptimizerConfig
-from sana_jax import UserError
+from sana_jax import UserError, gpu_compiler
 from tests.simulated_devices import simulated_devices
 from tests.train.tiny_run import QUICKLY, mesh_config, tiny_config
 from train import main as trainer
@@ -218,6 +218,53 @@ def test_a_plan_prints_what_the_run_then_needs_and_writes_nothing(capsys, tmp_pa
     assert planned == reported
     for option in ("--compute.remat full", "--accumulation 2", "--optimizer.name came_8bit", "--mesh.fsdp 8"):
         assert option in plan
+
+
+def test_a_plan_for_gpus_that_are_not_here(capsys, monkeypatch):
+    """All but the compiler, in whose place is that of this machine's processor."""
+    asked = []
+    monkeypatch.setattr(gpu_compiler, "PLATFORM", "cpu")
+    monkeypatch.setattr(gpu_compiler, "OPTIONS", {})
+    monkeypatch.setattr(
+        gpu_compiler.Target, "devices", lambda target, count: asked.append((target, count)) or jax.devices("cpu")[:1]
+    )
+    assert trainer.main(["digits", "--plan", *SMALL_OPTIONS]) == 0
+    here = capsys.readouterr().out
+    assert trainer.main(["digits", "--plan=rtx4090", *SMALL_OPTIONS]) == 0
+    found = capsys.readouterr().out
+    assert asked == [(gpu_compiler.Target(gpu_compiler.GPUS["rtx4090"], None), 1)]
+    totals = [re.search(r"in all +([\d.]+ \wB)(.*)", text).groups() for text in (here, found)]
+    assert totals[0][0] == totals[1][0]
+    assert totals[1][1] == "  of 24.70 GB that such a device has"
+
+
+def test_gpus_of_a_plan(monkeypatch):
+    words = ["digits", "--plan=h100x16", "--steps", "2"]
+    assert plan.plan_words(words) == (["digits", "--steps", "2"], True, (gpu_compiler.GPUS["h100"], 16))
+    assert plan.plan_words(words[:1]) == (["digits"], False, None)
+    for name in ("h2", "", "h100x0", "h100x"):
+        with pytest.raises(UserError, match=f"GPU '{name}' is not known; choose h100, a100, rtx4090, with a number"):
+            plan.plan_words([f"--plan={name}"])
+    with pytest.raises(UserError, match="12 GPUs: allowed are 1 to 8, and multiples of 8"):
+        gpu_compiler.parse_target("a100x12").devices()
+
+    def missing(*_, **__):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", missing)
+    with pytest.raises(UserError, match=r"pip install 'jax\[cuda12\]==\S+' brings it, and needs no GPU"):
+        gpu_compiler.parse_target("a100").devices()
+
+
+def test_a_smaller_part_of_the_batch_is_off_by_a_smaller_part():
+    """What the estimate is off by goes along with the samples that are computed at once."""
+    run = run_of(configuration())
+    estimated = estimated_memory(run)
+    measured = estimated._replace(activations=3 * estimated.activations)
+    (halved,) = choices(run, measured, only=["--accumulation 2"])
+    (alone,) = choices(run, None, only=["--accumulation 2"])
+    fixed = alone.total - (measured.total - measured.activations)
+    assert halved.total - alone.total == pytest.approx(2 * (fixed - measured.gradients), rel=0.02)
 
 
 def test_shapes_come_from_a_configuration_file_alone(tmp_path):
