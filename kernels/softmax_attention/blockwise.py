@@ -159,7 +159,7 @@ def _forward(query, key, value, mask, form):
     counts = (query.shape[1], key.shape[1])
     work = jnp.promote_types(query.dtype, jnp.float32)
     keys, values = _blocks((key, value), sizes[1])
-    starts = jnp.arange(len(keys)) * sizes[1]
+    query, mask, query_starts, starts = _tied(query, mask, counts, sizes)
 
     def one_query_block(_, inputs):
         own, first = inputs
@@ -177,7 +177,7 @@ def _forward(query, key, value, mask, form):
 
             def attend(carry):
                 highest, total, summed = carry
-                scores = _where(seen, _scores(own, their_keys, scale), -jnp.inf)
+                scores = _hidden(_scores(own, their_keys, scale), seen)
                 higher = jnp.maximum(highest, scores.max(-1))
                 weights = jnp.exp(scores - higher[..., None])
                 shrink = jnp.exp(highest - higher)
@@ -193,12 +193,26 @@ def _forward(query, key, value, mask, form):
         return None, (out.astype(query.dtype), log_sum)
 
     (queries,) = _blocks((query,), sizes[0])
-    _, (out, log_sum) = jax.lax.scan(one_query_block, None, (queries, jnp.arange(len(queries)) * sizes[0]))
+    _, (out, log_sum) = jax.lax.scan(one_query_block, None, (queries, query_starts))
     return _joined(out, counts[0]), _joined(log_sum, counts[0])
 
 
-def _where(seen: Array | None, values: Array, otherwise: float) -> Array:
-    return values if seen is None else jnp.where(seen, values, otherwise)
+def _tied(
+    query: Array, mask: Array | None, counts: tuple[int, int], sizes: tuple[int, int]
+) -> tuple[Array, Array | None, Array, Array]:
+    """The queries, the mask, and where blocks of queries and of keys start.
+
+    What does not depend on a network's layers, as masks do not, JAX computes before a scan over the layers, for the
+    gradients of all of them: of these loops that would be what is seen of every pair at once. A barrier makes it
+    depend on the queries.
+    """
+    starts = (jnp.arange(math.ceil(count / size)) * size for count, size in zip(counts, sizes))
+    return jax.lax.optimization_barrier((query, mask, *starts))
+
+
+def _hidden(scores: Array, seen: Array | None) -> Array:
+    """Scores with minus infinity where nothing is seen, by a sum: another constant would be kept for every pair."""
+    return scores if seen is None else scores + jnp.where(seen, 0.0, -jnp.inf).astype(scores.dtype)
 
 
 def _if_any(all_seen: bool, seen: Array | None, attend: Any, carry: Any) -> Any:
@@ -217,9 +231,9 @@ def _backward_rule(form, kept, cotangent):
     counts = (query.shape[1], key.shape[1])
     work = jnp.promote_types(query.dtype, jnp.float32)
     along = (out.astype(work) * cotangent.astype(work)).sum(-1)  # (B, M, h)
+    query, mask, query_starts, starts = _tied(query, mask, counts, sizes)
     rows = (query, cotangent.astype(query.dtype), log_sum, along)
     queries = _blocks(rows, sizes[0])
-    query_starts = jnp.arange(len(queries[0])) * sizes[0]
 
     def one_key_block(query_gradient, inputs):
         own_keys, own_values, first = inputs
@@ -231,8 +245,8 @@ def _backward_rule(form, kept, cotangent):
 
             def attend(carry):
                 key_gradient, value_gradient, gradient = carry
-                scores = _scores(their, own_keys, scale)
-                weights = _where(seen, jnp.exp(scores - log_sum[..., None]), 0.0)
+                scores = _hidden(_scores(their, own_keys, scale), seen)
+                weights = jnp.exp(scores - log_sum[..., None])
                 added = _product("bhmn,bhme->bhne", weights.astype(value.dtype), upstream)
                 towards = _product("bhme,bhne->bhmn", upstream, own_values)
                 slope = (weights * (towards - along[..., None])).astype(query.dtype)
@@ -248,7 +262,6 @@ def _backward_rule(form, kept, cotangent):
         return query_gradient, found
 
     keys, values = _blocks((key, value), sizes[1])
-    starts = jnp.arange(len(keys)) * sizes[1]
     query_gradient = jnp.zeros(queries[0].shape, work)
     query_gradient, (key_gradient, value_gradient) = jax.lax.scan(one_key_block, query_gradient, (keys, values, starts))
     gradients = (

@@ -33,6 +33,7 @@ from kernels.benchmarking.ops import Op, describe_sizes
 from kernels.benchmarking.pointwise_ops import OPS
 from kernels.softmax_attention.cudnn import on_capability
 from sana_jax.compilation import readable_bytes
+from sana_jax.devices import prefer_device
 from sana_jax.gpu_compiler import Target
 from tests.benchmarks.gpu_compiler import H100, compile_for
 from tests.benchmarks.gpu_networks import NETWORKS
@@ -163,6 +164,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--most", type=int, default=0, help="of each program's kernels that are shown, the dearest")
     parser.add_argument("--rows", type=pathlib.Path, help="with ops: where rows for kernels/measurements.json go")
     options = parser.parse_args(argv)
+    prefer_device("cpu")
     (device,) = Target(H100, 1).devices()
     if options.what == "ops":
         print_head("operation", "what", "dtype", "implementation")

@@ -110,11 +110,7 @@ class _Instruction(NamedTuple):
 
 
 def reckon(text: str, speeds: Speeds = Speeds()) -> Reckoning:
-    """Reads ``Compiled.as_text()`` of a program for a GPU.
-
-    Raises:
-        ValueError: a loop whose trips the compiler does not say.
-    """
+    """Reads ``Compiled.as_text()`` of a program for a GPU; a loop whose trips the compiler does not say counts once."""
     program = _Program(text)
     return Reckoning(tuple(program.kernels(program.entry, 1, speeds)))
 
@@ -137,10 +133,9 @@ class _Program:
             if own.op in _FREE:
                 continue
             if own.op == "while":
-                if (trips := _TRIPS.search(own.line)) is None:
-                    raise ValueError(f"{own.name}: a loop of unknown length")
+                trips = _TRIPS.search(own.line)
                 body = re.search(r"body=%([\w.\-]+)", own.line)[1]
-                yield from self.kernels(body, times * int(trips[1]), speeds)
+                yield from self.kernels(body, times * (int(trips[1]) if trips else 1), speeds)
             elif own.op == "conditional":  # the dearest branch
                 branches = [list(self.kernels(name, times, speeds)) for name in _branches(own.line)]
                 yield from max(branches, key=lambda branch: sum(kernel.seconds for kernel in branch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import re
 
 import jax
@@ -216,6 +217,26 @@ def test_large_blocks_are_of_whole_rows():
     with jax.default_matmul_precision("highest"):
         found = softmax_attention(query, key, value, implementation="large_blocks")
         assert relative_error(found, formula(query, key, value)) <= 2e-6
+
+
+@pytest.mark.parametrize("implementation", ["blockwise", "large_blocks"])
+@pytest.mark.parametrize("options", [{"mask": np.tril(np.ones((1, 64, 64), bool))}, {"causal": True}, {}], ids=str)
+def test_no_pair_of_all_is_kept_for_a_scan_of_layers(implementation, options):
+    """What is seen depends on no layer, so that JAX would compute it once for all of them, and keep it."""
+    tokens = 4096 if options else 4100  # these leave a rest
+    shape = jax.ShapeDtypeStruct((1, tokens, 1, 8), jnp.float32)
+
+    def loss(query, key, value):
+        def layer(query, _):
+            attend = functools.partial(softmax_attention, implementation=implementation, bounded_memory=True, **options)
+            return jax.checkpoint(attend)(query, key, value), None
+
+        return jax.lax.scan(layer, query, None, length=2)[0].sum()
+
+    traced = str(jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(shape, shape, shape))
+    sizes = {math.prod(map(int, found.split(","))) for found in re.findall(r"\w\[([\d,]+)\]", traced)}
+    assert max(sizes) < tokens**2 / 8
+    assert max(sizes) >= 8 * tokens
 
 
 def test_what_runs_without_a_measurement():
