@@ -118,12 +118,20 @@ def parse_target(text: str) -> Target:
     Raises:
         UserError: another word.
     """
-    found = re.fullmatch(rf"({'|'.join(GPUS)})(?:x([1-9]\d*))?", text)
-    if found is None:
+    if (found := _match(text)) is None:
         raise UserError(
             f"GPU {text!r} is not known; choose {', '.join(GPUS)}, with a number such as h100x8 for several"
         )
     return Target(GPUS[found[1]], int(found[2]) if found[2] else None)
+
+
+def is_target(text: str) -> bool:
+    """Whether ``parse_target`` takes it."""
+    return _match(text) is not None
+
+
+def _match(text: str) -> re.Match | None:
+    return re.fullmatch(rf"({'|'.join(GPUS)})(?:x([1-9]\d*))?", text)
 
 
 class ForGpu:

@@ -42,7 +42,7 @@ from sana_jax.contract import Contract, contract_of
 from sana_jax.devices import choose_device, prefer_device
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
-from sana_jax.gpu_compiler import ForGpu, Target, parse_target
+from sana_jax.gpu_compiler import ForGpu, Target, is_target, parse_target
 from sana_jax.models.context_parallel import CONTEXT_AXIS
 from sana_jax.models.sana_video import SanaVideoConfig
 from sana_jax.models.sana_wm import SanaWMConfig
@@ -467,15 +467,20 @@ def _with_optimizer(optimizer: OptimizerConfig, name: str) -> OptimizerConfig:
 
 
 def plan_words(words: Sequence[str]) -> tuple[list[str], bool, Target | None]:
-    """A command line's words without ``--plan`` or ``--plan=GPU``, whether there was one, and for which GPUs.
+    """A command line's words without ``--plan``, ``--plan=GPU`` or ``--plan GPU``, whether it is there, and for which.
 
     Raises:
         UserError: GPUs that are not known.
     """
-    asked = [word for word in words if word == "--plan" or word.startswith("--plan=")]
-    others = [word for word in words if word not in asked]
-    named = [word.partition("=")[2] for word in asked if "=" in word]
-    return others, bool(asked), parse_target(named[-1]) if named else None
+    others, asked, named = [], False, None
+    for number, word in enumerate(words):
+        if word == "--plan" or word.startswith("--plan="):
+            asked, named = True, word.partition("=")[2] if "=" in word else named
+        elif number and words[number - 1] == "--plan" and is_target(word):
+            named = word
+        else:
+            others.append(word)
+    return others, asked, None if named is None else parse_target(named)
 
 
 def print_plan(

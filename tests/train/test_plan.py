@@ -241,6 +241,8 @@ def test_a_plan_for_gpus_that_are_not_here(capsys, monkeypatch):
 def test_gpus_of_a_plan(monkeypatch):
     words = ["digits", "--plan=h100x16", "--steps", "2"]
     assert plan.plan_words(words) == (["digits", "--steps", "2"], True, (gpu_compiler.GPUS["h100"], 16))
+    assert plan.plan_words(["--plan", "a100", "digits"]) == (["digits"], True, (gpu_compiler.GPUS["a100"], None))
+    assert plan.plan_words(["--plan", "digits"]) == (["digits"], True, None)
     assert plan.plan_words(words[:1]) == (["digits"], False, None)
     for name in ("h2", "", "h100x0", "h100x"):
         with pytest.raises(UserError, match=f"GPU '{name}' is not known; choose h100, a100, rtx4090, with a number"):
