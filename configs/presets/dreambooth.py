@@ -35,7 +35,6 @@ CONFIG = RunConfig(
     lora=LoraConfig(rank=4, targets=("qkv",)),
     prior=PriorConfig(),
     batch_size=4,
-    accumulation=4,
     compute=ComputeConfig(dtype="bfloat16", remat="full"),
     flow=FlowConfig(flow_shift=None, density="uniform", caption_dropout=0.0),
     optimizer=OptimizerConfig(learning_rate=1e-4, epsilon=1e-8, weight_decay=1e-4),

@@ -3,7 +3,7 @@
     python -m train.main tom_and_jerry_lora --model MODEL --data.path clips/
 
 Clips of 81 frames at 224x224 pixels, 4,116 tokens each in batches of 8; a LoRA of rank 16 and scale 2 with dropout,
-12.0 million parameters. A step takes about 27 GB, or 7 GB with ``--accumulation 8`` (estimates of ``--plan``).
+12.0 million parameters. A step takes 15.7 GB, or 5.9 GB with ``--accumulation 8`` (``--plan=h100``).
 Previews show the class prompt with the same noise before the first step and at six more. ``--optimizer.name
 adamw_8bit`` keeps the optimizer's state in a quarter of its memory; where the loss explodes early on,
 ``--optimizer.warmup-steps 500`` helps. Five prompts show at every checkpoint what is left of the model's other words:
