@@ -2,10 +2,10 @@
 
     python -m train.main lora_24gb --model MODEL --data.path photos/
 
-The preset ``lora`` in batches of four, with an 8-bit state. A step takes 4.5 GB (``--plan=rtx4090``): the frozen model in
-bfloat16 (3.2 GB), and activations, of which the forward pass is computed twice. ``--compute.remat dots_no_batch``
-computes little twice, is a tenth faster by reckoning, and takes 10.9 GB; SANA-1.5 4.8B takes 11.7 GB as it is. Text
-encoder (5.2 GB) and autoencoder are in memory only while the pictures are prepared, and for previews.
+The preset ``lora`` in batches of four, with an 8-bit state. A step takes 4.5 GB (``--plan=rtx4090``): the frozen model
+in bfloat16 (3.2 GB), and activations; the forward pass is computed twice. ``--compute.remat dots_no_batch`` computes
+little twice, is a tenth faster by reckoning, and takes 10.9 GB; SANA-1.5 4.8B takes 11.7 GB as it is. Text encoder
+(5.2 GB) and autoencoder are in memory only while the pictures are prepared, and for previews.
 """
 
 from __future__ import annotations
