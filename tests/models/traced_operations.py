@@ -28,7 +28,10 @@ def operations(run: Callable, *arguments: Any) -> list[Operation]:
 
 
 def operations_of(jaxpr: Any, outside: str = "", times: int = 1) -> list[Operation]:
-    """Every operation of a traced program with those inside it, each once; FLOPs are those of all turns of a scan."""
+    """Every operation of a traced program with those inside it, each once; FLOPs are those of all turns of a scan.
+
+    Of forms for several kinds of device it is the one for all that have none of their own.
+    """
     found = []
     for equation in jaxpr.eqns:
         inputs = tuple(variable.aval for variable in equation.invars)
@@ -37,7 +40,9 @@ def operations_of(jaxpr: Any, outside: str = "", times: int = 1) -> list[Operati
         if outputs:
             found.append(Operation(equation.primitive.name, scope, inputs, outputs[0], times * flops_of(equation)))
         turns = equation.params["length"] if equation.primitive.name == "scan" else 1
-        for parameter in equation.params.values():
+        by_platform = equation.params.get("branches_platforms") is not None
+        parameters = [equation.params["branches"][-1]] if by_platform else equation.params.values()
+        for parameter in parameters:
             for inner in parameter if isinstance(parameter, tuple | list) else (parameter,):
                 inner = getattr(inner, "jaxpr", inner)
                 if hasattr(inner, "eqns"):
