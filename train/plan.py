@@ -14,6 +14,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -325,8 +326,11 @@ def _fixed(run: PlannedRun) -> Memory:
     return fixed_memory(run.state.abstract, run.frozen, run.batch, copies)
 
 
-def estimated_memory(run: PlannedRun) -> Memory | None:
-    """The same without compiling; None for a recipe whose loss is not flow matching's."""
+def estimated_memory(run: PlannedRun, platform: str | None = None) -> Memory | None:
+    """The same without compiling; None for a recipe whose loss is not flow matching's.
+
+    ``platform`` is that of the devices, where an outline of a mesh does not say it.
+    """
     fixed = _fixed(run)
     if not hasattr(run.recipe, "velocity"):
         return None
@@ -334,7 +338,7 @@ def estimated_memory(run: PlannedRun) -> Memory | None:
     all_kept = dataclasses.replace(run.config, compute=dataclasses.replace(run.config.compute, remat="none"))
     arguments = _one_devices_share(run)
     losses = [_loss(run, recipe) for recipe in (run.recipe, make_recipe(all_kept))]
-    found = traced_activations(*losses, arguments, layers, run.config.compute.remat, _platform(run.mesh))
+    found = traced_activations(*losses, arguments, layers, run.config.compute.remat, platform or _platform(run.mesh))
     gathered = 0
     if run.mesh.shape["fsdp"] > 1:  # a layer's weights, and the one that is fetched meanwhile
         weights = run.frozen if run.frozen is not None else run.state.abstract.params
@@ -393,7 +397,7 @@ def choices(run: PlannedRun, measured: Memory | None, only: Container[str] | Non
         elif as_it_is is None:
             continue  # nothing is known of its activations
         else:
-            memory = estimated_memory(other)
+            memory = estimated_memory(other, _platform(run.mesh))
             if mesh == run.mesh and other.rows == run.rows:
                 corrected = memory.activations + correction
             else:  # with a share of the samples goes as large a share of what the estimate is off by
@@ -498,10 +502,14 @@ def print_plan(
         UserError, FileNotFoundError: one line about what does not fit.
     """
     if target is not None:
-        return _print_plan_for(target, config, say)
+        prefer_device("cpu")  # what is computed while tracing
+        mesh = make_mesh(config.mesh, target.devices(_given_size(config)))
+        limit = f"  of {readable_bytes(target.gpu.memory)} that such a device has"
+        # not the mesh itself: nothing can be computed on devices that are not here
+        return _print_plan_on(mesh, jax.sharding.use_abstract_mesh(mesh.abstract_mesh), config, say, limit, target)
     prefer_device(config.device)
     device = choose_device(config.device)
-    wanted = _fixed_size(config)
+    wanted = _given_size(config)
     if jax.device_count() % wanted and _SIMULATED not in os.environ:
         here = jax.device_count()
         say(f"the mesh wants {wanted} devices, here are {here}: planning on {wanted} simulated CPU devices")
@@ -511,30 +519,27 @@ def print_plan(
         return subprocess.run(command, env=environment, check=False).returncode
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
-    config, model = settled(config)
-    with jax.set_mesh(mesh):
-        run = planned_run(config, model, mesh)
-        measured = measured_memory(run, say)
-        for line in report(run, measured, choices(run, measured), device, _of_the_device(device)):
-            say(line)
-    return 0
+    return _print_plan_on(mesh, jax.set_mesh(mesh), config, say, _of_the_device(device))
 
 
-def _print_plan_for(target: Target, config: RunConfig, say: Callable[[str], None]) -> int:
-    prefer_device("cpu")  # what is computed while tracing
-    mesh = make_mesh(config.mesh, target.devices(_fixed_size(config)))
+def _print_plan_on(
+    mesh: Mesh,
+    inside: AbstractContextManager,
+    config: RunConfig,
+    say: Callable[[str], None],
+    limit: str,
+    target: Target | None = None,
+) -> int:
     config, model = settled(config)
-    # The mesh is not set, but its outline: nothing can be computed on devices that are not here.
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    with inside:
         run = planned_run(config, model, mesh)
         measured = measured_memory(run, say, target)
-        limit = f"  of {readable_bytes(target.gpu.memory)} that such a device has"
         for line in report(run, measured, choices(run, measured), mesh.devices.flat[0], limit):
             say(line)
     return 0
 
 
-def _fixed_size(config: RunConfig) -> int:
+def _given_size(config: RunConfig) -> int:
     """Of the mesh, as far as it is given."""
     return math.prod(max(1, getattr(config.mesh, axis)) for axis in AXES)
 

@@ -258,6 +258,18 @@ def test_gpus_of_a_plan(monkeypatch):
         gpu_compiler.parse_target("a100").devices()
 
 
+def test_other_meshes_are_of_the_same_devices(monkeypatch):
+    """Their outlines do not say what they are of; a CPU keeps bfloat16 in float32."""
+    run = run_of(configuration(compute=ComputeConfig(dtype="bfloat16")))
+    monkeypatch.setattr(plan, "_platform", lambda mesh: "gpu" if mesh is run.mesh else "cpu")
+    (found,) = choices(run, None, only=["--mesh.fsdp 2"])
+    monkeypatch.setattr(plan, "_platform", lambda mesh: "gpu")
+    assert choices(run, None, only=["--mesh.fsdp 2"]) == [found]
+    monkeypatch.setattr(plan, "_platform", lambda mesh: "cpu")
+    (wide,) = choices(run, None, only=["--mesh.fsdp 2"])
+    assert found.total < wide.total
+
+
 def test_a_smaller_part_of_the_batch_is_off_by_a_smaller_part():
     """What the estimate is off by goes along with the samples that are computed at once."""
     run = run_of(configuration())
