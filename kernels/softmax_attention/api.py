@@ -56,9 +56,9 @@ def softmax_attention(
         soft_cap: c in ``cap(x) = c · tanh(x / c)``; None for no cap.
         bounded_memory: whether no array may have an entry for every pair of a query and a key of every head. None then
             picks of such forms alone, ``blockwise`` where the table has nothing.
-        implementation: None picks by the table of ``kernels.selection`` (so far ``xla``, or with ``bounded_memory``
-            ``cudnn`` on NVIDIA GPUs and ``blockwise`` elsewhere); a name runs just that. ``xla`` has all scores at
-            once, and forward-mode derivatives; ``blockwise`` never has all of them, and takes no bias and no soft cap;
+        implementation: None picks by the table of ``kernels.selection`` (so far ``cudnn`` on NVIDIA GPUs, elsewhere
+            ``xla``, or ``blockwise`` with ``bounded_memory``); a name runs just that. ``xla`` has all scores at once,
+            and forward-mode derivatives; ``blockwise`` never has all of them, and takes no bias and no soft cap;
             ``large_blocks`` is the same for GPUs; ``cudnn`` is for NVIDIA GPUs and bfloat16 or float16, takes no soft
             cap, values of the keys' size alone, and heads whose size is a multiple of 8 up to 128 (256 from H100 on):
             with None, blocks or ``xla`` run what it does not take. ``reference`` is the definition, in float32.

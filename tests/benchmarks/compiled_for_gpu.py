@@ -38,6 +38,7 @@ from sana_jax.gpu_compiler import Target
 from tests.benchmarks.gpu_compiler import H100, compile_for
 from tests.benchmarks.gpu_networks import NETWORKS
 from tests.benchmarks.reckoning import Reckoning, reckon
+from train.memory import compiled_bytes
 
 HOW = "python -m tests.benchmarks.compiled_for_gpu ops: compiled for it without one; bytes, products and launches"
 HEAD = ("reckoned", "launched", "moved", "products", "memory", "compile")
@@ -125,22 +126,11 @@ def op_rows(op: Op, device: jax.Device, most: int) -> Iterator[dict[str, Any]]:
 
 def compile_steps(preset: str, count: int) -> Iterator[tuple[str, jax.stages.Compiled, float]]:
     """The kinds of step of a preset at its full size, with the published model where it starts from one."""
-    from jax.sharding import AxisType
-
     from configs import load_preset
     from tests.train.presets import preset_run
-    from train.sharding import AXES
+    from train.sharding import make_mesh
 
-    config = load_preset(preset).mesh
-    sizes = [getattr(config, axis) for axis in AXES]
-    if -1 in sizes:
-        known = -1
-        for size in sizes:
-            known *= size
-        sizes[sizes.index(-1)] = count // known
-    mesh = jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=Target(H100, count).devices()
-    )
+    mesh = make_mesh(load_preset(preset).mesh, Target(H100, count).devices())
     # not jax.set_mesh: what is computed while tracing would be computed on devices that compute nothing
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         run = preset_run(preset, mesh)
@@ -160,10 +150,19 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.compiled_for_gpu", description=__doc__)
     parser.add_argument("what", choices=("ops", "networks", "steps"))
-    parser.add_argument("names", nargs="*", help="operations, networks, or presets (PRESET:DEVICES); all without it")
+    parser.add_argument(
+        "names", nargs="*", help="operations or networks, all of them without it; or presets (PRESET:DEVICES)"
+    )
     parser.add_argument("--most", type=int, default=0, help="of each program's kernels that are shown, the dearest")
     parser.add_argument("--rows", type=pathlib.Path, help="with ops: where rows for kernels/measurements.json go")
     options = parser.parse_args(argv)
+    known = {"ops": OPS, "networks": NETWORKS}.get(options.what)
+    if known is None and not options.names:
+        parser.error("steps: name presets, such as lora_24gb or sana_1600m_1024:8")
+    if unknown := [name for name in options.names if known is not None and name not in known]:
+        parser.error(f"{options.what}: {', '.join(unknown)} not known; choose from {', '.join(known)}")
+    if options.rows and options.what != "ops":
+        parser.error(f"--rows would not be used with {options.what}; leave it out")
     prefer_device("cpu")
     (device,) = Target(H100, 1).devices()
     if options.what == "ops":
@@ -187,9 +186,7 @@ def main(argv: list[str] | None = None) -> int:
             preset, _, count = name.partition(":")
             for label, compiled, seconds in compile_steps(preset, int(count or 1)):
                 found, values = cells(compiled, seconds)
-                memory = compiled.memory_analysis()
-                needed = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-                print_row(f"{label} | {readable_bytes(needed + memory.temp_size_in_bytes)}", values)
+                print_row(f"{label} | {readable_bytes(compiled_bytes(compiled))}", values)
                 print_dearest(found, options.most)
     return 0
 
