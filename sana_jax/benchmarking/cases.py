@@ -80,8 +80,8 @@ def image_case(name: str, setting: Setting) -> Rows:
     start = {"case": model.name, "shape": f"1 picture, {steps} steps", "dtype": setting.dtype}
     found = rows(start, samples)
     denoise = row_of(found, "denoise")
-    forward = _image_forward(model.transformer, setting.dtype)
-    arguments = _image_inputs(model.transformer, model.guided_batch, model.latent_side, setting.dtype)
+    forward = image_forward(model.transformer, setting.dtype)
+    arguments = image_inputs(model.transformer, model.guided_batch, model.latent_side, setting.dtype)
     params = abstract_params(SanaTransformer(model.transformer))
     flops = count_products(forward, params, *arguments) * steps
     weights = steps * jnp.dtype(setting.dtype).itemsize * _count_tree(params)
@@ -105,13 +105,15 @@ def _image_side(model: ImageModel, tokenizer: pathlib.Path, steps: int, setting:
 # -- networks alone ----------------------------------------------------------------------------------------------------
 
 
-def _image_inputs(config: SanaConfig, batch: int, side: int, dtype: str) -> tuple[Any, ...]:
+def image_inputs(config: SanaConfig, batch: int, side: int, dtype: str) -> tuple[Any, ...]:
+    """Shapes of latents, caption and times of a transformer for pictures."""
     latents = jax.ShapeDtypeStruct((batch, side, side, config.in_channels), jnp.float32)
     caption = jax.ShapeDtypeStruct((batch, CAPTION_TOKENS, config.caption_channels), jnp.dtype(dtype))
     return latents, caption, jax.ShapeDtypeStruct((batch,), jnp.float32)
 
 
-def _image_forward(config: SanaConfig, dtype: str) -> Callable:
+def image_forward(config: SanaConfig, dtype: str) -> Callable:
+    """A pass of such a transformer, as a function of parameters and ``image_inputs``."""
     network = SanaTransformer(config, dtype=jnp.dtype(dtype))
 
     def forward(params: Any, latents: Any, caption: Any, timestep: Any) -> Any:
@@ -157,10 +159,10 @@ def network_case(name: str, setting: Setting) -> Rows:
         return _video_network_case(setting)
     model = image_model("sana", setting.size)
     config, batch, side = model.transformer, model.guided_batch, model.latent_side
-    inputs = _image_inputs(config, batch, side, setting.dtype)
+    inputs = image_inputs(config, batch, side, setting.dtype)
     case = {"kind": "image_network", "transformer": config.to_dict(), "batch": batch, "side": side,
             "caption_tokens": CAPTION_TOKENS}  # fmt: skip
-    forward, params = _image_forward(config, setting.dtype), abstract_params(SanaTransformer(config))
+    forward, params = image_forward(config, setting.dtype), abstract_params(SanaTransformer(config))
     shape = f"batch {batch}, {(side // config.patch_size) ** 2} tokens, caption {CAPTION_TOKENS}"
     return _network_rows(f"network of {model.name}", shape, forward, params, inputs, case, setting)
 

@@ -13,6 +13,7 @@ from sana_jax.autoencoders import dc_ae, ltx2, wan
 from sana_jax.autoencoders.dc_ae_config import DCAEConfig
 from sana_jax.autoencoders.ltx2_config import LTX2AutoencoderConfig
 from sana_jax.autoencoders.wan_config import WanConfig
+from sana_jax.benchmarking.cases import image_forward, image_inputs
 from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
 from sana_jax.models import sana_video, sana_wm
 from sana_jax.models.gemma import Gemma, GemmaConfig
@@ -48,17 +49,11 @@ def _mask(caption: Any) -> jax.Array:
 
 def image(config: SanaConfig, batch: int, side: int, quantization: str | None = None) -> Case:
     """A transformer for pictures; with ``quantization`` all layers that can be have that format."""
-    network = SanaTransformer(config, dtype=DTYPE)
-
-    def run(params, latents, caption, time):
-        guidance = jnp.full(time.shape, 0.45) if config.guidance_embeds else None
-        return network.apply({"params": params}, latents, caption, time, guidance, _mask(caption))
-
-    latents, time = _array(batch, side, side, config.in_channels, dtype="float32"), _array(batch, dtype="float32")
-    caption, params = _array(batch, CAPTION, config.caption_channels), _halves(abstract_params(SanaTransformer(config)))
+    params = _halves(abstract_params(SanaTransformer(config)))
     if quantization is not None:
         params = quantized_abstract(params, dict.fromkeys(quantizable_layers(params), quantization))
-    return run, (params, latents, caption, time)
+    dtype = jnp.dtype(DTYPE).name
+    return image_forward(config, dtype), (params, *image_inputs(config, batch, side, dtype))
 
 
 def text_encoder() -> Case:
