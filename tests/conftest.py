@@ -68,6 +68,14 @@ def _programs_of_a_module():
     jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _mesh_is_left():
+    """A mesh that a test leaves behind would change what every later one in this process traces."""
+    before = jax.sharding.get_abstract_mesh()
+    yield
+    assert jax.sharding.get_abstract_mesh() == before, "a mesh was set and not left"
+
+
 def pytest_collection_finish() -> None:
     """What has been imported by now stays: the garbage collector need not look through PyTorch at every turn."""
     gc.collect()

@@ -14,7 +14,6 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -506,7 +505,8 @@ def print_plan(
         mesh = make_mesh(config.mesh, target.devices(_given_size(config)))
         limit = f"  of {readable_bytes(target.gpu.memory)} that such a device has"
         # not the mesh itself: nothing can be computed on devices that are not here
-        return _print_plan_on(mesh, jax.sharding.use_abstract_mesh(mesh.abstract_mesh), config, say, limit, target)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return _print_plan_on(mesh, config, say, limit, target)
     prefer_device(config.device)
     device = choose_device(config.device)
     wanted = _given_size(config)
@@ -519,23 +519,18 @@ def print_plan(
         return subprocess.run(command, env=environment, check=False).returncode
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
-    return _print_plan_on(mesh, jax.set_mesh(mesh), config, say, _of_the_device(device))
+    with jax.set_mesh(mesh):
+        return _print_plan_on(mesh, config, say, _of_the_device(device))
 
 
 def _print_plan_on(
-    mesh: Mesh,
-    inside: AbstractContextManager,
-    config: RunConfig,
-    say: Callable[[str], None],
-    limit: str,
-    target: Target | None = None,
+    mesh: Mesh, config: RunConfig, say: Callable[[str], None], limit: str, target: Target | None = None
 ) -> int:
     config, model = settled(config)
-    with inside:
-        run = planned_run(config, model, mesh)
-        measured = measured_memory(run, say, target)
-        for line in report(run, measured, choices(run, measured), mesh.devices.flat[0], limit):
-            say(line)
+    run = planned_run(config, model, mesh)
+    measured = measured_memory(run, say, target)
+    for line in report(run, measured, choices(run, measured), mesh.devices.flat[0], limit):
+        say(line)
     return 0
 
 
