@@ -13,7 +13,7 @@ CHANGEABLE_ON_RESUME = (
     *("mesh", "checkpoint", "preview", "validation", "logging", "distributed"),
 )
 # And in which order and parts, which changes the last digits: to save memory.
-COMPUTED_OTHERWISE = ("accumulation", "compute.remat", "compute.scan_blocks")
+COMPUTED_OTHERWISE = ("accumulation", "compute.remat", "compute.scan_blocks", "compute.kernels")
 # Where something lies. What lies there must stay the same; it may move.
 PLACES = (
     *("model", "encoders", "self_forcing.generator", "self_forcing.fake_score", "prior.path"),

@@ -24,6 +24,7 @@ from configs.sprint import SprintConfig
 from configs.tokens import TokensConfig
 from configs.world import WorldChunksConfig
 from configs.world_data import WorldDataConfig
+from kernels.selection import Preference
 from sana_jax.errors import UserError
 from sana_jax.models.sana import SanaConfig
 from sana_jax.models.sana_video import SanaVideoConfig
@@ -42,6 +43,9 @@ class ComputeConfig:
     scan_blocks: bool = True
     """Compile one block and scan it; False unrolls the blocks, which compiles for longer: for debugging, and for small
     networks on a CPU, where the scan's copies take a third of a step."""
+    kernels: Preference = "auto"
+    """What runs operations that have several forms: the one measured to be faster (auto), XLA's own (xla), or kernels
+    for NVIDIA GPUs wherever there are such."""
     emulate_fp16_saturation: bool = False
     """Clip linear attention to ±65504 as float16 does, for base models that were trained in it and need that, such as
     Sana_1600M_1024px_diffusers; what is trained from one needs it in sampling as well."""

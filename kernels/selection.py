@@ -4,7 +4,7 @@ The measurements are data, in ``measurements.json`` beside this file. A row ther
 ``xla`` on one device; nothing is picked that has no row. For a kind of device where an operation was never timed, a
 row may be reckoned from the programs that the device's own compiler makes: it counts where it promises half the time
 or less, and no more once anything is timed there. What is picked and cannot run what is asked (``Refusal``) leaves it
-to XLA, and a line says so; what is named raises the reason.
+to XLA, and a line says so; what is named raises the reason. ``preferring`` says for a whole program what to pick.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
@@ -39,7 +39,12 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 REVERSE_MODE_ALONE = (*DEVICE_PROGRAMS, "blockwise", "large_blocks")
 # A reckoning is not a time: what it promises must be worth more than it may be wrong by.
 RECKONED_AT_MOST = 0.5
-_forward_mode = contextvars.ContextVar("forward_mode", default=False)
+# What ``preferring`` takes: the table's picks, XLA's own forms alone, or kernels of one kind wherever there are such.
+AUTO = "auto"
+Preference = Literal["auto", "xla", "pallas", "triton"]
+PREFERENCES = get_args(Preference)
+_forward_mode: contextvars.ContextVar[bool] = contextvars.ContextVar("forward_mode", default=False)
+_preference: contextvars.ContextVar[str] = contextvars.ContextVar("preference", default=AUTO)
 
 
 @dataclass(frozen=True)
@@ -107,8 +112,8 @@ def choose(
     if name is None:
         special = {}
         for platform in PLATFORMS:
-            picked = pick(op, platform).implementation
-            if picked != DEFAULT and not (_forward_mode.get() and picked in REVERSE_MODE_ALONE):
+            picked = preferred(op, implementations, platform)
+            if picked != DEFAULT:
                 special[platform] = [choose(op, implementations, own, axes) for own in (picked, *fallbacks)]
         return _by_platform(op, special, implementations[DEFAULT]) if special else implementations[DEFAULT]
     if name not in implementations:
@@ -116,6 +121,42 @@ def choose(
     if name not in DEVICE_PROGRAMS:
         return implementations[name]
     return _only_on(DEVICE_PROGRAMS[name], over_mesh(implementations[name], axes, name), op, name)
+
+
+def preferred(op: str, implementations: Collection[str], platform: str) -> str:
+    """What None means here and now: the form that ``preferring`` asks for where the operation has it, else the table's.
+
+    Inside ``forward_mode`` it is ``xla`` in place of what has no forward-mode derivative.
+    """
+    wanted, picked = _preference.get(), pick(op, platform).implementation
+    if wanted == DEFAULT or (wanted in implementations and platform in DEVICE_PROGRAMS[wanted]):
+        picked = wanted
+    return DEFAULT if _forward_mode.get() and picked in REVERSE_MODE_ALONE else picked
+
+
+@contextlib.contextmanager
+def preferring(name: str) -> Iterator[None]:
+    """For programs traced inside, what None means: one of ``PREFERENCES``.
+
+    ``auto`` is the table's picks, ``xla`` XLA's own forms alone (where memory is bounded, those in blocks), ``pallas``
+    or ``triton`` such a kernel for every operation that has one, on the devices that it is for, and elsewhere the
+    table's picks. A function under ``jax.jit`` that was traced before for the same shapes keeps what it has.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in PREFERENCES:
+        raise ValueError(f"kernels={name!r}: choose one of {', '.join(PREFERENCES)}")
+    token = _preference.set(name)
+    try:
+        yield
+    finally:
+        _preference.reset(token)
+
+
+def preference() -> str:
+    """What ``preferring`` says here and now."""
+    return _preference.get()
 
 
 @contextlib.contextmanager

@@ -51,4 +51,9 @@ def run_command_line(main: Callable[[], int | None]) -> None:
             sys.stdout.flush()
             print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr, flush=True)
         os._exit(130)
+    except Exception as error:
+        if "cudnn" in str(error).lower():
+            hint = "XLA's own forms need no cuDNN: --kernels xla, or --compute.kernels xla in training"
+            print(f"hint: {hint}", file=sys.stderr, flush=True)
+        raise
     sys.exit(status or 0)

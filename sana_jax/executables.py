@@ -31,6 +31,7 @@ import jax
 import numpy as np
 from jax.experimental import serialize_executable
 
+from kernels.selection import preference
 from sana_jax.errors import reason_of
 from sana_jax.files import atomic_file
 
@@ -332,6 +333,7 @@ def _outside(device: jax.Device) -> dict[str, Any]:
         "versions": {**versions, "python": platform.python_version()},
         "settings": settings,
         "flags": os.environ.get("XLA_FLAGS", ""),
+        "kernels": preference(),
         "mesh": repr(jax.sharding.get_abstract_mesh()),  # of ``jax.set_mesh``, here of one device at most
         "device": [device.platform, device.device_kind, str(getattr(device, "compute_capability", "")), device.id],
         "platform": device.client.platform_version,

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
+from kernels.selection import Preference
 from sana_jax.command_line import parse
-from sana_jax.devices import choose_device, start_computing
+from sana_jax.devices import choose_device, computing
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.generate_checks import check_files, check_values
 from sana_jax.generate_memory import memory_budget
@@ -234,6 +235,9 @@ class GenerateConfig:
     what is asked for, and refuses what it is not enough for."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute; auto takes a GPU if JAX sees one."""
+    kernels: Preference = "auto"
+    """What runs operations that have several forms: the one measured to be faster (auto), XLA's own (xla), or kernels
+    for NVIDIA GPUs wherever there are such."""
     enlarge: int = 0
     """Whole number by which every pixel is enlarged; 0: so much that the shorter side reaches 128 pixels, and not at
     all in an .npz."""
@@ -267,8 +271,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = parse(
         GenerateConfig, sys.argv[1:] if argv is None else argv, prog=_PROG, aliases=_ALIASES, allow_empty=False
     )
-    device = start_computing(config.device)
-    with jax.default_device(device):
+    with computing(config.device, config.kernels) as device, jax.default_device(device):
         generate(config)
     return 0
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sana_jax.errors import counted, reason_of
+from sana_jax.errors import counted, reason_of, run_command_line
 from sana_jax.weights.messages import one_line
 
 PROGRAM = """
@@ -50,6 +50,18 @@ def test_an_interrupt_ends_the_process_at_once():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
     said = (done.returncode, done.stdout, done.stderr)
     assert said == (130, "what was said before\n", "interrupted: go on with --resume\n")
+
+
+@pytest.mark.parametrize(("message", "hinted"), [("CUDNN_STATUS_EXECUTION_FAILED", True), ("out of range", False)])
+def test_a_failure_of_cudnn_says_what_needs_none(message, hinted, capsys):
+    def main():
+        raise RuntimeError(message)
+
+    with pytest.raises(RuntimeError, match=message):
+        run_command_line(main)
+    said = capsys.readouterr().err
+    assert said.startswith("hint: XLA's own forms need no cuDNN: --kernels xla") == hinted
+    assert bool(said) == hinted
 
 
 def test_a_number_and_what_it_counts():

@@ -10,13 +10,14 @@ import pytest
 PROGRAM = """
     import resource, statistics, sys
     import jax, jax.numpy as jnp
-    from sana_jax.devices import start_computing
+    from sana_jax.devices import computing
     from sana_jax.host_memory import keep_freed_memory
 
     if sys.argv[1] == "keep":
         assert keep_freed_memory("cpu")
     if sys.argv[1] == "start":
-        assert start_computing("cpu") == jax.devices()[0]
+        with computing("cpu") as device:
+            assert device == jax.devices()[0]
     # Of 64 MB, far more than what glibc keeps by itself; the result is one number.
     function = jax.jit(lambda x: jnp.fft.fft(jnp.broadcast_to(x, (64, 1 << 16)).reshape(-1, 64)).real.sum())
     faults = []

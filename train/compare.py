@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from sana_jax.command_line import parse
-from sana_jax.devices import start_computing
+from sana_jax.devices import computing
 from sana_jax.errors import UserError, counted, run_command_line
 from sana_jax.files import write_json
 from sana_jax.generate import GenerateConfig, picture_settings
@@ -65,9 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.previews:
         join_previews(config)
         return 0
-    device = start_computing(config.device)
     try:
-        with jax.default_device(device):
+        with computing(config.device, config.kernels) as device, jax.default_device(device):
             compare(config)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("what was drawn is kept, the same command continues") from None

@@ -24,9 +24,10 @@ import jax
 import numpy as np
 
 from configs.schema import DigitsDataConfig
+from kernels.selection import Preference
 from kernels.typing import Float
 from sana_jax.command_line import parse
-from sana_jax.devices import start_computing
+from sana_jax.devices import computing
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.generate import GenerateConfig, picture_settings
 from sana_jax.images import save_png, to_pil
@@ -145,6 +146,9 @@ class EvaluateConfig:
     """File of JSON lines to which each result is added."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute."""
+    kernels: Preference = "auto"
+    """What runs operations that have several forms: the one measured to be faster (auto), XLA's own (xla), or kernels
+    for NVIDIA GPUs wherever there are such."""
 
     def __post_init__(self) -> None:
         if not self.metrics or len(set(self.metrics)) < len(self.metrics):
@@ -215,8 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first = next((index for index, word in enumerate(words) if word.startswith("-")), len(words))
     metrics = ["--metrics", *words[:first]] if first else []
     config = parse(EvaluateConfig, [*metrics, *words[first:]], prog=PROG)
-    device = start_computing(config.device)
-    with jax.default_device(device):
+    with computing(config.device, config.kernels) as device, jax.default_device(device):
         evaluate(config)
     return 0
 

@@ -33,7 +33,7 @@ from configs.unread import check_unread
 from kernels.typing import PyTree
 from sana_jax.command_line import parse
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
-from sana_jax.devices import choose_device, prefer_device
+from sana_jax.devices import choose_device, prefer_device, using_kernels
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.host_memory import keep_freed_memory
 from sana_jax.weights.components import Resident
@@ -223,11 +223,12 @@ def _set_up(config: RunConfig, stop: StopRequest, held: ExitStack) -> tuple[Mesh
     prefer_device(config.device)
     join_processes(config.distributed)
     stop.listen()  # joining gives SIGTERM to JAX
-    choose_device(config.device)
+    device = choose_device(config.device)
     cache = enable_compilation_cache()
     say = _print_line if jax.process_index() == 0 else (lambda line: None)
     mesh = make_mesh(config.mesh)
     held.enter_context(jax.set_mesh(mesh))
+    held.enter_context(using_kernels(config.compute.kernels, device, "--compute.kernels"))
     check_batch(config.batch_size, config.accumulation, mesh)
     run_directory.check_writable(config)
     say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")

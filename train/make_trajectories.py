@@ -34,11 +34,12 @@ import numpy as np
 
 from configs.checks import require
 from configs.data import ImageDataConfig, MovingDigitsDataConfig
+from kernels.selection import Preference
 from kernels.typing import Array, Float, Int
 from sana_jax.autoencoders.base import latent_frames, pixel_frames
 from sana_jax.command_line import parse
 from sana_jax.compilation import readable_bytes
-from sana_jax.devices import start_computing
+from sana_jax.devices import computing
 from sana_jax.diffusion.samplers.longsana import DENOISING_STEPS
 from sana_jax.diffusion.samplers.world_model import chunk_starts
 from sana_jax.errors import UserError, run_command_line
@@ -153,6 +154,9 @@ class MakeTrajectoriesConfig:
     """Averaged weights of a training run where there are any (auto), or one of the two."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What to run on."""
+    kernels: Preference = "auto"
+    """What runs operations that have several forms: the one measured to be faster (auto), XLA's own (xla), or kernels
+    for NVIDIA GPUs wherever there are such."""
 
     def __post_init__(self):
         for name in ("per_caption", "num_steps", "batch_size"):
@@ -577,8 +581,8 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
     """Runs the command; returns its exit status."""
     config = parse(MakeTrajectoriesConfig, sys.argv[1:] if argv is None else argv, prog=PROG)
     with nullcontext(stop) if stop is not None else closing(StopRequest()) as stop:
-        start_computing(config.device)
-        made = make_trajectories(config, say=_print_line, stop=stop)
+        with computing(config.device, config.kernels):
+            made = make_trajectories(config, say=_print_line, stop=stop)
         stop.nothing_to_lose = True
         return 0 if made is not None else exit_status(stop.signal)
 

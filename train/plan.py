@@ -35,11 +35,12 @@ from configs.published import (
 from configs.schema import DigitsDataConfig, RunConfig
 from configs.world import WorldChunksConfig
 from configs.world_data import WorldDataConfig
+from kernels.selection import preferring
 from kernels.typing import PyTree
 from sana_jax.autoencoders.base import latent_frames
 from sana_jax.compilation import compile_ahead, enable_compilation_cache, readable_bytes
 from sana_jax.contract import Contract, contract_of
-from sana_jax.devices import choose_device, prefer_device
+from sana_jax.devices import choose_device, prefer_device, using_kernels
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
 from sana_jax.gpu_compiler import ForGpu, Target, is_target, parse_target
@@ -501,11 +502,13 @@ def print_plan(
         UserError, FileNotFoundError: one line about what does not fit.
     """
     if target is not None:
+        if config.compute.kernels == "triton":
+            raise UserError("--compute.kernels triton needs the GPU itself; choose auto, xla or pallas for this plan")
         prefer_device("cpu")  # what is computed while tracing
         mesh = make_mesh(config.mesh, target.devices(_given_size(config)))
         limit = f"  of {readable_bytes(target.gpu.memory)} that such a device has"
         # not the mesh itself: nothing can be computed on devices that are not here
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), preferring(config.compute.kernels):
             return _print_plan_on(mesh, config, say, limit, target)
     prefer_device(config.device)
     device = choose_device(config.device)
@@ -519,7 +522,7 @@ def print_plan(
         return subprocess.run(command, env=environment, check=False).returncode
     enable_compilation_cache()
     mesh = make_mesh(config.mesh)
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), using_kernels(config.compute.kernels, device, "--compute.kernels"):
         return _print_plan_on(mesh, config, say, _of_the_device(device))
 
 

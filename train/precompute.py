@@ -11,7 +11,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 
 if __name__ == "__main__":  # before the imports that take seconds, so that a signal finds someone listening
@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 from configs.data import ImageDataConfig, VideoDataConfig
 from configs.schema import RunConfig
 from configs.world_data import WorldDataConfig
-from sana_jax.devices import start_computing
+from sana_jax.devices import computing
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.pipelines.model_directory import ModelDirectory
 from train.data.cache import CacheIdentity, CacheWriter, read_identity
@@ -66,8 +66,9 @@ def main(argv: Sequence[str] | None = None, stop: StopRequest | None = None) -> 
         )
     if config.model is None and config.encoders is None:
         raise UserError("--model is missing: its autoencoder and text encoder make the cache; name a model's directory")
-    with nullcontext(stop) if stop is not None else closing(StopRequest()) as stop:
-        start_computing(config.device)
+    with ExitStack() as held:
+        stop = held.enter_context(nullcontext(stop) if stop is not None else closing(StopRequest()))
+        held.enter_context(computing(config.device, config.compute.kernels, "--compute.kernels"))
         parts = open_encoders(config).parts
         for part, option in zip(with_pictures(config), ("cache", "joint-cache")):
             directory = precompute(part, parts, say=_print_line, stop=stop, thorough=True)

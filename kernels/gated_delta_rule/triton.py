@@ -7,14 +7,13 @@ of other libraries. jax-triton and triton are imported when the form is used: ``
 from __future__ import annotations
 
 import functools
-import importlib
-from types import ModuleType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels import triton_programs
 from kernels.gated_delta_rule import gpu_form, tiles
 from kernels.gated_delta_rule.pallas_update import Angles, Updates
 from kernels.gated_delta_rule.tiles import Sizes
@@ -23,33 +22,9 @@ from kernels.linear_attention.rotation import rotate_pairs
 from kernels.typing import Array, Float, Int
 
 
-def _libraries() -> tuple[ModuleType, ModuleType]:
-    """jax-triton, and the programs.
-
-    Raises:
-        ValueError: where jax-triton or triton cannot be imported, with what to do about it.
-    """
-    try:
-        return importlib.import_module("jax_triton"), importlib.import_module(f"{__package__}.triton_kernels")
-    except ImportError as error:
-        raise ValueError(
-            f"implementation='triton': jax-triton and triton cannot be imported ({str(error).splitlines()[0]}); "
-            "`pip install sana-jax[gpu]` on a machine with a GPU, or use 'pallas' or 'xla'"
-        ) from error
-
-
 def _launch(name: str, arrays: list[Array], outputs: list, grid: tuple, num_warps: int, **constants: Any) -> list:
-    jax_triton, programs = _libraries()
-    return jax_triton.triton_call(
-        *arrays,
-        kernel=getattr(programs, name),
-        out_shape=outputs,
-        grid=grid,
-        name=f"gated_delta_rule_{name}",
-        num_warps=num_warps,
-        num_stages=1,
-        **constants,
-    )
+    settings = {"grid": grid, "name": f"gated_delta_rule_{name}", "num_warps": num_warps, "num_stages": 1, **constants}
+    return triton_programs.call(f"{__package__}.triton_kernels", name, tuple(arrays), outputs, **settings)
 
 
 # -- updates -----------------------------------------------------------------------------------------------------------

@@ -1,18 +1,17 @@
 """Fused form for NVIDIA GPUs, in Triton through jax-triton: the forward pass; gradients are those of the XLA form.
 
-The same ``@triton.jit`` functions can be called from PyTorch, so that they can be compared there one to one. jax-triton
-knows no ``vmap``.
+The same ``@triton.jit`` functions can be called from PyTorch, so that they can be compared there one to one.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from kernels import triton_programs
 from kernels.linear_attention import xla
 from kernels.linear_attention.blocks import Blocks, check_inputs, is_half
 from kernels.typing import Array, Float
@@ -48,31 +47,25 @@ def rope_linear_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _attention(query: Array, key: Array, value: Array, rotation: Rotation | None, epsilon: float) -> Array:
-    call, kernels = _libraries()
+    call = functools.partial(triton_programs.call, f"{__package__}.triton_kernels")
     parts = 1 if rotation is None else 2
     tables = (value, value) if rotation is None else rotation  # a pointer that is not followed where nothing rotates
     keys, queries = Blocks.of(key, value, parts), Blocks.of(query, value, parts)
     sizes = (parts, keys.padded, keys.padded_value)
     leading = (keys.programs, keys.batch, keys.heads)
     partial = call(
-        key,
-        value,
-        *tables,
-        kernel=kernels.summary_kernel,
-        out_shape=[jax.ShapeDtypeStruct((*leading, *shape), jnp.float32) for shape in (sizes, sizes[:2])],
+        "summary_kernel",
+        (key, value, *tables),
+        [jax.ShapeDtypeStruct((*leading, *shape), jnp.float32) for shape in (sizes, sizes[:2])],
         **_launch(keys),
         BATCH=keys.batch,
         HALF=key.dtype == value.dtype and is_half(key.dtype),
     )
     matrices, vectors = (x.sum(0) for x in partial)
     return call(
-        query,
-        *tables,
-        matrices,
-        vectors,
-        jnp.full((1,), epsilon, jnp.float32),
-        kernel=kernels.read_kernel,
-        out_shape=jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), value.dtype),
+        "read_kernel",
+        (query, *tables, matrices, vectors, jnp.full((1,), epsilon, jnp.float32)),
+        jax.ShapeDtypeStruct((*query.shape[:3], value.shape[3]), value.dtype),
         **_launch(queries),
     )
 
@@ -109,16 +102,3 @@ def _launch(blocks: Blocks) -> dict[str, Any]:
         "BLOCK": blocks.block,
         "RUN": blocks.run,
     }
-
-
-def _libraries() -> tuple[Any, Any]:
-    """jax-triton's call and the module of Triton functions."""
-    try:
-        call = importlib.import_module("jax_triton").triton_call
-        return call, importlib.import_module("kernels.linear_attention.triton_kernels")
-    except ImportError as error:  # jax-triton raises it for a jax without CUDA too
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            "implementation='triton' needs jax-triton, triton and a jax with CUDA: pip install 'sana-jax[gpu]' "
-            f"({reason})"
-        ) from error

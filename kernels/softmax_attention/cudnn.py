@@ -7,14 +7,18 @@ written out for every pair of query and key in the inputs' dtype; causal attenti
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import contextvars
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.refusal import Refusal
+from kernels.softmax_attention import reference
 from kernels.softmax_attention.visibility import keys_by_length, seen_pairs, zero_where_nothing_is_seen
 from kernels.typing import Array, Bool, Float, Int
 
@@ -25,6 +29,8 @@ SIZE_STEP, LARGEST_SIZE, LARGEST_SIZE_OF_HOPPER = 8, 128, 256
 # Bytes that a mask or bias may take, all heads sharing it, where memory is to be bounded: a world of 21 latent frames
 # in causal blocks needs 683 MB, where softmax in blocks would move some hundred times as much.
 LARGEST_MASK = 1 << 30
+# Of a trial, as a share of the largest value: some roundings to bfloat16.
+LARGEST_ERROR = 0.05
 _capability: contextvars.ContextVar[tuple[int, int] | None] = contextvars.ContextVar("capability", default=None)
 
 
@@ -100,6 +106,8 @@ def _reason_against(query: Array, key: Array, value: Array, written_out: bool, s
     largest = largest_size()
     if largest is None:
         return "no CUDA device is here, and with it no cuDNN"
+    if _capability.get() is None and (fault := fault_here()) is not None:
+        return f"a trial on this machine went wrong: {fault}"
     if size % SIZE_STEP or size > largest:
         return f"heads of {size} channels: it takes multiples of {SIZE_STEP} up to {largest} on this device"
     if written_out and (query.shape[1] % 2 or key.shape[1] % 2):
@@ -119,6 +127,52 @@ def largest_size() -> int | None:
             return None
         capabilities = [tuple(int(part) for part in device.compute_capability.split(".")) for device in devices]
     return LARGEST_SIZE_OF_HOPPER if min(capabilities) >= (9, 0) else LARGEST_SIZE
+
+
+@functools.cache
+def fault_here() -> str | None:
+    """What is wrong with cuDNN on this machine's first CUDA device, found by a trial; None if nothing is."""
+    return trial(jax.local_devices(backend="cuda")[0], "cudnn")
+
+
+def trial(device: jax.Device, implementation: str) -> str | None:
+    """Runs a little attention with its gradients on a device, beside the definition; says what went wrong, or None.
+
+    Args:
+        device: where it runs.
+        implementation: as ``jax.nn.dot_product_attention`` calls it.
+    """
+    # a thread of its own knows nothing of the program that is being traced around it, nor of its mesh
+    with concurrent.futures.ThreadPoolExecutor(1, "trial") as thread:
+        return thread.submit(_trial, device, implementation).result()
+
+
+def _trial(device: jax.Device, implementation: str) -> str | None:
+    examples, tokens, heads, size = 2, 64, 2, 64
+    rng = np.random.default_rng(0)
+    shape = examples, tokens, heads, size
+    arrays = [jax.device_put(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16), device) for _ in range(4)]
+    seen = jax.device_put(jnp.arange(tokens) < jnp.asarray([[tokens // 3], [tokens]]), device)[:, None]
+
+    def results(attention: Callable[..., Array]) -> list[np.ndarray]:
+        def weighted_sum(query: Array, key: Array, value: Array, weights: Array, seen: Array | None) -> Array:
+            return (attention(query, key, value, seen) * weights).astype(jnp.float32).sum()
+
+        run = jax.jit(jax.value_and_grad(weighted_sum, argnums=(0, 1, 2)))
+        return [np.asarray(x, np.float32) for mask in (None, seen) for x in jax.tree.leaves(run(*arrays, mask))]
+
+    def tried(query: Array, key: Array, value: Array, seen: Array | None) -> Array:
+        pairs = None if seen is None else jnp.broadcast_to(seen[:, None], (examples, 1, tokens, tokens))
+        return jax.nn.dot_product_attention(query, key, value, mask=pairs, implementation=implementation)
+
+    try:
+        found = results(tried)
+    except Exception as error:  # whatever it is, another form will run
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    worst = max(
+        float(np.abs(one - two).max() / np.abs(two).max()) for one, two in zip(found, results(reference.attend))
+    )
+    return None if worst < LARGEST_ERROR else f"values or gradients are off by {worst:.2g} of the largest"
 
 
 @contextlib.contextmanager

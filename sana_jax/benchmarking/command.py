@@ -13,9 +13,10 @@ import jax
 
 from kernels.benchmarking.report import compare, environment, markdown, read_report, write_report
 from kernels.benchmarking.roofline import measure_peaks
+from kernels.selection import AUTO, Preference
 from sana_jax.benchmarking.other_side import check_other_side
 from sana_jax.benchmarking.sides import Setting
-from sana_jax.devices import choose_device
+from sana_jax.devices import choose_device, using_kernels
 from sana_jax.errors import UserError
 from sana_jax.host_memory import keep_freed_memory
 
@@ -48,6 +49,9 @@ class BenchmarkConfig:
     """With --compare: allow reports from different devices."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What to run on."""
+    kernels: Preference = "auto"
+    """What runs operations that have several forms: the one measured to be faster (auto), XLA's own (xla), or kernels
+    for NVIDIA GPUs wherever there are such."""
 
     def __post_init__(self) -> None:
         if self.repetitions < 1:
@@ -115,7 +119,8 @@ def run(
         # before JAX takes most of a GPU's memory for itself alone
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     keep_freed_memory(config.device)  # as the commands do that are measured
-    platform = "cpu" if choose_device(config.device).platform == "cpu" else "gpu"
+    device = choose_device(config.device)
+    platform = "cpu" if device.platform == "cpu" else "gpu"
     size = ("tiny" if platform == "cpu" else "full") if config.size == "auto" else config.size
     dtype = ("float32" if platform == "cpu" else "bfloat16") if config.dtype == "auto" else config.dtype
     started = time.monotonic()
@@ -125,12 +130,14 @@ def run(
         size, dtype, config.repetitions, against=config.against == "diffusers",
         torch_threads=config.torch_threads, peaks=report["peaks"], **setting,
     )  # fmt: skip
-    report["rows"] = _rows(config, {name: cases[name] for name in config.cases or usual[platform]}, shared, started)
+    with using_kernels(config.kernels, device):
+        report["rows"] = _rows(config, {name: cases[name] for name in config.cases or usual[platform]}, shared, started)
     report["notes"] = [
         f"Random weights{f', {size} sizes' if sized else ''}, batch as stated; medians of {config.repetitions} runs "
         "after a first one; compiling is not in them.",
         "FLOPs are those of matrix products and convolutions in the traced program; the share is of this device's peak "
         "as measured above, with weights and inputs read once.",
+        *([] if config.kernels == AUTO else [f"Operations of several forms run as --kernels {config.kernels} asks."]),
     ]
     written = write_report(report, config.output)
     written += finish(report, config.output)

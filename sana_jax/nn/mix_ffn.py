@@ -15,7 +15,8 @@ import numpy as np
 from kernels.bias import add_bias
 from kernels.depthwise_conv import depthwise_conv2d
 from kernels.mix_ffn import mix_ffn
-from kernels.selection import DEFAULT, PLATFORMS, pick
+from kernels.mix_ffn.api import IMPLEMENTATIONS
+from kernels.selection import DEFAULT, PLATFORMS, preferred
 from kernels.split_frames import all_frames, earlier_frames, later_frames, own_part
 from kernels.typing import Array, Float
 from sana_jax.errors import UserError
@@ -42,11 +43,10 @@ class GLUMBConv(nn.Module):
 def _gated_bottleneck(x: Float[Array, "B H W D"], hidden: int, dtype: Any) -> Float[Array, "B H W D"]:
     """The layers of ``GLUMBConv``, made in the module that calls this.
 
-    One after another, so that each can be looked at, unless a measurement says that their middle is faster as one
-    operation somewhere.
+    One after another, so that each can be looked at, unless their middle is preferred as one operation somewhere.
     """
     features, wide = x.shape[-1], 2 * hidden
-    fused = any(pick("mix_ffn", platform).implementation != DEFAULT for platform in PLATFORMS)
+    fused = any(preferred("mix_ffn", IMPLEMENTATIONS, platform) != DEFAULT for platform in PLATFORMS)
     inverted = Linear(
         wide,
         dtype=dtype,

@@ -29,6 +29,10 @@ def main() -> None:
             gradients = zip(pull(cotangent.astype(out.dtype)), expected_pull(cotangent))
             worst = max(relative_error(found, wanted) for found, wanted in gradients)
             print(name, dtype, relative_error(out, expected), worst, flush=True)
+    several = [jnp.stack([x, 2 * x]) for x in rotary[:3]]
+    mapped = jax.vmap(triton.relu_linear_attention)(*several)
+    one_by_one = jnp.stack([triton.relu_linear_attention(*x) for x in zip(*several)])
+    assert (mapped == one_by_one).all()
 
 
 if __name__ == "__main__":

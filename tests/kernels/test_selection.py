@@ -11,7 +11,20 @@ import pytest
 
 from kernels import selection
 from kernels.refusal import Refusal
-from kernels.selection import Measurement, choose, describe, forward_mode, measurements, operations, parse, pick, picks
+from kernels.selection import (
+    Measurement,
+    choose,
+    describe,
+    forward_mode,
+    measurements,
+    operations,
+    parse,
+    pick,
+    picks,
+    preference,
+    preferred,
+    preferring,
+)
 from tests.kernels.cuda_lowering import lower_for_cuda
 
 ROW = Measurement("scale", "pallas", "cuda", "H100", {"jax": "0"}, "2026-01-01", "float32 (2,)", 0.5, "by hand")
@@ -127,6 +140,36 @@ def test_a_pick_that_refuses_leaves_it_to_the_next(monkeypatch, capsys):
     assert (choose("scale", forms, None, fallbacks=("other",))(jnp.ones(2), 2.0) == jnp.exp(1.0)).all()
     with pytest.raises(ValueError, match="too small"):
         choose("scale", forms, "xla_other")(jnp.ones(2), 2.0)
+
+
+def test_a_preference_comes_before_the_table(monkeypatch):
+    table(monkeypatch, row("xla_other", 0.5), row("xla_other", 0.5, "cpu"))
+    program = lambda: lower_for_cuda(lambda x: choose("scale", IMPLEMENTATIONS, None)(x, 2.0), jnp.ones(2))  # noqa: E731
+    assert "tanh" in program()
+    with preferring("xla"):
+        assert "stablehlo.sine" in program()
+        with preferring("pallas"):
+            assert "stablehlo.cosine" in program()
+            assert preferred("scale", IMPLEMENTATIONS, "cpu") == "xla_other"  # it has no program for a CPU
+            with forward_mode():
+                assert "stablehlo.sine" in program()
+            with preferring("triton"):  # which this operation does not have
+                assert "tanh" in program()
+        assert preference() == "xla"
+    assert preference() == "auto"
+    with (
+        pytest.raises(ValueError, match="kernels='cudnn': choose one of auto, xla, pallas, triton"),
+        preferring("cudnn"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("name", ["pallas", "triton"])
+def test_every_operation_with_such_a_kernel_runs_it_where_it_is_preferred(name):
+    with preferring(name):
+        for op, forms in operations().items():
+            assert (preferred(op, forms, "cuda") == name) == (name in forms), op
+            assert preferred(op, forms, "cpu") == pick(op, "cpu").implementation
 
 
 def test_unknown_names_and_rows():

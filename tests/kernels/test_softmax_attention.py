@@ -297,6 +297,7 @@ def with_cudnn(monkeypatch):
 
     monkeypatch.setattr(fused_attention_stablehlo, "cuda_versions", Versions)
     monkeypatch.setattr(cudnn, "largest_size", lambda: cudnn.LARGEST_SIZE)
+    monkeypatch.setattr(cudnn, "fault_here", lambda: None)
     rows = [dataclasses.replace(PICKED, op=op) for op in ("softmax_attention", "bounded_softmax_attention")]
     monkeypatch.setattr(selection, "measurements", lambda: tuple(rows))
 
@@ -386,6 +387,53 @@ def test_without_a_gpu_cudnn_is_named_as_what_is_missing(monkeypatch):
         jax.eval_shape(functools.partial(softmax_attention, implementation="cudnn"), *given)
     with pytest.raises(ValueError, match="softmax_attention: implementation='cudnn' runs on cuda alone, not on cpu"):
         softmax_attention(*given, implementation="cudnn")
+
+
+def test_the_trial_of_cudnn(monkeypatch):
+    """With XLA's form in cuDNN's place: also while a program is traced, under a mesh."""
+    (device, *_), plain = jax.devices(), jax.nn.dot_product_attention
+    assert cudnn.trial(device, "xla") is None
+    assert "cuDNN is not detected" in cudnn.trial(device, "cudnn")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *x, mask, **rest: plain(*x, **rest))
+    found = []
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))):
+        jax.jit(lambda x: found.append(cudnn.trial(device, "xla")) or x)(jnp.ones(2))
+    assert re.fullmatch(r"values or gradients are off by \d.* of the largest", found[0])
+
+
+def test_where_the_trial_went_wrong_another_form_runs(with_cudnn, monkeypatch):
+    monkeypatch.setattr(cudnn, "fault_here", lambda: "CUDNN_STATUS_INTERNAL_ERROR")
+    given = inputs_of(4, SIZE, jnp.bfloat16)
+    with pytest.raises(ValueError, match="'cudnn': a trial on this machine went wrong: CUDNN_STATUS_INTERNAL_ERROR;"):
+        lower_for_cuda(functools.partial(softmax_attention, implementation="cudnn"), *given)
+    assert "cudnn" not in lower_for_cuda(lambda *x: softmax_attention(*x), *given)
+    with cudnn.on_capability((9, 0)):  # another machine's: nothing can be tried
+        assert "cudnn" in lower_for_cuda(functools.partial(softmax_attention, implementation="cudnn"), *given)
+
+
+@pytest.mark.gpu
+def test_cudnn_works_here():
+    assert cudnn.fault_here() is None
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [32, 112])
+@pytest.mark.parametrize("case", ["none", "frames", "padding", "lengths", "causal"])
+def test_cudnn_on_a_gpu(case, size):
+    """Values and gradients in bfloat16 beside the definition: cross-attention's padding, worlds' causal frames."""
+    batch, frames, tokens, heads = 2, 4, 96, 4
+    rng = np.random.default_rng(0)
+    given = [jnp.asarray(rng.standard_normal((batch, frames * tokens, heads, size)), jnp.bfloat16) for _ in range(3)]
+    options = {
+        "none": {},
+        "frames": {"mask": np.tri(frames, dtype=bool)[None]},
+        "padding": {"mask": np.arange(frames * tokens)[None, None] < np.asarray([300, 77])[:, None, None]},
+        "lengths": {"key_lengths": np.asarray([300, 77])},
+        "causal": {"causal": True},
+    }[case]
+    found, expected = (with_gradients(implementation=name, **options)(*given) for name in ("cudnn", "reference"))
+    for mine, wanted in zip(found, expected, strict=True):
+        assert relative_error(mine, wanted) <= 2.0**-6
 
 
 @pytest.mark.parametrize("case", ["lengths", "causal, mask", "padding", "bias"])

@@ -6,6 +6,7 @@ the function under Triton's interpreter, on PyTorch tensors; outputs start as Na
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 
@@ -42,7 +42,13 @@ def install() -> None:
     sys.modules["jax_triton"] = types.SimpleNamespace(triton_call=_triton_call)
 
 
-def _triton_call(*arrays: Any, kernel: Any, out_shape: Any, grid: tuple, num_warps: int, num_stages: int, **constants):
+def _triton_call(*arrays: Any, kernel: Any, out_shape: Any, **settings: Any) -> Any:
+    """jax-triton's call: it can be traced, and has no ``vmap``."""
+    run = functools.partial(_run, kernel=kernel, out_shape=out_shape, **settings)
+    return jax.pure_callback(run, out_shape, *arrays)
+
+
+def _run(*arrays: Any, kernel: Any, out_shape: Any, grid: tuple, num_warps: int, num_stages: int, **constants: Any):
     import torch
 
     def to_torch(x: Any) -> Any:
@@ -52,5 +58,5 @@ def _triton_call(*arrays: Any, kernel: Any, out_shape: Any, grid: tuple, num_war
     shapes = jax.tree.leaves(out_shape)
     outputs = [torch.full(x.shape, float("nan"), dtype=getattr(torch, x.dtype.name)) for x in shapes]
     kernel[grid](*map(to_torch, arrays), *outputs, **constants)
-    found = [jnp.asarray(x.to(torch.float32).numpy(), shape.dtype) for x, shape in zip(outputs, shapes)]
+    found = [x.to(torch.float32).numpy().astype(shape.dtype) for x, shape in zip(outputs, shapes)]
     return jax.tree.unflatten(jax.tree.structure(out_shape), found)

@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from configs import published
+from kernels import selection
 from sana_jax import devices, generate
 from sana_jax.contract import hub_name_of
 from sana_jax.errors import UserError, run_command_line
@@ -50,6 +51,21 @@ def test_picture_and_what_is_said(run, pipe, tmp_path, capsys):
         assert image.text["sampler"].startswith("FlowEuler")
         assert image.text["model"] == str(run.directory)
         assert image.text["license"] == "CC-BY-4.0"
+
+
+def test_kernels_are_chosen_for_all_that_is_computed(run, tmp_path, capsys, monkeypatch):
+    """Depthwise convolutions are the table's pick on a CPU, and XLA's own where that is asked for."""
+    seen = set()
+    plain = selection.preferred
+    monkeypatch.setattr(
+        selection, "preferred", lambda op, *rest: seen.add((op, plain(op, *rest), rest[-1])) or plain(op, *rest)
+    )
+    words = ("--model", run.directory, "--prompt", PROMPT, "--out", tmp_path / "out.png", "--steps", 1)
+    assert call(*words, "--kernels", "xla") == 0
+    assert ("depthwise_conv", "xla", "cpu") in seen
+    assert all(form == "xla" for _, form, _ in seen)
+    assert call(*words, "--kernels", "pallas") == 2
+    assert "--kernels pallas has programs for cuda alone, and this runs on cpu; choose auto" in capsys.readouterr().err
 
 
 def test_a_relative_path_and_words_without_quotes(run, tmp_path, capsys, monkeypatch):

@@ -94,6 +94,8 @@ def assert_says(line: str, *parts: str) -> None:
         ({"data__caption": "a digit"}, ["--data.caption 'a digit'", "{digit}", "'a handwritten {digit}'"]),
         ({"data__embedding_dim": 16}, ["--data.embedding-dim 16", "32"]),
         ({"device": "gpu"}, ["--device gpu", "only cpu", "leave --device out"]),
+        ({"compute__kernels": "pallas"}, ["--compute.kernels pallas", "cuda alone", "runs on cpu", "auto or xla"]),
+        ({"compute__kernels": "cudnn"}, ["--compute.kernels", "'cudnn'", "auto, xla, pallas, triton"]),
         ({"device": "tpu"}, ["--device", "'tpu'", "auto, cpu, gpu"]),
     ],
 )

@@ -236,6 +236,8 @@ def test_a_plan_for_gpus_that_are_not_here(capsys, monkeypatch):
     totals = [re.search(r"in all +([\d.]+ \wB)(.*)", text).groups() for text in (here, found)]
     assert totals[0][0] == totals[1][0]
     assert totals[1][1] == "  of 24.70 GB that such a device has"
+    with pytest.raises(UserError, match="triton needs the GPU itself; choose auto, xla or pallas"):
+        trainer.main(["digits", "--plan=h100", "--compute.kernels", "triton"])
 
 
 def test_gpus_of_a_plan(monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import sana_jax
+from kernels.selection import Preference
 from sana_jax.errors import UserError
 from sana_jax.files import read_json
 from sana_jax.lora import find_lora_file
@@ -86,6 +87,9 @@ class CompareConfig:
     """Draw nothing: join the previews that a training run has made (its samples/step_*.png) into one strip, or GIF."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """Where to compute."""
+    kernels: Preference = "auto"
+    """What runs operations that have several forms: the one measured to be faster (auto), XLA's own (xla), or kernels
+    for NVIDIA GPUs wherever there are such."""
 
     def __post_init__(self) -> None:
         if not self.models:

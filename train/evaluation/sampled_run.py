@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, Literal, TypeVar
 
-from sana_jax.devices import start_computing
+from kernels.selection import Preference
+from sana_jax.devices import computing
 from sana_jax.files import write_json
 
 
@@ -26,6 +27,9 @@ class SampledRunConfig:
     """Averaged weights where there are any (auto), or one of the two."""
     device: Literal["auto", "cpu", "gpu"] = "auto"
     """What to run on."""
+    kernels: Preference = "auto"
+    """What runs operations that have several forms: the one measured to be faster (auto), XLA's own (xla), or kernels
+    for NVIDIA GPUs wherever there are such."""
     json: str | None = None
     """Also write the figures to this file."""
 
@@ -44,8 +48,8 @@ def report(config: Config, evaluate: Callable[[Config], Any], describe: Callable
     Raises:
         UserError: the device is not there, or the file cannot be written; and what ``evaluate`` raises.
     """
-    start_computing(config.device)
-    figures = evaluate(config)
+    with computing(config.device, config.kernels):
+        figures = evaluate(config)
     for line in describe(figures):
         print(line)
     if config.json:
