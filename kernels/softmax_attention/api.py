@@ -13,6 +13,7 @@ import numpy as np
 from kernels.over_mesh import Axes
 from kernels.selection import choose
 from kernels.softmax_attention import blockwise, cudnn, reference, xla
+from kernels.softmax_attention.visibility import causal_blocks
 from kernels.typing import Array, Bool, Float, Int
 
 _BLOCKS = {"blockwise": blockwise.attend, "large_blocks": blockwise.attend_in_large_blocks}
@@ -36,6 +37,7 @@ def softmax_attention(
     key_lengths: Int[Array | np.ndarray, " B"] | None = None,
     bias: Float[Array, "#B #h #M #N"] | None = None,
     causal: bool = False,
+    block_starts: tuple[int, ...] | None = None,
     scale: float | None = None,
     soft_cap: float | None = None,
     bounded_memory: bool = False,
@@ -52,6 +54,8 @@ def softmax_attention(
         key_lengths: how many keys every example has, from the first on, in place of a mask.
         bias: added to the scores.
         causal: whether a query sees no key behind its own; there must be as many keys as queries.
+        block_starts: in place of a mask, the first token of every causal block, ascending from 0: a query sees the keys
+            of its own block and of earlier ones. There must be as many keys as queries.
         scale: factor of the scores; None for 1/√d.
         soft_cap: c in ``cap(x) = c · tanh(x / c)``; None for no cap.
         bounded_memory: whether no array may have an entry for every pair of a query and a key of every head. None then
@@ -80,13 +84,20 @@ def softmax_attention(
             f"implementation={implementation!r} has all scores at once, which bounded_memory=True forbids: use "
             "'blockwise' or 'cudnn', or None to pick one"
         )
+    in_cudnn = {}
+    if block_starts is not None:
+        _check_blocks(block_starts, query.shape[1], key.shape[1], mask, key_lengths, causal)
+        mask = causal_blocks(block_starts, query.shape[1]) if len(block_starts) > 1 else None
+        in_cudnn = {"block_starts": block_starts}
     mask, key_lengths = (None if x is None else jnp.asarray(x) for x in (mask, key_lengths))
     axes = _axes(mask, bias, key_lengths)
     if bounded_memory:
-        named = {**BOUNDED_IMPLEMENTATIONS, "blockwise": blockwise.attend}
+        own = functools.partial(cudnn.attend, bounded_memory=True, **in_cudnn)
+        named = {**BOUNDED_IMPLEMENTATIONS, "blockwise": blockwise.attend, "cudnn": own}
         run = choose("bounded_softmax_attention", named, implementation, axes, fallbacks=("large_blocks",))
     else:
-        named = {**IMPLEMENTATIONS, "reference": reference.attend}
+        own = functools.partial(cudnn.attend, **in_cudnn)
+        named = {**IMPLEMENTATIONS, "reference": reference.attend, "cudnn": own}
         run = choose("softmax_attention", named, implementation, axes)
     return run(query, key, value, mask, bias, key_lengths, causal, scale, soft_cap)
 
@@ -103,6 +114,23 @@ def _check_shapes(query: tuple[int, ...], key: tuple[int, ...], value: tuple[int
         raise ValueError(
             f"query {query}, key {key} and value {value}: they must be (B, M, h, d), (B, N, k, d) and (B, N, k, e), no "
             "size 0, and h a multiple of k"
+        )
+
+
+def _check_blocks(
+    starts: tuple[int, ...],
+    queries: int,
+    keys: int,
+    mask: Array | np.ndarray | None,
+    key_lengths: Array | np.ndarray | None,
+    causal: bool,
+) -> None:
+    if mask is not None or key_lengths is not None or causal:
+        raise ValueError("block_starts and mask, key_lengths or causal: give one of them; a mask can hold all")
+    if queries != keys or not starts or starts[0] != 0 or (np.diff([*starts, queries]) <= 0).any():
+        raise ValueError(
+            f"block_starts {starts} for {queries} queries and {keys} keys: it must ascend from 0, below their number, "
+            "which is the same for both"
         )
 
 

@@ -46,15 +46,24 @@ def attend(
     soft_cap: float | None = None,
     *,
     bounded_memory: bool = False,
+    block_starts: tuple[int, ...] | None = None,
 ) -> Float[Array, "B M h e"]:
     """Same value as the reference; differentiable in reverse mode alone; weights are rounded to the inputs' dtype.
 
     Args:
         bounded_memory: whether a mask or bias must not take more than ``LARGEST_MASK`` when it is written out.
+        block_starts: first tokens of causal blocks, if ``mask`` says just these: cuDNN then runs once for each block,
+            on the keys up to its end, and needs no mask.
 
     Raises:
         Refusal: for what cuDNN does not take, or where it is not.
     """
+    if block_starts is not None and bias is None and len(block_starts) > 1:
+        ends = (*block_starts[1:], query.shape[1])
+        run = functools.partial(attend, scale=scale, soft_cap=soft_cap)
+        spans = zip(block_starts, ends, strict=True)
+        found = [run(query[:, start:end], key[:, :end], value[:, :end]) for start, end in spans]
+        return jnp.concatenate(found, axis=1)
     written_out = [x.shape[0] for x in (mask, bias) if x is not None]
     reason = _reason_against(query, key, value, bool(written_out), soft_cap)
     mask_bytes = max(written_out, default=0) * key.shape[1] * query.shape[1] * query.dtype.itemsize

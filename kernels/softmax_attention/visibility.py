@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 import jax.numpy as jnp
+import numpy as np
 
 from kernels.typing import Array, Bool, Float, Int
 
@@ -10,6 +13,13 @@ from kernels.typing import Array, Bool, Float, Int
 def keys_by_length(lengths: Int[Array, " B"] | None, keys: int) -> Bool[Array, "B 1 N"] | None:
     """The mask that keeps the first keys of every example, as many as ``lengths`` says."""
     return None if lengths is None else jnp.arange(keys) < lengths[:, None, None]
+
+
+def causal_blocks(starts: tuple[int, ...], tokens: int) -> Bool[np.ndarray, "1 P P"]:
+    """The mask by which a token sees those of its own block and of earlier ones, with as few rows as will do."""
+    step = math.gcd(tokens, *starts)
+    own = np.searchsorted(starts, np.arange(0, tokens, step), side="right")
+    return (own <= own[:, None])[None]
 
 
 def seen_pairs(

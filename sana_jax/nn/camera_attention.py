@@ -88,6 +88,13 @@ class CausalLayout:
     convolution_starts: tuple[int, ...] = (0,)
     frame_axis: str | None = None
 
+    @property
+    def token_starts(self) -> tuple[int, ...] | None:
+        """Where causal blocks begin, as numbers of tokens; None for one block, or where frames are split."""
+        rows, columns = self.grid[1:]
+        one_part = len(self.block_starts) == 1 or self.frame_axis is not None
+        return None if one_part else tuple(start * rows * columns for start in self.block_starts)
+
 
 class VisibleFrames(NamedTuple):
     """Which frames' keys softmax layers see, and which of them the next causal block will see.
@@ -243,9 +250,10 @@ class RaySoftmaxAttention(nn.Module):
         """Attends; arguments and results as those of ``GatedDeltaAttention``."""
         shape, valid, visible = self.shape, inputs.valid, inputs.visible
         _gates(self, x)
+        blocks = None if state is not None else layout.token_starts
         work = shape.softmax_dtype or shape.dtype
 
-        def attend(query, key, value, cached, mask, scale):
+        def attend(query, key, value, cached, mask, scale, block_starts):
             query, key, value = (array.astype(work) for array in (query, key, value))
             key, value = (frames_of_all(array, layout.frame_axis) for array in (key, value))
             if cached is not None:
@@ -253,7 +261,7 @@ class RaySoftmaxAttention(nn.Module):
                     jnp.concatenate([old.astype(work), new], axis=1) for old, new in zip(cached, (key, value))
                 )
             tokens = [array.reshape(len(array), -1, *array.shape[3:]) for array in (query, key, value)]
-            found = softmax_attention(*tokens, mask=mask, scale=scale, bounded_memory=True)
+            found = softmax_attention(*tokens, mask=mask, block_starts=block_starts, scale=scale, bounded_memory=True)
             return found.reshape(query.shape).astype(shape.dtype), (key, value)
 
         def cached(first: int) -> tuple[Array, Array] | None:
@@ -262,14 +270,17 @@ class RaySoftmaxAttention(nn.Module):
         query, key, value = _normalised(shape, _main_projections(shape, x, valid), "")
         query, key = (_rotated(array, inputs.rotation) for array in (query, key))
         query, key, value = (masked(array, valid) for array in (query, key, value))
-        main, seen = attend(query, key, value, cached(0), visible.mask, shape.head_dim**-0.5)
+        mask = visible.mask if blocks is None else None
+        main, seen = attend(query, key, value, cached(0), mask, shape.head_dim**-0.5, blocks)
         camera, seen_by_camera = None, seen
         if inputs.rays is not None:
             heads = _normalised(shape, _camera_projections(shape, x, valid), "_camera")
             query, key, value = _seen_from_rays(shape, heads, inputs.rays)
             query, value = masked(query, valid), masked(value, valid)
-            mask = _without_padding(visible.mask, valid, layout, 0 if state is None else state.key.shape[1])
-            found, seen_by_camera = attend(query, key, value, cached(2), mask, _camera_scale(shape))
+            blocks = blocks if valid is None else None
+            if blocks is None:
+                mask = _without_padding(visible.mask, valid, layout, 0 if state is None else state.key.shape[1])
+            found, seen_by_camera = attend(query, key, value, cached(2), mask, _camera_scale(shape), blocks)
             camera = masked(from_ray(masked(found, valid), inputs.rays), valid)
         if state is not None:
             state = SoftmaxLayerState(

@@ -15,6 +15,7 @@ import pytest
 from configs.published import PUBLISHED_TRANSFORMERS, PUBLISHED_VIDEO_TRANSFORMERS, PUBLISHED_WORLD_TRANSFORMERS
 from kernels import selection
 from kernels.softmax_attention import blockwise, cudnn, reference, softmax_attention, xla
+from kernels.softmax_attention.visibility import causal_blocks
 from tests.kernels.cuda_lowering import lower_for_cuda
 from tests.kernels.shapes import QUICK_COMPILE, relative_error
 
@@ -159,6 +160,7 @@ BIAS = jnp.asarray(np.random.default_rng(4).standard_normal((BATCH, 1, 1, TOKENS
 CASES = {
     "causal, shared keys": ({"causal": True}, 2, 5),
     "causal, mask": ({"causal": True, "mask": FRAME_MASK}, 4, 5),
+    "causal blocks": ({"block_starts": (0, 4, 10)}, 4, 5),
     "lengths": ({"key_lengths": np.asarray([0, 7]), "scale": 0.2}, 4, SIZE),
     "padding": ({"mask": KEY_MASK}, 1, SIZE),
 }
@@ -204,6 +206,17 @@ def test_values_and_gradients(implementation, case, small_blocks):
         found = with_gradients(**options, implementation=implementation)(*given)
         expected = with_gradients(**options, implementation="reference")(*given)
     assert float(jnp.abs(expected[0]).max()) > 0.5
+    for mine, wanted in zip(found, expected, strict=True):
+        assert relative_error(mine, wanted) <= 2e-6
+
+
+@pytest.mark.parametrize("starts", [(0, 5, 7), (0, 4, 8), (0,)])
+def test_causal_blocks_are_the_mask_that_they_stand_for(starts):
+    given = inputs_of(2, SIZE)
+    own = np.searchsorted(starts, np.arange(TOKENS), side="right")
+    with jax.default_matmul_precision("highest"):
+        found = with_gradients(block_starts=starts, bounded_memory=True)(*given)
+        expected = with_gradients(mask=(own <= own[:, None])[None], implementation="reference")(*given)
     for mine, wanted in zip(found, expected, strict=True):
         assert relative_error(mine, wanted) <= 2e-6
 
@@ -262,6 +275,10 @@ def test_what_runs_without_a_measurement():
         ({"soft_cap": 0.0}, "soft_cap=0.0: it must be more than 0"),
         ({"bias": BIAS, "implementation": "blockwise"}, "implementation='blockwise': it takes no bias; use 'xla'"),
         ({"soft_cap": 1.0, "bounded_memory": True}, "implementation='blockwise': it takes no soft_cap; use 'xla'"),
+        ({"block_starts": (0, 3), "causal": True}, "block_starts and mask, key_lengths or causal: give one of them"),
+        ({"block_starts": (0, 3, 3)}, r"block_starts \(0, 3, 3\) for 12 queries and 12 keys: it must ascend from 0"),
+        ({"block_starts": (1, 3)}, "it must ascend from 0"),
+        ({"block_starts": (0, 12)}, "below their number"),
         ({"soft_cap": 1.0, "implementation": "cudnn"}, "implementation='cudnn': it has no soft_cap; use 'blockwise'"),
         ({"implementation": "cudnn"}, "'cudnn': inputs of float32: all of them must be bfloat16 or float16"),
         ({"bounded_memory": True, "implementation": "xla"}, "'xla' has all scores at once, which bounded_memory=True"),
@@ -346,8 +363,26 @@ def test_cudnn_is_called_where_it_is_measured_to_be_faster(what, queries, keys, 
     assert calls(jax.grad(loss, (0, 1, 2)), *shapes) == [plain, f"{plain}Backward"]
 
 
-def test_cudnn_is_called_for_worlds_in_causal_blocks(with_cudnn):
-    """The mask is written out once for all heads: 683 MB at 21 latent frames."""
+def test_cudnn_is_called_once_for_each_causal_block(with_cudnn):
+    """On the keys before its end, without a mask; 121 latent frames in blocks of three are the published recipe."""
+    frame, frames = 880, 121
+    starts = tuple(range(0, frames * frame, 3 * frame))
+    shapes = [half(1, frames * frame, 20, 112)] * 3
+    run = functools.partial(softmax_attention, block_starts=starts, bounded_memory=True)
+
+    def loss(*given):
+        return run(*given).astype(jnp.float32).sum()
+
+    program = lower_for_cuda(jax.grad(loss, (0, 1, 2)), *shapes)
+    found = re.findall(r"__cudnn\$(\w+)", program)
+    assert sorted(found) == ["fmhaSoftmax"] * len(starts) + ["fmhaSoftmaxBackward"] * len(starts)
+    for end in (*starts[1:], frames * frame):
+        assert f"tensor<1x{end}x20x112xbf16>" in program
+    assert f"{frames * frame}x{frames * frame}" not in program  # no mask
+
+
+def test_cudnn_is_called_for_worlds_with_a_mask(with_cudnn):
+    """Written out once for all heads: 683 MB at 21 latent frames."""
     tokens = 21 * 880
     shapes = half(1, tokens, 20, 112), half(1, tokens, 20, 112), half(1, tokens, 20, 112)
     mask = np.tril(np.ones((1, 21, 21), bool))
@@ -418,7 +453,7 @@ def test_cudnn_works_here():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("size", [32, 112])
-@pytest.mark.parametrize("case", ["none", "frames", "padding", "lengths", "causal"])
+@pytest.mark.parametrize("case", ["none", "frames", "padding", "lengths", "causal", "blocks"])
 def test_cudnn_on_a_gpu(case, size):
     """Values and gradients in bfloat16 beside the definition: cross-attention's padding, worlds' causal frames."""
     batch, frames, tokens, heads = 2, 4, 96, 4
@@ -430,13 +465,14 @@ def test_cudnn_on_a_gpu(case, size):
         "padding": {"mask": np.arange(frames * tokens)[None, None] < np.asarray([300, 77])[:, None, None]},
         "lengths": {"key_lengths": np.asarray([300, 77])},
         "causal": {"causal": True},
+        "blocks": {"block_starts": (0, tokens, 3 * tokens)},
     }[case]
     found, expected = (with_gradients(implementation=name, **options)(*given) for name in ("cudnn", "reference"))
     for mine, wanted in zip(found, expected, strict=True):
         assert relative_error(mine, wanted) <= 2.0**-6
 
 
-@pytest.mark.parametrize("case", ["lengths", "causal, mask", "padding", "bias"])
+@pytest.mark.parametrize("case", ["lengths", "causal, mask", "causal blocks", "padding", "bias"])
 def test_what_surrounds_cudnn(case, monkeypatch, with_cudnn):
     """With XLA's form in cuDNN's place: padding, lengths and rows without any key mean the same."""
     options, _, _ = (CASES | ALL_SCORES)[case]
@@ -451,6 +487,10 @@ def test_what_surrounds_cudnn(case, monkeypatch, with_cudnn):
     names = {name: options.get(name) for name in ("mask", "bias", "key_lengths")}
     names = {name: None if x is None else jnp.asarray(x) for name, x in names.items()}
     rest = {name: options[name] for name in ("causal", "scale") if name in options}
-    found, expected = (form.attend(query, key, value, **names, **rest) for form in (cudnn, reference))
+    starts = {name: options[name] for name in ("block_starts",) if name in options}
+    if starts:
+        names["mask"] = jnp.asarray(causal_blocks(starts["block_starts"], TOKENS))
+    found = cudnn.attend(query, key, value, **names, **rest, **starts)
+    expected = reference.attend(query, key, value, **names, **rest)
     assert relative_error(found, expected) <= 2.0**-7
     assert (jnp.abs(expected).sum((2, 3)) > 0).tolist() == (jnp.abs(found).sum((2, 3)) > 0).tolist()
