@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels.selection import preference
 from sana_jax.executables import (
     SHORTEST_COMPILING,
     ExecutableStore,
@@ -142,7 +143,7 @@ class Program(NamedTuple):
 
 
 class Programs:
-    """Compiled functions by what they are and the shapes they are for; each is compiled once."""
+    """Compiled functions by what they are, their networks and the shapes they are for; each is compiled once."""
 
     def __init__(self) -> None:
         self._compiled: dict[Any, tuple[jax.stages.Compiled, int | None, int | None]] = {}
@@ -167,11 +168,14 @@ class Programs:
 
         ``name`` is for the printed lines. ``what`` tells functions with the same shapes apart: everything that the
         function closes over. ``donate`` are the places of arguments whose memory the results take over. ``identity``
-        is the rest of what the function depends on, such as its network, for ``compile_ahead``.
+        is the rest of what the function depends on, such as its network, which may be replaced between two calls; also
+        for ``compile_ahead``.
         """
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((jnp.shape(leaf), str(jnp.result_type(leaf)), _placement(leaf)) for leaf in leaves)
-        key = (what, shapes, structure)
+        # what a program is traced under, and the rest of the key of what is kept on disk
+        under = preference(), jax.config.jax_default_matmul_precision
+        key = (what, identity, donate, under, shapes, structure)
         seconds = 0.0
         if key not in self._compiled:
             begin = time.perf_counter()
