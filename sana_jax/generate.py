@@ -462,6 +462,8 @@ def call_arguments(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[s
         why, other = f"which is what {config.model} is for", "choose another model"
         if config.stream:
             why, other = "which --stream asks for", "leave --stream out"
+        elif config.resume and _is_world(pipeline):  # resumed are streams alone
+            other = "add --stream"
         raise UserError(
             f"{options} would not be used by {type(pipeline).__name__}, {why}; leave {them} out, or {other}"
         )

@@ -31,9 +31,10 @@ def check_output_name(name: str) -> None:
     try:
         video_kind(name)
     except UserError as error:
+        stem = pathlib.Path(name).with_suffix("")
         raise UserError(
             f"output {name!r} is not allowed; a picture's name ends in .png, a video's in .mp4, .gif or .npz, or it is "
-            f"a folder for frames (out/): try {pathlib.Path(name).with_suffix('.png')}"
+            f"a folder for frames (out/): try {stem}.png or {stem}.mp4"
         ) from error
 
 

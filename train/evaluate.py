@@ -274,7 +274,7 @@ class Source(NamedTuple):
 def _open_source(config: EvaluateConfig) -> Source:
     """Checks model and prompts before anything is computed."""
     directory = find_model(config.model, config.variant)
-    check_draws_from_text(directory)
+    check_draws_from_text(directory, videos=False)
     data = read_config(directory).data if (directory / CONFIG_NAME).is_file() and is_training_run(directory) else None
     is_digits = isinstance(data, DigitsDataConfig)
     prompts = read_prompts(config.prompts, config.prompts_file)

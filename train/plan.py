@@ -434,7 +434,8 @@ def _alternatives(run: PlannedRun) -> Iterator[tuple[str, str, RunConfig, Mesh |
         compute = change(config.compute, dtype="bfloat16")
         yield "--compute.dtype bfloat16", "less exact, much faster on a GPU", change(config, compute=compute), mesh
     parts = 2 * config.accumulation
-    if config.batch_size % (parts * _batch_parts(mesh)) == 0:
+    windows = config.self_forcing is not None and config.self_forcing.stream is not None  # one part alone is allowed
+    if not windows and config.batch_size % (parts * _batch_parts(mesh)) == 0:
         price = "the batch in smaller parts, one after the other"
         yield f"--accumulation {parts}", price, change(config, accumulation=parts), mesh
     for name in ("adamw_8bit", "came_8bit"):

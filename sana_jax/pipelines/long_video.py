@@ -253,8 +253,8 @@ class LongSanaVideoPipeline(VideoPipeline):
         )
         if plan.latent_frames > TRAINED_LATENT_FRAMES:
             say(
-                f"longer than the {TRAINED_LATENT_FRAMES} latent frames (about a minute) that LongSANA's training saw: "
-                "colours and shapes may drift"
+                f"longer than the {TRAINED_LATENT_FRAMES} latent frames (about a minute) that the published LongSANA "
+                "was trained on: colours and shapes may drift"
             )
 
     def _settings(self, plan: Plan, seed: int, request: VideoRequest, latents: Any, enlarge: int) -> dict[str, Any]:

@@ -294,11 +294,13 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
         )
         state = jax.eval_shape(plan.state)
         own = state_bytes(state)
-        seen = "all earlier chunks" if state.num_cached_blocks is None else f"{state.num_cached_blocks} earlier chunks"
+        all_seen = state.num_cached_blocks is None
+        seen = "all earlier chunks" if all_seen else f"{state.num_cached_blocks} earlier chunks"
+        grows = "room for all of this video, a longer one takes more" if all_seen else "it does not grow"
         sink = ", the first always one of them" if state.sink else ""
         say(
             f"state of the first stage: {readable_bytes(own['total'])}, of which {readable_bytes(own['softmax'])} are "
-            f"keys and values with {seen} in sight{sink}; it does not grow"
+            f"keys and values with {seen} in sight{sink}; {grows}"
         )
 
     def _stream_settings(

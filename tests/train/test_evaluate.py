@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from sana_jax import SanaPipeline
-from sana_jax.errors import run_command_line
+from sana_jax.errors import UserError, run_command_line
 from sana_jax.images import save_png, to_pil
 from sana_jax.weights.identity import weights_id
 from tests.parity.test_siglip_text import whole_siglip
@@ -19,6 +20,7 @@ from tests.train.evaluation.models import DIGITS, SEVEN, THREE, digits_run, lora
 from train import evaluate, evaluate_digits
 from train.data.digits import load_images
 from train.evaluation.distances import fit_gaussian, frechet_distance, kernel_distance
+from train.evaluation.drawing import check_draws_from_text
 from train.evaluation.features import pixel_features
 from train.evaluation.text_score import TextScorer
 
@@ -249,3 +251,20 @@ def test_bad_options(run, capsys, words, message):
     assert len([line for line in error if line.startswith("error: ")]) == 1
     assert message in error[-1]
     assert not Path("evaluations.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "videos", "says"),
+    [
+        ("SanaWMPipeline", True, "continues a picture along a camera's path"),
+        ("SanaWMPipeline", False, "makes videos, and pictures are measured here"),
+        ("LongSanaVideoPipeline", False, "makes videos, and pictures are measured here"),
+        ("SanaControlNetPipeline", True, "follows a control picture"),
+        ("LongSanaVideoPipeline", True, None),
+        ("SanaSprintPipeline", False, None),
+    ],
+)
+def test_models_that_are_not_drawn_from_texts_alone(tmp_path, name, videos, says):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(UserError, match=says) if says else contextlib.nullcontext():
+        check_draws_from_text(tmp_path, videos)

@@ -12,10 +12,12 @@ import jax
 import pytest
 from jax.sharding import AbstractMesh, AxisType
 
+from configs import PRESETS
 from configs.lora import LoraConfig
 from configs.schema import ComputeConfig, OptimizerConfig
 from sana_jax import UserError, gpu_compiler
 from tests.simulated_devices import simulated_devices
+from tests.train.presets import abstract_mesh, preset_run
 from tests.train.tiny_run import QUICKLY, mesh_config, tiny_config
 from train import main as trainer
 from train import plan
@@ -270,6 +272,17 @@ def test_other_meshes_are_of_the_same_devices(monkeypatch):
     monkeypatch.setattr(plan, "_platform", lambda mesh: "cpu")
     (wide,) = choices(run, None, only=["--mesh.fsdp 2"])
     assert found.total < wide.total
+
+
+# trajectories say what they are of
+@pytest.mark.parametrize("name", sorted({*PRESETS} - {"moving_camera_ode", "moving_digits_ode"}))
+def test_changes_of_every_preset_are_allowed(name):
+    """Windows of long videos are not cut in parts: their plan ended in an error about an option that nobody gave."""
+    run = preset_run(name, abstract_mesh())
+    found = [option for option, *_ in plan._alternatives(run)]
+    windows = run.config.self_forcing is not None and run.config.self_forcing.stream is not None
+    assert not (windows and any(option.startswith("--accumulation") for option in found))
+    assert any(option.startswith("--optimizer.name") for option in found)
 
 
 def test_a_smaller_part_of_the_batch_is_off_by_a_smaller_part():

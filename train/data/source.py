@@ -288,10 +288,13 @@ def refuse_no_pictures(source: IndexedSource) -> None:
     """
     if not source.records:
         left_out = f"; {source.notes[-1]}" if source.notes else ""
+        step = f"name a folder with {', '.join(source.media.suffixes[:6])} files, a manifest or a tar"
+        if source.problems:
+            first = source.problems[0]
+            step = f"mend them, or name another place: {first.name} {first.reason}"
         raise UserError(
             f"--data.path {source.name} ({source.kind}) has no {source.media.one} that can be used, "
-            f"{len(source.problems)} files are unusable{left_out}: name a folder with "
-            f"{', '.join(source.media.suffixes[:6])} files, a manifest or a tar"
+            f"{len(source.problems)} files are unusable{left_out}: {step}"
         )
 
 

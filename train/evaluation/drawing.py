@@ -15,7 +15,7 @@ from sana_jax.errors import UserError
 from sana_jax.generate import GenerateConfig, call_arguments, open_pipeline
 from sana_jax.lora import find_lora_file, parse_lora_option
 from sana_jax.pipelines.base import ImagePipeline
-from sana_jax.pipelines.model_directory import pipeline_of
+from sana_jax.pipelines.model_directory import VIDEO_PIPELINES, WORLD_PIPELINES, pipeline_of
 from sana_jax.pipelines.sampling_function import is_guided
 from sana_jax.weights import checkpoint_steps, choose_checkpoint
 from sana_jax.weights.identity import weights_id
@@ -45,9 +45,23 @@ def chosen_steps(directory: Path, wanted: Sequence[int] | None) -> list[int | No
     return [choose_checkpoint(checkpoints, step) for step in wanted]
 
 
-def check_draws_from_text(directory: Path) -> None:
-    """Raises ``UserError`` for a model that needs more than a text, ``FileNotFoundError`` for no model."""
-    if pipeline_of(directory) == "SanaControlNetPipeline":
+def check_draws_from_text(directory: Path, videos: bool = True) -> None:
+    """Raises ``UserError`` for a model that needs more than a text, ``FileNotFoundError`` for no model.
+
+    ``videos``: whether it may make videos.
+    """
+    name = pipeline_of(directory)
+    if not videos and name in VIDEO_PIPELINES:
+        raise UserError(
+            f"{directory} makes videos, and pictures are measured here; name a model for pictures (runs of "
+            "moving_digits have python -m train.evaluate_moving_digits)"
+        )
+    if name in WORLD_PIPELINES:
+        raise UserError(
+            f"{directory} continues a picture along a camera's path and does not draw from texts alone; use python -m "
+            "sana_jax.generate for it, or name a model for pictures or videos"
+        )
+    if name == "SanaControlNetPipeline":
         raise UserError(
             f"{directory} follows a control picture and does not draw from texts alone; use python -m "
             "sana_jax.generate --control-image for it, or name a text-to-image model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -79,8 +80,11 @@ def read_path(arrays: Mapping[str, np.ndarray], name: str, size: tuple[int, int]
     camera = camera_of(arrays)
     poses = camera.get(POSES, arrays.get(_ONLY))
     if poses is None:
-        there = ", ".join(arrays) or "no arrays"
-        raise BadPicture(name, f"has no camera: beside it are {there}, and poses are called {POSES} or poses")
+        file = f"{Path(name).stem}.npz"
+        there = f" ({file} has {', '.join(arrays)})" if arrays else ""
+        raise BadPicture(
+            name, f"has no camera; write {file} beside it with {POSES} (frames, 4, 4) and {INTRINSICS}{there}"
+        )
     intrinsics = camera.get(INTRINSICS)
     if intrinsics is None:
         if data.field_of_view is None:
