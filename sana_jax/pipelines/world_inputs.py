@@ -178,14 +178,15 @@ def view_at(
     source = (picture.height, picture.width)
     given = intrinsics is not None
     if not given:
-        intrinsics, whose = intrinsics_of_field(DEFAULT_FIELD, *source), "a camera is taken that spans"
-        if field is not None:  # across what is left of the picture when it is cropped
-            whose = "one as in training is taken, which spans, of what is left of the picture when it is cropped,"
+        intrinsics, whose, across = intrinsics_of_field(DEFAULT_FIELD, *source), "a camera is taken that", "across"
+        if field is not None:
+            whose = "one as in training is taken, which"
+            across = "across what is left of the picture when it is cropped"
             scale = max(length / there for length, there in zip(size, source))
             intrinsics[:2] = intrinsics_of_field(field, *size)[0] / scale
             intrinsics[2:] -= 0.5 / scale  # the middle lies between the video's pixels, as in training
         say(
-            f"intrinsics: none are given; {whose} {field or DEFAULT_FIELD:g} degrees across, "
+            f"intrinsics: none are given; {whose} spans {field or DEFAULT_FIELD:g} degrees {across}, "
             f"fx and fy {intrinsics[0]:.1f} in pixels of the {source[0]}x{source[1]} image"
         )
     values = read_intrinsics(intrinsics, len(c2w), *source, warns=given)

@@ -168,7 +168,7 @@ def test_frames_and_lenses_that_are_changed_are_said(capsys):
     np.testing.assert_allclose(default[0], [43.301 * 16 / 30, 43.301 * 16 / 30, 25 * 27 / 50 - 1, 8], rtol=0.02)
     view_at(picture(30, 50), straight(9), None, (16, 24), 2, 4, field=118.0)  # wide across the picture before cropping
     said = capsys.readouterr().out
-    assert "one as in training is taken, which spans, of what is left of the picture" in said
+    assert "one as in training is taken, which spans 118 degrees across what is left of the picture" in said
     assert "outside 25 to 120" not in said
 
 
