@@ -66,6 +66,6 @@ def load_preset(name: str) -> RunConfig:
     """
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
-        hint = f"did you mean {close[0]}?" if close else "leave it out for the embedded default"
-        raise UserError(f"unknown preset {name!r}; the presets are {', '.join(PRESETS)}: {hint}")
+        hint = f"did you mean {close[0]}?" if close else "leave it out for the embedded default."
+        raise UserError(f"unknown preset {name!r}; {hint} The presets are {', '.join(PRESETS)}")
     return importlib.import_module(PRESETS[name]).CONFIG

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
 from kernels.bias import add_bias
+from kernels.matrix_product import matrix_product
 from kernels.typing import Array, Float, PRNGKeyArray
 from sana_jax.quantization.formats import LEAVES
 from sana_jax.quantization.products import quantized_product
@@ -49,24 +50,15 @@ class Linear(nn.Module):
             kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         bias = self.param("bias", self.bias_init, (self.features,), jnp.float32) if self.use_bias else None
         x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
-        y = quantized_product(x, quantized) if quantized else product(x, kernel)
+        y = quantized_product(x, quantized) if quantized else matrix_product(x, kernel)
         if bias is not None and not self.bias_apart:
             y = add_bias(y, bias)
         if self.has_variable(LORA, "down"):
             down, up = (self.get_variable(LORA, name).astype(y.dtype) for name in ("down", "up"))
             if self.has_variable(LORA, "dropout_keys"):
                 x = sample_dropout(x, *(self.get_variable(LORA, name) for name in ("dropout_keys", "dropout_rate")))
-            y = y + (x @ down) @ up
+            y = y + matrix_product(matrix_product(x, down), up)
         return (y, bias) if self.bias_apart else y
-
-
-def product(x: Float[Array, "... C"], kernel: Float[Array, "C D"]) -> Float[Array, "... D"]:
-    """``x · kernel``, as one product of two matrices.
-
-    The gradient of the kernel is then one as well; over several axes of ``x`` XLA's CPU backend turns both of its
-    operands around in memory first, which takes more than twice as long.
-    """
-    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def sample_dropout(x: Float[Array, "R ..."], keys: PRNGKeyArray, rate: Float[Array, ""]) -> Float[Array, "R ..."]:

@@ -29,6 +29,7 @@ _ARRAYS = {
     "prompt_embeds": "the embeddings of the prompt differ",
     "negative_prompt_embeds": "the embeddings of the negative prompt differ",
 }
+_CONFIGURATIONS = ("transformer", "sampler")  # written as Python writes a dataclass
 
 
 def told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -39,8 +40,15 @@ def told_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 
 def _told_difference(name: str, before: Any, now: Any) -> str:
-    """Of arrays that they differ, of everything else how."""
-    return _ARRAYS.get(name, f"{name} {before!r} there and {now!r} here")
+    """Of arrays that they differ, of configurations which fields do, of everything else how."""
+    if name in _ARRAYS:
+        return _ARRAYS[name]
+    if name.removeprefix("refiner ") in _CONFIGURATIONS and isinstance(before, str) and isinstance(now, str):
+        there, here = (set(text.partition("(")[2].removesuffix(")").split(", ")) for text in (before, now))
+        only = [", ".join(sorted(fields)) for fields in (there - here, here - there)]
+        if all(only) and before.partition("(")[0] == now.partition("(")[0]:
+            return f"{name} with {only[0]} there and {only[1]} here"
+    return f"{name} {before!r} there and {now!r} here"
 
 
 def damaged_file(path: pathlib.Path, folder: pathlib.Path, reason: Any) -> UserError:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
+from kernels.matrix_product import matrix_product
 from kernels.typing import Array, Float, Shaped
 from sana_jax.quantization.formats import (
     SCALE,
@@ -33,7 +34,7 @@ def quantized_product(x: Float[Array, "... C"], leaves: Mapping[str, Array]) -> 
     format_name = format_of(leaves)
     if format_name in WEIGHT_ONLY:
         constants = jax.lax.stop_gradient(dequantize_kernel(leaves, x.shape[-1]))
-        y = rows @ constants.astype(x.dtype)
+        y = matrix_product(rows, constants.astype(x.dtype))
     else:
         y = _product_in_8_bits(rows, leaves[codes_name(format_name)], leaves[SCALE])
     return y.reshape(*x.shape[:-1], y.shape[-1])

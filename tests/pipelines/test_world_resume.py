@@ -186,3 +186,11 @@ def test_which_kernels_are_quantised_counts():
         stored.append(weights_settings({"transformer": None}, {"transformer": weights}, {})["transformer stored in"])
     assert stored[0] != stored[1]
     assert all(one.startswith("float32, int8 (1 kernels, ") for one in stored)
+
+
+def test_of_configurations_the_fields_that_differ_are_told():
+    there = {"transformer": "Config(layers=2, sizes=(1, 2), width=8)", "refiner sampler": "Euler()", "seed": 0}
+    here = {"transformer": "Config(layers=3, sizes=(1, 2), width=8)", "refiner sampler": "DPMSolver()", "seed": 0}
+    assert told_differences(there, here) == (
+        "transformer with layers=2 there and layers=3 here; refiner sampler 'Euler()' there and 'DPMSolver()' here"
+    )
