@@ -109,7 +109,7 @@ def test_values_that_are_not_allowed(here, capfd, run_dir, changes, says):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["digit"], ["unknown preset 'digit'", "the presets are digits", "did you mean digits"]),
+        (["digit"], ["unknown preset 'digit'; did you mean digits?", "The presets are digits"]),
         (["--step", "5"], ["unknown option --step", "--steps", "--help"]),
         (["--optimizer.lr", "0.1"], ["unknown option --optimizer.lr", "closest: --optimizer.learning-rate,", "--help"]),
         (["lora", "--prior.caption", "x"], ["the preset lora has no such option; presets that have it:", "dreambooth"]),
