@@ -253,9 +253,9 @@ def test_no_pair_of_all_is_kept_for_a_scan_of_layers(implementation, options):
 
 
 def test_what_runs_without_a_measurement():
-    """Where all scores may be held JAX's own function, bit for bit, in both modes; blocks where they may not."""
+    """Where all scores may be held the form that has them, in both modes; blocks where they may not."""
     query, key, value = given = inputs_of(4, SIZE, jnp.bfloat16)
-    assert (softmax_attention(*given, bias=BIAS) == jax.nn.dot_product_attention(*given, bias=BIAS)).all()
+    assert (softmax_attention(*given, bias=BIAS) == xla.attend(*given, bias=BIAS)).all()
     _, tangent = jax.jvp(lambda query: softmax_attention(query, key, value), (query,), (query,))
     assert jnp.isfinite(tangent).all()
     bounded = softmax_attention(*given, mask=KEY_MASK, bounded_memory=True)
@@ -417,7 +417,7 @@ def test_without_a_gpu_cudnn_is_named_as_what_is_missing(monkeypatch):
     rows = (dataclasses.replace(PICKED, op="softmax_attention"),)
     monkeypatch.setattr(selection, "measurements", lambda: rows)
     given = inputs_of(4, SIZE, jnp.bfloat16)
-    assert (softmax_attention(*given) == jax.nn.dot_product_attention(*given)).all()
+    assert (softmax_attention(*given) == xla.attend(*given)).all()
     with pytest.raises(ValueError, match="implementation='cudnn': no CUDA device is here, and with it no cuDNN"):
         jax.eval_shape(functools.partial(softmax_attention, implementation="cudnn"), *given)
     with pytest.raises(ValueError, match="softmax_attention: implementation='cudnn' runs on cuda alone, not on cpu"):
