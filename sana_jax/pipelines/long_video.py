@@ -278,7 +278,7 @@ class LongSanaVideoPipeline(VideoPipeline):
             "sampler": str(self.sampler),
             "transformer": str(self.transformer.config),
             **weights_settings(networks, self.networks, names),
-            "lora": self.describe_lora(),
+            **self.lora_settings(),
         }
 
     # -- programs ------------------------------------------------------------------------------------------------

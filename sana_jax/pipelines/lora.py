@@ -16,6 +16,7 @@ from sana_jax.errors import UserError
 from sana_jax.lora import Lora, lora_from_tree, lora_tree, merge_lora, read_lora
 from sana_jax.nn.linear import LORA
 from sana_jax.pipelines.families import abstract_params, rules_of
+from sana_jax.pipelines.resumed_folder import digest
 from sana_jax.quantization.trees import stored_formats
 from sana_jax.weights.components import Resident
 
@@ -125,6 +126,16 @@ class LoraPipeline:
         """``file:weight`` of the LoRAs that act, separated by commas; empty without any."""
         active = [adapter for adapter in self._adapters.values() if adapter.acting]
         return ", ".join(f"{os.path.basename(adapter.lora.location)}:{adapter.acting:g}" for adapter in active)
+
+    def lora_settings(self) -> dict[str, str | None]:
+        """Which LoRAs act, for telling runs apart: as ``describe_lora`` says, and a short name for what they add.
+
+        Files of all trainings are called alike, so that the name alone would let a run go on with another one.
+        """
+        acting = [adapter.lora for adapter in self._adapters.values() if adapter.acting]
+        layers = [layer for lora in acting for layer in lora.layers]
+        arrays = [array for layer in layers for array in (layer.module, layer.scale, layer.down, layer.up)]
+        return {"lora": self.describe_lora(), "lora weights": digest(*arrays) if arrays else None}
 
     def lora_table(self) -> str:
         """Every layer that the loaded files change, with rank, alpha, scale and size, and what of them is not used."""

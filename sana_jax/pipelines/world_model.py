@@ -351,7 +351,7 @@ class SanaWMPipeline(VideoPipeline):
             "sampler": str(self.sampler),
             "transformer": str(self.transformer.config),
             **weights_settings(networks, self.networks, names),
-            "lora": self.describe_lora(),
+            **self.lora_settings(),
         }
 
     def _world_size(self, height: int | None, width: int | None) -> Size:

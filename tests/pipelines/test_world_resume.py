@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import functools
+import re
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +15,9 @@ import pytest
 from sana_jax import LongSanaVideoPipeline, SanaWMPipeline, SanaWMRefiner
 from sana_jax.diffusion.samplers import FlowEuler
 from sana_jax.errors import UserError
+from sana_jax.lora import init_lora, lora_from_tree, write_lora
+from sana_jax.lora.reading import FILE_NAME
+from sana_jax.pipelines.families import abstract_params, rules_of
 from sana_jax.pipelines.resumed_folder import told_differences
 from sana_jax.pipelines.video_base import VideoRequest
 from sana_jax.pipelines.weights_settings import weights_settings
@@ -141,17 +146,45 @@ def test_a_refinement_is_of_these_networks(tmp_path):
     assert differ == "text connectors weights '4567' there and '89ab' here"
 
 
-def test_a_long_video_is_of_these_networks(tmp_path):
-    def settings(pipe: LongSanaVideoPipeline):
-        plan = pipe._plan(None, None, 9, (None, None), None, None, None, None, lambda line: None)
-        return pipe._settings(plan, 0, VideoRequest(prompt=PROMPT), None, 1)
+def settings_of_long(pipe: LongSanaVideoPipeline):
+    plan = pipe._plan(None, None, 9, (None, None), None, None, None, None, lambda line: None)
+    return pipe._settings(plan, 0, VideoRequest(prompt=PROMPT), None, 1)
 
+
+def test_a_long_video_is_of_these_networks():
     pipe = tiny_pipeline()
-    assert told_differences(settings(pipe), settings(tiny_pipeline())) == ""
-    differ = told_differences(settings(pipe), settings(in_int8(pipe)))
+    assert told_differences(settings_of_long(pipe), settings_of_long(tiny_pipeline())) == ""
+    differ = told_differences(settings_of_long(pipe), settings_of_long(in_int8(pipe)))
     assert differ.startswith("transformer stored in 'float32' there and 'float32, int8 (")
     assert ";" not in differ
-    assert "autoencoder dtype" in settings(tiny_pipeline(wan=True))
+    assert "autoencoder dtype" in settings_of_long(tiny_pipeline(wan=True))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_run_is_of_this_lora_whatever_its_file_is_called(merge, pipe, sampled, tmp_path):
+    """Trainings call their files alike."""
+    long = tiny_pipeline()
+
+    def with_lora(pipe, seed):
+        other, shapes = copy.copy(pipe), abstract_params(pipe.transformer)
+        tree = jax.tree.map(lambda leaf: leaf + seed, init_lora(shapes, ["attention"], 2, jax.random.key(seed)))
+        rules, folder = rules_of(pipe.transformer.config), tmp_path / f"{type(pipe).__name__}-{seed}"
+        folder.mkdir(exist_ok=True)
+        write_lora(folder / FILE_NAME, lora_from_tree(tree, rules, shapes, alpha=2), rules, shapes)
+        other.load_lora_weights(folder, merge=merge)
+        return other
+
+    first, same, second = (settings_of_long(with_lora(long, seed)) for seed in (1, 1, 2))
+    assert told_differences(first, same) == ""
+    said = r"lora weights '\w{12}' there and '\w{12}' here"
+    assert re.fullmatch(said, told_differences(first, second))
+    assert "lora weights None there and " in told_differences(settings_of_long(long), first)
+    for _ in range(2):
+        with pytest.raises(Ended):
+            make(with_lora(pipe, 1), tmp_path / "made")
+    assert len(sampled) == 1
+    with pytest.raises(UserError, match=f"another first stage: {said};"):
+        make(with_lora(pipe, 2), tmp_path / "made")
 
 
 def test_weights_are_known_by_their_directory(world_model, tmp_path):
