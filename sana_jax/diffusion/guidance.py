@@ -67,7 +67,8 @@ class ProjectedGuidance:
     Attributes:
       eta: how much of the difference along the prediction is kept; 1 keeps all of it, 0 is the paper's choice.
       norm_threshold: largest norm of the difference; longer ones are shortened to it; 0 is no bound.
-      momentum: how much of the differences of earlier steps is added; negative turns away from them (the paper: -0.5).
+      momentum: how much of the differences of earlier guided steps is added; negative turns away from them (the paper:
+        -0.5).
       rescale: how far the result's standard deviation is brought back to that of the positive prediction, 0 to 1.
       over: what norms and projections are taken over, channels among it: each ``frame``, the whole ``clip``, or each
         point through ``time``; for pictures all three are the picture.

@@ -314,16 +314,16 @@ def projected_velocity(
     """One step's velocity with adaptive projected guidance, which acts on the clean samples x − sigma·velocity.
 
     Arguments as in ``guided_velocity`` and ``projected_guidance``, with negative prompts and no perturbed layers.
-    ``running`` is 0 before the first step, and what is returned beside the velocity before the others. With
-    ``step_cache`` its results follow these two.
+    ``running`` is 0 before the first step, and what is returned beside the velocity before the others; a step at scale
+    1, outside of a guidance interval, adds nothing to it. With ``step_cache`` its results follow these two.
     """
     batch, given = latents.shape[0], guidance.control
     negative = jax.tree.map(lambda array: jnp.broadcast_to(array, (batch, *array.shape[1:])), guidance.negative)
     parts = [negative, guidance.positive]
     halves, rest = _predictions(network, params, latents, timestep, parts, None, given, lora, split, step_cache)
     unconditional, conditional = (latents - sigma * half for half in halves)
-    guided, running = projected_guidance(unconditional, conditional, guidance.scale, settings, running)
-    return (latents - guided) / sigma, running, *rest
+    guided, added = projected_guidance(unconditional, conditional, guidance.scale, settings, running)
+    return (latents - guided) / sigma, jnp.where(guidance.scale == 1, running, added), *rest
 
 
 def make_sampling_fn(

@@ -11,8 +11,10 @@ import jax
 import numpy as np
 import pytest
 import torch
+from diffusers import AdaptiveProjectedGuidance
 
 from sana_jax import SanaImageToVideoPipeline, SanaVideoPipeline
+from sana_jax.diffusion.guidance import ProjectedGuidance
 from sana_jax.diffusion.samplers import from_scheduler_config
 from sana_jax.errors import UserError
 from tests.parity import video_pipeline_oracle as oracle
@@ -78,6 +80,49 @@ def test_text_to_video(models, sampler, scale):
     if scale == 1.0:
         del arguments["negative_prompt"]
     compare(theirs, ours, {**arguments, "latents": oracle.noise(2, FRAMES, HEIGHT, WIDTH, 1)})
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0.0, 1.0), (0.5, 1.0), (0.25, 0.75)])
+def test_projected_guidance_with_momentum(models, begin, end):
+    """With the reference's guider on clean samples; steps that it leaves out add nothing to its momentum."""
+    theirs, ours = models("video")
+    use_sampler(theirs, ours, "euler")
+    scale, steps, noise = 5.0, 4, oracle.noise(2, FRAMES, HEIGHT, WIDTH, 1)
+    settings = ProjectedGuidance(eta=0.3, norm_threshold=8.0, momentum=-0.5)
+    guider = AdaptiveProjectedGuidance(
+        guidance_scale=scale - 1,
+        adaptive_projected_guidance_momentum=settings.momentum,
+        adaptive_projected_guidance_rescale=settings.norm_threshold,
+        adaptive_projected_guidance_norm_dim=(-1, -2, -4),
+        eta=settings.eta,
+        use_original_formulation=True,
+        start=begin,
+        stop=end,
+    )
+    text = {name: value for name, value in TEXT.items() if name != "prompt"}
+    theirs.scheduler.set_timesteps(steps)
+    sigmas, guided, latents = theirs.scheduler.sigmas, [], torch.from_numpy(noise.copy())
+    with torch.no_grad():
+        embeds, mask, null_embeds, null_mask = theirs.encode_prompt(oracle.PROMPTS, True, **text)
+        prompts = (embeds, mask), (null_embeds, null_mask)
+        for step, timestep in enumerate(theirs.scheduler.timesteps):
+            guider.set_state(step, steps, timestep)
+            guider.prepare_inputs({})
+            clean = []
+            for own, own_mask in prompts:
+                options = {"encoder_attention_mask": own_mask, "timestep": timestep.expand(2)}
+                (velocity,) = theirs.transformer(latents, encoder_hidden_states=own, **options, return_dict=False)
+                clean.append(latents - sigmas[step] * velocity)
+            if guider.num_conditions == 2:
+                guided.append(float(sigmas[step]))
+            velocity = (latents - guider.forward(*clean).pred) / sigmas[step]
+            latents = theirs.scheduler.step(velocity, timestep, latents, return_dict=False)[0]
+    found = ours(
+        **TEXT, **SIZE, num_inference_steps=steps, guidance_scale=scale, latents=noise, binning="off",
+        projected_guidance=settings, guidance_interval=(guided[-1], guided[0]), output_type="latent",
+    ).frames  # fmt: skip
+    assert len(guided) == (end - begin) * steps
+    assert relative_error(found, latents.numpy()) <= LATENTS
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpm"])
