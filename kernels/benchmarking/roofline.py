@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.benchmarking.timing import compile_timed, random_like, time_interleaved
+from kernels.matrix_product import matrix_product
 
 # What products are computed in: the inputs' dtype, and the precision that JAX is asked for. On NVIDIA GPUs float32 at
 # default precision is TF32.
@@ -56,7 +57,8 @@ def measure_peaks(
     for name in products:
         dtype, precision = PRODUCTS[name]
         operands = random_like([jax.ShapeDtypeStruct(shape, dtype)] * 2)
-        compiled, _ = compile_timed(functools.partial(jnp.matmul, precision=precision), *operands)
+        with jax.default_matmul_precision(precision):
+            compiled, _ = compile_timed(matrix_product, *operands)  # as the networks multiply
         timing = time_interleaved({name: functools.partial(compiled, *operands)}, repetitions, at_least=0.02)[name]
         peaks["flops_per_s"][name] = 2 * matmul_size**3 / timing.median
     x = jnp.zeros(copy_bytes // 4, jnp.float32)
