@@ -280,16 +280,30 @@ def _first_state(
     the base model."""
     initialize = compile_ahead("the first state", plan.initialize, abstract_base, say=say)
     state = initialize(None if base is None else base.params)
+    if fake is None and start is None:
+        return state
+    state = state._replace(opt_state=None)  # that of the base model's parameters
     if fake is not None:
         state = state._replace(params={**state.params, FAKE: fake.weights(plan.abstract.params[FAKE])})
         say(f"the fake score begins as that of {fake.directory}")
-    if start is None:
-        return state
-    own = start.weights(plan.abstract.params["transformer"]).params
-    say(f"the generator begins as {start.name}")
-    # of copies, since the step's buffers are donated
-    params, ema = ({**tree, "transformer": jax.tree.map(jnp.copy, own)} for tree in (state.params, state.ema or {}))
-    return state._replace(params=params, ema=None if state.ema is None else ema)
+    if start is not None:
+        own = start.weights(plan.abstract.params["transformer"]).params
+        say(f"the generator begins as {start.name}")
+        # of copies, since the step's buffers are donated
+        params, ema = ({**tree, "transformer": jax.tree.map(jnp.copy, own)} for tree in (state.params, state.ema or {}))
+        state = state._replace(params=params, ema=None if state.ema is None else ema)
+    return state._replace(opt_state=_optimizer_state(plan, state.params, say))
+
+
+def _optimizer_state(plan: StatePlan, params: PyTree, say: Callable[[str], None]) -> PyTree:
+    """The optimizers' state of step 0 of these parameters: some remember where they begin (Prodigy, schedule-free)."""
+
+    def init(params: PyTree) -> PyTree:
+        return plan.optimizer.init(jax.tree.map(jnp.copy, params))  # of copies, since both are donated to the step
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract.opt_state)
+    jitted = jax.jit(init, out_shardings=shardings)
+    return compile_ahead("the optimizer's first state", jitted, plan.abstract.params, say=say)(params)
 
 
 def _say_what_is_trained(
