@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from configs.schema import RunConfig
 from kernels.typing import Array, Float, Int, PyTree
 from sana_jax.compilation import compile_ahead
 from train.assembly import RunParts, refuse_nothing_held_out
@@ -26,6 +27,13 @@ class _Part(NamedTuple):
     batch: Batch
     numbers: Int[np.ndarray, " B"]
     counted: Float[np.ndarray, " B"]
+
+
+def gives_first(config: RunConfig) -> bool:
+    """Whether the first latent frame of clips is given, as that of most clips of the training is."""
+    if getattr(config.chunk_causal, "image_to_video", False):  # of a video model, whose clips all have it given
+        return True
+    return getattr(config.flow, "image_to_video", 0.0) > 0.5
 
 
 class Validator:
@@ -81,8 +89,7 @@ class Validator:
     def _losses(self, params: PyTree, frozen: PyTree | None, arrays: PyTree) -> Float[Array, " K"]:
         batch, numbers, counted = arrays
         recipe = self._parts.recipe
-        # as most clips of the training are
-        first_given = getattr(self._parts.config.flow, "image_to_video", 0.0) > 0.5 and batch.latents.shape[1] > 1
+        first_given = gives_first(self._parts.config) and batch.latents.shape[1] > 1
 
         def velocity(noisy, timestep, batch):
             return recipe.velocity(params, frozen, noisy, timestep, batch, None)

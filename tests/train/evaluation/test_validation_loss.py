@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -12,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import load_preset
+from configs.longsana import ChunkCausalConfig
 from sana_jax.errors import UserError
 from tests.simulated_devices import simulated_devices
 from train.batch import Batch
 from train.evaluation.validation_loss import sample_losses, validation_losses, validation_noise
+from train.validation import gives_first
 
 ROOT = Path(__file__).parents[3]
 SIGMAS = (0.1, 0.57, 0.9)
@@ -127,3 +131,18 @@ def test_the_same_on_four_devices():
 def test_levels_that_are_not_allowed(sigmas):
     with pytest.raises(UserError, match="noise level"):
         validation_losses(network, batch(1), sigmas, 0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "given"),
+    [("digits", False), ("moving_digits", False), ("sana_wm_2b_chunk_causal", True), ("longsana_chunk_causal", False)],
+)
+def test_the_first_frame_is_given_where_training_gives_it(preset, given):
+    assert gives_first(load_preset(preset)) == given
+
+
+def test_the_first_frame_is_given_in_causal_blocks_that_are_trained_so():
+    config = load_preset("longsana_chunk_causal")
+    chunks = dataclasses.replace(config.chunk_causal, image_to_video=True)
+    assert isinstance(chunks, ChunkCausalConfig)
+    assert gives_first(dataclasses.replace(config, chunk_causal=chunks))
