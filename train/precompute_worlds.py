@@ -69,10 +69,7 @@ class WorldRun(ClipRun):
         first = items[0].record
         video, data = self.source.cuts[first.key].video, self.config.data
         try:
-            with self.lock:
-                varies = video.key in self.variable
-            if varies:
-                raise BadPicture(video.key, "has a variable frame rate, so that poses can't be found for its frames")
+            seconds = self.source.seconds_of(first)
             path = self.source.path_of(first)
         except BadPicture as error:
             return [error] * len(items)
@@ -82,7 +79,7 @@ class WorldRun(ClipRun):
                 found.append(inputs)
                 continue
             start = self.source.cuts[item.record.key].start
-            shown = frames_shown(start, data.clip_frames, data.clip_fps, video.video.fps)
+            shown = frames_shown(start, data.clip_frames, data.clip_fps, seconds, video.video.fps)
             own = clip_path(path, shown, video.size, item.view)
             found.append({**inputs, POSES: own.c2w, INTRINSICS: own.intrinsics})
         return found

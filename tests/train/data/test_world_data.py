@@ -13,10 +13,13 @@ import pytest
 from configs.world_data import WorldDataConfig
 from sana_jax.camera import camera_inputs, relative_poses
 from sana_jax.errors import UserError
-from tests.train.data.video.clip_files import write_video
+from tests.train.data.video.clip_files import number_of, write_video
 from train.batch import CAMERA, FRAME_VALID, PLUCKER
 from train.data.conditions import View
 from train.data.decoding import BadPicture
+from train.data.sources.listing import FileBlob
+from train.data.video.clips import read_clips
+from train.data.video.containers import open_clip
 from train.data.world import paths
 from train.data.world.cameras import CameraShape
 from train.data.world.paths import CameraPath, clip_path, frames_shown, path_between, read_path
@@ -54,7 +57,36 @@ def path_of(frames: int, seed: int = 0) -> np.ndarray:
     [(10, 10, [3, 4, 5, 6]), (5, 10, [6, 8, 10, 12]), (10, 5, [1, 2, 2, 3]), (16, 24, [4, 6, 7, 9])],
 )
 def test_a_clip_has_the_poses_of_the_frames_it_shows(fps, source_fps, expected):
-    assert frames_shown(3, 4, fps, source_fps).tolist() == expected
+    seconds = np.arange(20) / source_fps
+    assert frames_shown(3, 4, fps, seconds, source_fps).tolist() == expected
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "webm", "avi", "ts"])
+@pytest.mark.parametrize(("fps", "source_fps"), [(8, 29.97), (10, 23.976), (16, 30)])
+def test_poses_are_of_the_frames_that_are_read(suffix, fps, source_fps, tmp_path):
+    """Some containers round times to milliseconds, which decides where two frames are about as near."""
+    codec = {"webm": "libvpx", "avi": "mpeg4"}.get(suffix, "libx264")
+    blob = FileBlob(str(write_video(tmp_path / f"a.{suffix}", 220, fps=source_fps, codec=codec, key_every=12)), "a")
+    with open_clip(blob) as clip:
+        seconds, header = np.asarray(clip.all_seconds()), clip.header
+        np.testing.assert_array_equal(seconds, [frame.seconds for frame in clip.frames()])
+    for start in (0, 17, 42):
+        read = read_clips(blob, [start], [View(32, 64)], frames=13, fps=fps)
+        (pixels,) = read.clips.values()
+        assert frames_shown(start, 13, fps, seconds, header.fps).tolist() == [number_of(each) for each in pixels]
+
+
+def test_a_clip_behind_dropped_frames_is_not_given_the_poses_of_others(tmp_path):
+    """What lies before a clip is skipped where the container allows it, and counts all the same."""
+    times = [1000 * frame // 10 for frame in range(100) if not 12 <= frame < 20]
+    write_video(tmp_path / "a.mkv", len(times), times_ms=times, key_every=10, size=SIZE)
+    (tmp_path / "a.txt").write_text("a")
+    np.savez(tmp_path / "a.npz", c2w=path_of(100), intrinsics=INTRINSICS)
+    source = open_worlds(config(tmp_path, clip_frames=9, clip_fps=10.0), lambda line: None)
+    last = source.records[-1]
+    assert not source.read_clips([last], [View(*SIZE)]).variable
+    with pytest.raises(BadPicture, match="a has a variable frame rate, so that poses can't be found"):
+        source.seconds_of(last)
 
 
 def test_the_camera_moves_with_the_crop():

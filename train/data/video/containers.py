@@ -193,15 +193,30 @@ class ClipFile:
     def _by_packets(self) -> float:
         """Reads the whole file, without decoding it."""
         count, end = 0, 0.0
+        for packet in self._packets():
+            count += 1
+            if packet.pts is not None:
+                end = max(end, (packet.pts - (self._start or 0) + (packet.duration or 0)) * self._ticks)
+        return count / self._rate if self._counted or not end else end
+
+    def _packets(self) -> Iterator[Any]:
+        """The packets of the whole file, from its beginning to its end or to where it is damaged."""
         self._open()
         with suppress(Exception):  # what is damaged is found by decoding
             for packet in self._container.demux(self._stream):
-                if packet.size == 0:
-                    continue
-                count += 1
-                if packet.pts is not None:
-                    end = max(end, (packet.pts - (self._start or 0) + (packet.duration or 0)) * self._ticks)
-        return count / self._rate if self._counted or not end else end
+                if packet.size:
+                    yield packet
+
+    def all_seconds(self) -> list[float]:
+        """The times that ``frames`` gives the frames of the whole file, which is read for it and not decoded."""
+        shown = [packet for packet in self._packets() if not packet.is_discard and not self._is_hidden(packet)]
+        if self._counted or any(packet.pts is None for packet in shown):
+            return [number / self.header.fps for number in range(len(shown))]
+        return sorted({(packet.pts - self._start) * self._ticks for packet in shown})
+
+    def _is_hidden(self, packet: Any) -> bool:
+        """Whether a packet holds what other frames are made from and none that is shown, as VP8 has them."""
+        return self._codec == "vp8" and not bytes(packet)[0] & 0x10
 
     @property
     def frame_seconds(self) -> float:
@@ -329,6 +344,10 @@ class FrameFolder:
         first = max(0, int(first_seconds * self.header.fps) - 1)
         for number in range(first, len(self._blob.frames)):
             yield TimedFrame(number / self.header.fps, self.frame_seconds, self._blob.frame(number))
+
+    def all_seconds(self) -> list[float]:
+        """See ``ClipFile``."""
+        return [number / self.header.fps for number in range(len(self._blob.frames))]
 
     def pixels(self, frame: TimedFrame) -> UInt8[np.ndarray, "H W 3"]:
         """See ``ClipFile``."""

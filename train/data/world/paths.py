@@ -123,17 +123,18 @@ def check_count(path: CameraPath, name: str, frames: int) -> bool:
     return count == frames
 
 
-def frames_shown(start: int, count: int, fps: float, source_fps: float) -> np.ndarray:
-    """Which frames of a video of a constant rate a clip shows: int (count,).
+def frames_shown(start: int, count: int, fps: float, seconds: Float[np.ndarray, " N"], source_fps: float) -> np.ndarray:
+    """Which frames of a video a clip shows, by the rule of ``read_clips``: int (count,).
 
     Args:
         start: the clip's first frame at ``fps``.
         count: its frames.
         fps: of the clip.
+        seconds: times of all frames of the video, rising.
         source_fps: of the video.
     """
-    moments = (start + np.arange(count)) / fps + tolerance(1.0 / source_fps, fps)
-    return np.floor(moments * source_fps + 1e-6).astype(np.int64)
+    latest = (start + np.arange(count)) / fps + tolerance(1.0 / source_fps, fps)
+    return np.maximum(np.searchsorted(seconds, latest, side="right") - 1, 0)
 
 
 def clip_path(path: CameraPath, shown: np.ndarray, size: tuple[int, int], view: View) -> CameraPath:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import threading
 from collections.abc import Mapping
 
 import numpy as np
 
 from configs.world_data import WorldDataConfig
+from kernels.typing import Float
 from train.data.decoding import BadPicture
 from train.data.records import Problem, Record, Say
 from train.data.source import IndexedSource, open_source, refuse_too_many_bad
+from train.data.video.containers import open_clip
 from train.data.video.source import ClipSource, refuse_no_clips
+from train.data.video.windows import Timing
 from train.data.world.paths import POSES, CameraPath, check_count, check_path, load_arrays, read_path
+
+_VIDEOS_KEPT = 64  # whose frames' times are remembered: clips are read video after video
 
 
 class WorldSource(ClipSource):
@@ -46,6 +52,8 @@ class WorldSource(ClipSource):
             usable[record.key] = _stamp(arrays)
         videos.records = [record for record in videos.records if record.key in usable]
         super().__init__(videos, config)
+        self._seconds: dict[str, np.ndarray] = {}  # of videos whose frames' times were asked for
+        self._lock = threading.Lock()
         stamps = [{POSES: usable[self.cuts[record.key].video.key]} for record in self.records]
         self.records = [
             dataclasses.replace(record, columns={**record.columns, **stamp})
@@ -60,6 +68,28 @@ class WorldSource(ClipSource):
             key, line = next(iter(unusual.items()))
             notes.append(f"{len(unusual)} cameras are unusual, such as that of {key}: {line}")
         self.notes = [*notes, *self.notes]
+
+    def seconds_of(self, record: Record) -> Float[np.ndarray, " N"]:
+        """Times of all frames of a clip's whole video, which is read once for all of its clips.
+
+        Frames are counted from the video's first, wherever a clip begins: poses are counted so too.
+
+        Raises:
+            BadPicture: its frames do not follow one another evenly, so that poses can't be found for them.
+        """
+        video = self.cuts[record.key].video
+        with self._lock:
+            seconds = self._seconds.get(video.key)
+        if seconds is None:
+            with open_clip(self.videos.blob(video), self.config.source_fps) as clip:
+                seconds = np.asarray(clip.all_seconds())
+            with self._lock:
+                self._seconds[video.key] = seconds
+                if len(self._seconds) > _VIDEOS_KEPT:
+                    del self._seconds[next(iter(self._seconds))]
+        if Timing.of(seconds).variable:
+            raise BadPicture(video.key, "has a variable frame rate, so that poses can't be found for its frames")
+        return seconds
 
     def path_of(self, record: Record) -> CameraPath:
         """The path of a clip's whole video.
