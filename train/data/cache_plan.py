@@ -17,6 +17,7 @@ from sana_jax.pipelines.resolution import Bin
 from train.data.buckets import Bucket, size_table
 from train.data.cache import FORMAT, CacheIdentity, Name
 from train.data.conditions import Condition, View
+from train.data.decoding import LANCZOS_BELOW
 from train.data.encoding import autoencoder_identity, latent_dtype, prompt_dtype, text_encoder_identity
 from train.data.source import Record
 from train.data.video.sizes import clip_sizes
@@ -41,7 +42,7 @@ def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Seq
         "prompts.dtype": prompt_dtype(model.text_encoder),
         "pictures.sizes": " ".join(f"{size.height}x{size.width}" for size in table),
         "pictures.channels": model.autoencoder.image_channels,
-        "pictures.resize": RESIZE,
+        "pictures.resize": _resize_of(table),
     }
     if is_for_videos(model):
         fields["clips.frames"] = 1
@@ -57,6 +58,12 @@ def cache_identity(data: ImageDataConfig, model: ModelDirectory, conditions: Seq
     for condition in conditions:
         fields |= {f"conditions.{condition.name}.{name}": value for name, value in condition.identity.items()}
     return CacheIdentity(fields)
+
+
+def _resize_of(table: Sequence[Bin]) -> str:
+    """How pictures are scaled to sizes."""
+    bicubic = any(size.height * size.width >= LANCZOS_BELOW**2 for size in table)
+    return f"{RESIZE}, bicubic from {LANCZOS_BELOW}" if bicubic else RESIZE
 
 
 def cache_directory(config: RunConfig, identity: CacheIdentity) -> Path:

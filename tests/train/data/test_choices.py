@@ -155,11 +155,13 @@ def test_resizing_does_not_alias():
     assert np.abs(small[4:-4, 4:-4].astype(int) - 127).max() <= 4
 
 
-def test_large_sizes_are_resized_with_lanczos():
+def test_sizes_of_2048_are_resized_with_lanczos():
+    """As the authors' loader of several sizes does, whose table of 4096 is resized as the small ones are."""
     from PIL import Image
 
     picture = np.random.default_rng(0).integers(0, 255, (64, 64, 1), np.uint8)
-    for side, method in ((1024, Image.Resampling.BICUBIC), (2048, Image.Resampling.LANCZOS)):
+    bicubic, lanczos = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
+    for side, method in ((1024, bicubic), (2048, lanczos), (4096, bicubic)):
         expected = np.asarray(Image.fromarray(picture[..., 0]).resize((side, side), method))
         assert np.array_equal(resize_and_crop_to(picture, side, side)[..., 0], expected)
 
