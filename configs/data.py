@@ -152,7 +152,7 @@ class VideoDataConfig(ImageDataConfig):
     """Frames per second of videos that do not say it, and of folders of frames; None: such videos are unusable."""
     motion_score: str | None = None
     """Appended to captions as ' motion score: N.': a number for all clips, or the name of the data's column that holds
-    each video's. None: captions stay as they are."""
+    each video's, of which the whole part is written. None: captions stay as they are."""
     filters: tuple[str, ...] = ()
     """Which videos, or latents of zip files, take part by their scores: each name=low:high, where name is a column of
     the data and either bound may be left out, as in unimatch=1:30 or dover=0.5:."""

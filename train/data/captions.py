@@ -163,7 +163,7 @@ def fill_caption(template: str, columns: Mapping[str, Any], own: str | None = No
 def with_motion_scores(
     records: Sequence[tuple[_Entry, Record]], motion_score: str | None
 ) -> list[tuple[_Entry, Record]]:
-    """Captions that end in " motion score: N.", as SANA-Video is trained and asked with.
+    """Captions that end in " motion score: N.", as SANA-Video is trained and asked with: N is a score's whole part.
 
     Args:
         records: videos, each with something that stays as it is.
@@ -185,7 +185,7 @@ def with_motion_scores(
         )
     done = []
     for (entry, record), score in zip(records, scores):
-        texts = (f"{caption.text} motion score: {score:g}.".strip() for caption in record.captions)
+        texts = (f"{caption.text} motion score: {int(score)}.".strip() for caption in record.captions)
         captions = tuple(caption._replace(text=text) for caption, text in zip(record.captions, texts))
         done.append((entry, replace(record, captions=captions)))
     return done

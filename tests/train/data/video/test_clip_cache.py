@@ -164,7 +164,7 @@ def test_motion_scores_are_in_captions(model, tmp_path):
     path = videos(tmp_path / "videos")
     directory, _ = prepared(clip_config(path, tmp_path / "fixed", motion_score="5"), model)
     assert CachedData(directory, clip_config(path, None).data).captions[0] == "a long video motion score: 5."
-    rows = ["video,caption,motion", "long.mp4,a long video,7", "more/tall.mkv,a tall video,5"]
+    rows = ["video,caption,motion", "long.mp4,a long video,7.96", "more/tall.mkv,a tall video,5"]
     (path / "metadata.csv").write_text("\n".join(rows))
     config = clip_config(path, tmp_path / "column", motion_score="motion")
     directory, _ = prepared(config, model)
