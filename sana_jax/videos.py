@@ -538,9 +538,14 @@ def _read_with_pyav(path: pathlib.Path) -> tuple[np.ndarray, float]:
             raise UserError(f"{path} has no video in it; give another file")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
-        frames = _gathered((frame.to_ndarray(format="rgb24") for frame in container.decode(stream)), path)
+        frames = _gathered((_upright(frame) for frame in container.decode(stream)), path)
         rate = stream.average_rate or stream.guessed_rate
         return frames, float(rate) if rate else DEFAULT_FPS
+
+
+def _upright(frame: Any) -> np.ndarray:
+    """A frame's pixels, turned as the file asks."""
+    return np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
 
 
 def _gathered(frames: Iterator[np.ndarray], path: pathlib.Path) -> np.ndarray:

@@ -16,6 +16,7 @@ import pytest
 from sana_jax import videos
 from sana_jax.errors import UserError
 from sana_jax.videos import VideoWriter, check_video_path, read_video, write_video
+from tests.train.data.video.clip_files import write_video as turned_video
 
 FPS = 16
 
@@ -29,6 +30,13 @@ def clip(count: int = 12, height: int = 48, width: int = 64) -> np.ndarray:
 def noisy(count: int, height: int = 48, width: int = 64) -> np.ndarray:
     """Frames that cannot be compressed."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_rotated_videos_are_turned(turn, tmp_path):
+    path = turned_video(tmp_path / "a.mp4", 3, rotation=turn, size=(32, 64))
+    lying = read_video(turned_video(tmp_path / "b.mp4", 3, size=(32, 64))).frames
+    np.testing.assert_array_equal(read_video(path).frames, np.rot90(lying, turn // 90, axes=(1, 2)))
 
 
 @pytest.mark.parametrize(
