@@ -185,6 +185,8 @@ class ClipFile:
             return stream.frames / self._rate if stream.frames else self._by_packets()
         if stream.duration:
             return float(stream.duration * stream.time_base)
+        if container.format.name.startswith("matroska") and (self._start or 0) * self._ticks * (self._rate or 25) > 0.5:
+            return self._by_packets()  # what it states counts from 0 in some files, from the first frame in others
         stated = _clock(stream.metadata.get("DURATION", ""))
         if stated is None and len(container.streams) == 1 and container.duration:
             stated = container.duration / 1e6

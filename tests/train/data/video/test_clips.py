@@ -96,6 +96,16 @@ def test_a_variable_rate_is_sampled_by_its_times(suffix, tmp_path):
     assert read_clips(blob(path), [0], [VIEW], frames=41, fps=10).variable
 
 
+@pytest.mark.parametrize("suffix", ["mp4", "mkv", "ts"])
+def test_times_are_counted_from_the_first_frame(suffix, tmp_path):
+    """Some files of Matroska state their end and not how long they are."""
+    path = write_video(tmp_path / f"a.{suffix}", 20, fps=10, times_ms=[700 + 100 * i for i in range(20)])
+    with open_clip(blob(path)) as clip:
+        assert clip.header.seconds == pytest.approx(2, abs=0.11)
+        assert clip.all_seconds() == pytest.approx(np.arange(20) / 10)
+    assert numbers(path, [2], 9, 10) == {2: list(range(2, 11))}
+
+
 def test_far_clips_are_those_of_a_whole_decoding(tmp_path):
     path = write_video(tmp_path / "a.mp4", 120, fps=10, key_every=7)
     assert numbers(path, [90, 101], 5, 10) == {90: list(range(90, 95)), 101: list(range(101, 106))}
