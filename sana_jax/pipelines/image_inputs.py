@@ -169,7 +169,10 @@ def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
                 "known; save it as 8-bit png"
             )
         print(f"{name}: {picture.mode} becomes 8-bit RGB, {white:.0f} being white")
-        return Image.fromarray(np.round(values * (255 / white)).astype(np.uint8)).convert("RGB")
+        gray = np.round(values * (255 / white))
+        if (transparent := picture.info.get("transparency")) is not None:
+            gray[values == transparent] = 255
+        return Image.fromarray(gray.astype(np.uint8)).convert("RGB")
     print(f"{name}: {picture.mode} becomes 8-bit RGB{', on white' if picture.has_transparency_data else ''}")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")

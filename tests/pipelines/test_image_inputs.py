@@ -72,6 +72,15 @@ def test_other_colour_models(tmp_path, capsys, mode):
         assert np.abs(np.asarray(picture, int) - np.asarray(original, int)).mean() < 12
 
 
+def test_a_transparent_value_of_16_bits_is_white(tmp_path):
+    values = np.full((HEIGHT, WIDTH), 1000, np.uint16)
+    values[0] = 500
+    Image.fromarray(values).save(tmp_path / "a.png", transparency=500)
+    found = np.asarray(read_picture(tmp_path / "a.png"))
+    assert (found[0] == 255).all()
+    assert (found[1:] == 4).all()
+
+
 def test_sixteen_bits_keep_their_range(tmp_path, capsys):
     values = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
     Image.fromarray(values).save(tmp_path / "a.png")

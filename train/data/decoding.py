@@ -243,15 +243,15 @@ def _pixels(picture: Image.Image, name: str, channels: int) -> UInt8[np.ndarray,
             }[orientation]
         )
     if picture.mode.startswith(("I", "F")):
-        picture = _to_8_bits(picture, name)
+        picture = _to_8_bits(picture, name, picture.info.get("transparency"))
     if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA", "La", "RGBa"):
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return _with_channels(np.asarray(picture.convert("L" if channels == 1 else "RGB")))
 
 
-def _to_8_bits(picture: Image.Image, name: str) -> Image.Image:
-    """16-bit integers, and floats in [0, 1] or [0, 255], as 8-bit gray."""
+def _to_8_bits(picture: Image.Image, name: str, transparent: int | None = None) -> Image.Image:
+    """16-bit integers, and floats in [0, 1] or [0, 255], as 8-bit gray; white where they have the transparent value."""
     from PIL import Image
 
     values = np.asarray(picture, np.float32)
@@ -264,7 +264,8 @@ def _to_8_bits(picture: Image.Image, name: str) -> Image.Image:
         white = 65535.0
     if low < 0 or high > white:
         raise BadPicture(name, f"holds values from {low:g} to {high:g}; allowed are 0 to {white:g}")
-    return Image.fromarray(np.round(values * (255.0 / white)).astype(np.uint8))
+    gray = np.round(values * (255.0 / white)).astype(np.uint8)
+    return Image.fromarray(gray if transparent is None else np.where(values == transparent, np.uint8(255), gray))
 
 
 def _with_channels(pixels: np.ndarray) -> UInt8[np.ndarray, "H W C"]:

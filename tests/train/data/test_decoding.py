@@ -50,6 +50,12 @@ def test_16_bits_are_rounded():
         assert np.array_equal(found, np.round(values / 257))
 
 
+def test_a_transparent_value_of_16_bits_is_white():
+    values = np.asarray([[0, 1000, 1001, 65535]] * 2, np.uint16)
+    data = encoded(values, "PNG", transparency=1000)
+    assert decode_picture(data, name="x", channels=3)[0, :, 0].tolist() == [0, 255, 4, 255]
+
+
 def test_floats_are_of_0_to_1_or_0_to_255():
     for white in (1, 255):
         values = np.asarray([[0.0, 0.25], [0.5, 1.0]], np.float32) * white
