@@ -581,7 +581,14 @@ def _read_npz(path: pathlib.Path) -> tuple[np.ndarray, float]:
 
 
 def _picture_names(path: pathlib.Path) -> list[str]:
-    return [name for name in sorted(os.listdir(path)) if re.fullmatch(r"[^.].*\.(png|jpg|jpeg|webp)", name.lower())]
+    """Names of the pictures in a folder as frames follow one another: numbers in names are counted as numbers."""
+
+    def place(name: str) -> tuple[list[str | int], str]:
+        parts = re.split("([0-9]+)", name)
+        return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
+
+    names = [name for name in os.listdir(path) if re.fullmatch(r"[^.].*\.(png|jpg|jpeg|webp)", name.lower())]
+    return sorted(names, key=place)
 
 
 def _read_folder(path: pathlib.Path) -> tuple[np.ndarray, float]:

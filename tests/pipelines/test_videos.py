@@ -16,6 +16,7 @@ import pytest
 from sana_jax import videos
 from sana_jax.errors import UserError
 from sana_jax.videos import VideoWriter, check_video_path, read_video, write_video
+from tests.train.data.video.clip_files import number_of, write_frames
 from tests.train.data.video.clip_files import write_video as turned_video
 
 FPS = 16
@@ -30,6 +31,11 @@ def clip(count: int = 12, height: int = 48, width: int = 64) -> np.ndarray:
 def noisy(count: int, height: int = 48, width: int = 64) -> np.ndarray:
     """Frames that cannot be compressed."""
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+def test_pictures_in_a_folder_are_in_the_order_of_their_numbers(tmp_path):
+    folder = write_frames(tmp_path / "frames", 12)
+    assert [number_of(frame) for frame in read_video(folder).frames] == list(range(12))
 
 
 @pytest.mark.parametrize("turn", [90, 180, 270])
