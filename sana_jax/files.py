@@ -125,3 +125,17 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; allowed is a JSON object: {advice}")
     return content
+
+
+def natural_order(name: str) -> tuple[tuple[int, int, str], ...]:
+    """A key to sort names by, with which numbers in names are counted as numbers: ``f2`` comes before ``f10``."""
+    parts, number = [], ""
+    for letter in f"{name}\0":
+        if letter.isascii() and letter.isdigit():
+            number += letter
+            continue
+        if number:
+            parts.append((0, int(number), number))
+            number = ""
+        parts.append((1, ord(letter), ""))
+    return tuple(parts)

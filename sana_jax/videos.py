@@ -24,7 +24,7 @@ import numpy as np
 
 from kernels.typing import Float, UInt8
 from sana_jax.errors import UserError, counted, reason_of
-from sana_jax.files import atomic_file, check_can_write, read_json, remove_partial, write_json
+from sana_jax.files import atomic_file, check_can_write, natural_order, read_json, remove_partial, write_json
 from sana_jax.growing_file import GrowingFile, cut_to_whole_fragments
 from sana_jax.images import save_gif, save_png
 
@@ -581,14 +581,9 @@ def _read_npz(path: pathlib.Path) -> tuple[np.ndarray, float]:
 
 
 def _picture_names(path: pathlib.Path) -> list[str]:
-    """Names of the pictures in a folder as frames follow one another: numbers in names are counted as numbers."""
-
-    def place(name: str) -> tuple[list[str | int], str]:
-        parts = re.split("([0-9]+)", name)
-        return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
-
+    """Names of the pictures in a folder as frames follow one another."""
     names = [name for name in os.listdir(path) if re.fullmatch(r"[^.].*\.(png|jpg|jpeg|webp)", name.lower())]
-    return sorted(names, key=place)
+    return sorted(names, key=natural_order)
 
 
 def _read_folder(path: pathlib.Path) -> tuple[np.ndarray, float]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import IO
 
+from sana_jax.files import natural_order
 from train.data.sources.listing import PICTURE_SUFFIXES, Blob, FileBlob, Listing, Media, shown
 
 _FEWEST = 2  # pictures
@@ -91,17 +92,4 @@ def take_frame_folders(listing: Listing, files: Sequence[str], media: Media) -> 
 def frames_in_order(names: Sequence[str]) -> tuple[str, ...]:
     """Names of pictures in the order in which they are frames: numbers in names are counted as numbers."""
     found = [name for name in names if os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES if name[:1] != "."]
-    return tuple(sorted(found, key=_natural))
-
-
-def _natural(name: str) -> tuple:
-    parts, number = [], ""
-    for letter in f"{name}\0":
-        if letter.isascii() and letter.isdigit():
-            number += letter
-            continue
-        if number:
-            parts.append((0, int(number), number))
-            number = ""
-        parts.append((1, ord(letter), ""))
-    return tuple(parts)
+    return tuple(sorted(found, key=natural_order))
