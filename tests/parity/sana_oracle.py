@@ -204,12 +204,29 @@ def distance_to_a_corner(variant: str, inputs: Inputs, mask: np.ndarray | None) 
     return min(sizes)
 
 
+def rounding_of_gradients(variant: str, inputs: Inputs, mask: np.ndarray | None) -> float:
+    """How far PyTorch's own float32 gradients of the parameters are from its float64 ones: the largest relative error.
+
+    Linear attention does not see how long a query is, nor how long all keys are: gradients of their biases are what is
+    left of terms that cancel, in some draws so few digits that no float32 gradient is as good as is asked.
+    """
+    found, exact = (
+        torch_output_and_gradients(variant, inputs, mask, dtype=dtype)[1]["params"]["transformer_blocks"]["attn1"]
+        for dtype in (torch.float32, torch.float64)
+    )
+    return max(jax.tree.leaves(jax.tree.map(relative_error, found, exact)))
+
+
 def torch_output_and_gradients(
-    variant: str, inputs: Inputs, mask: np.ndarray | None, controlnet_residuals: np.ndarray | None = None
+    variant: str,
+    inputs: Inputs,
+    mask: np.ndarray | None,
+    controlnet_residuals: np.ndarray | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[np.ndarray, dict]:
-    """The float32 output, and the gradients of the loss as ``{"params": tree, "hidden_states": ..., ...}``."""
-    model = torch_model(variant)
-    arguments = torch_inputs(inputs, mask)
+    """The output, and the gradients of the loss as ``{"params": tree, "hidden_states": ..., ...}``, as float32."""
+    model = torch_model(variant, dtype)
+    arguments = torch_inputs(inputs, mask, dtype)
     wanted = {"hidden_states": arguments["hidden_states"], "caption": arguments["encoder_hidden_states"]}
     if controlnet_residuals is not None:
         samples = [torch.from_numpy(residual).requires_grad_() for residual in controlnet_residuals]
