@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from kernels.typing import PyTree
 from sana_jax.compilation import compile_ahead
 from sana_jax.errors import reason_of
+from sana_jax.files import natural_order
 from sana_jax.images import automatic_enlargement, enlarge_image, image_grid, save_png, to_pil
 from sana_jax.pipelines.sampling_function import initial_latents
 from train.assembly import RunParts
@@ -99,7 +100,7 @@ class Previewer:
     @property
     def newest(self) -> Path | None:
         """The last preview that was drawn."""
-        return max((self.path(0).parent).glob("step_*.png"), default=None)
+        return max(self.path(0).parent.glob("step_*.png"), key=lambda path: natural_order(path.name), default=None)
 
     def missing(self, step: int) -> bool:
         """Whether a preview belongs to this step and is not there. The same on every process."""
