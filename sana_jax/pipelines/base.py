@@ -308,10 +308,10 @@ class SamplingPipeline(LoraPipeline):
             encoder = dataclasses.replace(encoder, **given)
 
         def encode(texts: Sequence[str], negative: bool) -> tuple[np.ndarray, np.ndarray]:
-            if self._encoded_by is not self.text_encoder:  # once one is gone, another may have its id
+            if self._encoded_by is not self.text_encoder:
                 self._encodings.clear()
                 self._encoded_by = self.text_encoder
-            own = (id(self.text_encoder), negative, tuple(sorted(given.items())))
+            own = (negative, tuple(sorted(given.items())))
             keys = [(text, *own) for text in texts]
             new = {key: key[0] for key in keys if key not in self._encodings}
             if new:
