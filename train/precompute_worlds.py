@@ -13,7 +13,7 @@ from kernels.typing import Float
 from train.data.conditions import Sample
 from train.data.decoding import BadPicture
 from train.data.records import Record
-from train.data.world.paths import INTRINSICS, POSES, clip_path, frames_shown
+from train.data.world.paths import FRAMES_SHOWN, INTRINSICS, POSES, clip_path, frames_shown
 from train.data.world.source import WorldSource
 from train.precompute_clips import ClipRun
 from train.precompute_pictures import Item
@@ -26,7 +26,12 @@ class PathCondition:
 
     def __init__(self, name: str, data: WorldDataConfig):
         self.name = name
-        self.identity: Mapping[str, Any] = {"kind": "camera", "axes": data.axes, "field_of_view": data.field_of_view}
+        self.identity: Mapping[str, Any] = {
+            "kind": "camera",
+            "axes": data.axes,
+            "field_of_view": data.field_of_view,
+            "frames": FRAMES_SHOWN,
+        }
 
     def missing(self, record: Record) -> str | None:
         """Videos without a path are left out before."""
@@ -65,7 +70,6 @@ class WorldRun(ClipRun):
 
     def prepare(self, items: Sequence[Item]) -> list[dict[str, np.ndarray] | BadPicture]:
         """Pixels of some clips of one video, and their part of the camera's path."""
-        prepared = super().prepare(items)
         first = items[0].record
         video, data = self.source.cuts[first.key].video, self.config.data
         try:
@@ -73,6 +77,7 @@ class WorldRun(ClipRun):
             path = self.source.path_of(first)
         except BadPicture as error:
             return [error] * len(items)
+        prepared = super().prepare(items)
         found: list[dict[str, np.ndarray] | BadPicture] = []
         for item, inputs in zip(items, prepared):
             if isinstance(inputs, BadPicture):

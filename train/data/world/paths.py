@@ -25,6 +25,7 @@ from train.data.decoding import BadPicture, covering_size, crop_offset
 from train.data.video.windows import tolerance
 
 POSES, INTRINSICS = "c2w", "intrinsics"  # arrays of a record
+FRAMES_SHOWN = "those shown, by the times of the whole video"  # of a clip, whose poses it gets; part of a cache's key
 # What they are called in files and in metadata; the first name that is there is read.
 CAMERA_NAMES: Mapping[str, tuple[str, ...]] = {
     POSES: (POSES, "poses", "camera_to_world"),
