@@ -25,12 +25,7 @@ _FORMS = "(4,), (3, 3), (frames, 4) or (frames, 3, 3)"
 
 
 def read_intrinsics(
-    intrinsics: Any,
-    num_frames: int,
-    height: int,
-    width: int,
-    say: Callable[[str], None] = print,
-    warns: bool = True,
+    intrinsics: Any, num_frames: int, height: int, width: int, say: Callable[[str], None] = print
 ) -> Float[np.ndarray, "F 4"]:
     """Intrinsics in any of the four forms -> (F, 4).
 
@@ -44,7 +39,6 @@ def read_intrinsics(
         height: of the picture that they belong to, in pixels.
         width: the same.
         say: prints a line.
-        warns: whether an unusual field of view is said; not of a lens that nobody gave.
 
     Returns:
         float32 fx, fy, cx, cy of every frame, in pixels of that picture.
@@ -73,8 +67,7 @@ def read_intrinsics(
         say(f"intrinsics: the first {num_frames} of {len(values)} frames are taken")
         values = values[:num_frames]
     _check_values(values, height, width)
-    if warns:
-        _warn_of_field(values, height, width, say)
+    _warn_of_field(values, height, width, say)
     return values.astype(np.float32)
 
 

@@ -189,7 +189,8 @@ def view_at(
             f"intrinsics: none are given; {whose} spans {field or DEFAULT_FIELD:g} degrees {across}, "
             f"fx and fy {intrinsics[0]:.1f} in pixels of the {source[0]}x{source[1]} image"
         )
-    values = read_intrinsics(intrinsics, len(c2w), *source, warns=given)
+    # nobody is warned of the field of a lens that nobody gave
+    values = read_intrinsics(intrinsics, len(c2w), *source, say if given else lambda line: None)
     plan = plan_resize_and_crop(source, size)
     if plan.resized != plan.target:
         axis = 0 if plan.resized[0] > size[0] else 1
