@@ -113,7 +113,8 @@ class SelfForcingSteps:
             found = losses_of({**trained, STREAM: stream}, frozen, batch, draws, step, first=first)
             return found.losses, stream_tree(found.stream)
 
-        def replaced(before, carried):
+        def replaced(before, carried, finite):
+            # also of a step that does not count: the next window follows this one, in time and place
             return {STREAM: carried}
 
         return self._make(phase, optimizers, draw, losses, replaced=replaced)

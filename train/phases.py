@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from configs.schema import OptimizerConfig, RunConfig
-from kernels.typing import Array, Int, PyTree
+from kernels.typing import Array, Bool, Int, PyTree
 from train.batch import Batch
 from train.objectives.base import PhaseLosses
 from train.optimizers import evaluation_params, kept, learning_rate_schedule, make_optimizer, stop_frozen, updates_taken
@@ -121,14 +121,14 @@ def make_phase_step(
     draw: Callable[[int, Int[Array, ""], Batch], PyTree],
     losses_of: PhaseLossFunction,
     *,
-    replaced: Callable[[PyTree, PyTree], dict[str, PyTree]] = lambda before, carried: {},
+    replaced: Callable[[PyTree, PyTree, Bool[Array, ""]], dict[str, PyTree]] = lambda before, carried, finite: {},
     averaged: tuple[str, ...] = (),
     steps_per_update: int = 1,
 ) -> StepFunction:
     """The step function ``(state, frozen, batch) -> (state, metrics)`` of a phase.
 
     Gradients are the mean over the whole batch, whatever the accumulation. A step whose loss or gradient norm is not
-    finite leaves everything as it was and reports ``finite=False``.
+    finite leaves parameters, average and optimizer as they were and reports ``finite=False``.
 
     Args:
         phase: its optimizer updates ``phase.parts``.
@@ -136,7 +136,8 @@ def make_phase_step(
         config: the run.
         draw: what is random, from (seed, step, batch).
         losses_of: the losses; what it returns beside them must be empty where the run accumulates.
-        replaced: trees of ``state.params`` that the step replaces, from those before it and what ``losses_of`` gave.
+        replaced: trees of ``state.params`` that the step replaces, from those before it, what ``losses_of`` gave, and
+            whether the step counts.
         averaged: trees that the average is kept of and this phase moves; empty where it moves none.
         steps_per_update: steps of the run for one of this phase, by which the average's warm-up counts.
     """
@@ -158,8 +159,7 @@ def make_phase_step(
         )
         taken = take_update(optimizer, grads, own_state, own, loss)
         others = {name: tree for name, tree in state.params.items() if name not in phase.parts}
-        new = replaced(state.params, carried)
-        others |= kept(taken.finite, new, part(others, tuple(new)))
+        others |= replaced(state.params, carried, taken.finite)
         params = {**others, **taken.params}
         ema = state.ema
         if ema is not None and averaged:

@@ -7,6 +7,7 @@ from configs.sprint import SprintConfig
 from kernels.typing import PyTree
 from sana_jax.errors import UserError
 from train.objectives.sprint import Sprint, vectors_after
+from train.optimizers import kept
 from train.phases import (
     Phase,
     PhaseOptimizers,
@@ -93,8 +94,8 @@ def make_sprint_steps(sprint: Sprint, optimizers: PhaseOptimizers, config: RunCo
     def discriminator(trained, frozen, batch, draws, step):
         return sprint.discriminator_losses(trained, frozen, batch, draws), ()
 
-    def vectors(before, carried):
-        return {"vectors": vectors_after(before)}
+    def vectors(before, carried, finite):
+        return {"vectors": kept(finite, vectors_after(before), before["vectors"])}
 
     special = {
         "generator": (sprint.draw_generator, generator, {"averaged": AVERAGED, "steps_per_update": len(kinds)}),
