@@ -222,6 +222,16 @@ def test_where_scores_agree_nothing_moves():
     assert not np.asarray(distribution_gradient(video, video + 1, video + 1).gradient).any()
 
 
+@pytest.mark.parametrize("which", ["real", "fake"])
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_score_that_is_not_finite_makes_a_loss_that_is_not(which, value):
+    video = jnp.asarray(batch_of(3).latents)
+    scores = {"real": video + 1, "fake": video - 1}
+    scores[which] = scores[which].at[0, 1, 1, 2, 0].set(value)
+    loss = dmd_loss(video, distribution_gradient(video, **scores).gradient)
+    assert np.isfinite(loss).tolist() == [False, True]
+
+
 def test_the_loss_moves_a_video_along_the_gradient():
     video, gradient = jnp.asarray(batch_of(4).latents), jnp.asarray(batch_of(4, rows=ROWS).latents[::-1].copy())
     mask = jnp.array([[0, 1, 1, 1]] * ROWS, bool)

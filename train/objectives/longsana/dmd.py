@@ -56,7 +56,8 @@ def distribution_gradient(
 ) -> DistributionGradient:
     """(fake − real) / mean|generated − real|, the mean over all of a sample; no gradient passes.
 
-    Where a video equals the real prediction, 0/0 becomes 0.
+    Where a video equals the real prediction, 0/0 becomes 0. What a score itself gives that is not finite stays so, and
+    the step does not count: the published code makes it 0, and a score that has overflowed teaches nothing, unseen.
 
     Args:
         generated: the generator's video.
@@ -66,8 +67,9 @@ def distribution_gradient(
     """
     generated, real, fake = jax.lax.stop_gradient((generated, real, fake))
     normalizer = jnp.maximum(jnp.abs(generated - real).mean(tuple(range(1, generated.ndim))), least)
-    gradient = (fake - real) / align_leading(normalizer, generated)
-    return DistributionGradient(jnp.nan_to_num(gradient), normalizer)
+    apart = fake - real
+    gradient = jnp.nan_to_num(apart / align_leading(normalizer, generated))
+    return DistributionGradient(jnp.where(jnp.isfinite(apart), gradient, jnp.nan), normalizer)
 
 
 def dmd_loss(
