@@ -17,6 +17,7 @@ from sana_jax.pipelines.model_directory import ModelDirectory
 from train.batch import CAMERA, PLUCKER
 from train.data.cache import FORMAT, PROMPTS, CacheIdentity, CacheWriter
 from train.data.encoding import prompt_dtype
+from train.data.pinned import DATA, pinned
 from train.data.prompt_lists import read_prompts
 from train.data.prompt_records import add_prompts, free
 from train.data.prompts import PromptsData, latent_shape, texts_of
@@ -30,13 +31,14 @@ Say = Callable[[str], None]
 
 
 def open_trajectories(config: RunConfig, model: ModelDirectory, say: Say = print) -> TrajectoriesData:
-    """The data of an ODE initialisation.
+    """The data of an ODE initialisation. A run that has a checkpoint goes on with the trajectories that it began with.
 
     Preview prompts that are no captions of the trajectories are encoded with the model's text encoder, whose weights
     are not in memory when it returns.
 
     Args:
-        config: its ``data``, a ``TrajectoriesDataConfig``, ``ode.timesteps`` and ``preview.prompts`` are used.
+        config: its ``data``, a ``TrajectoriesDataConfig``, ``run_dir``, ``ode.timesteps`` and ``preview.prompts`` are
+            used.
         model: the model that is trained.
         say: prints a line.
 
@@ -47,7 +49,7 @@ def open_trajectories(config: RunConfig, model: ModelDirectory, say: Say = print
     if config.data.path is None:
         raise UserError(f"--data.path is missing: name the directory that {MAKING} --model TEACHER has written")
     timesteps = None if config.ode is None else config.ode.timesteps
-    data = TrajectoriesData(config.data.path, timesteps=timesteps)
+    data = TrajectoriesData(config.data.path, timesteps=timesteps, pins=pinned(config.run_dir, DATA))
     data.check_model(model, say)
     _check_camera(data, network_conditions(model.transformer_config))
     with _one_device():

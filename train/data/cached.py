@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -108,6 +108,9 @@ class CachedData:
         CheckpointError: it is damaged, of another identity, or lacks variants that the configuration asks for.
         UserError: a split or a choice of captions that is not possible.
     """
+
+    pins_identity: ClassVar[bool] = False
+    """Whether a run's list of samples says which cache they are of, because the run's configuration does not."""
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 # Names of the files by what the samples are.
 DATA, CLASS, PICTURES = "data.jsonl", "class.jsonl", "pictures.jsonl"
-_SIGNATURES = "signatures"
+_SIGNATURES, _IDENTITY = "signatures", "identity"
 
 
 def pinned(run_dir: str | Path, name: str) -> Path | None:
@@ -48,6 +48,11 @@ def read_pins(path: Path) -> Iterator[dict[str, Any]]:
             yield sample
 
 
+def pinned_identities(path: Path) -> set[str]:
+    """The identities, as ``CacheIdentity.id``, that a list says its samples are of; most lists say nothing."""
+    return {sample[_IDENTITY] for sample in read_pins(path) if _IDENTITY in sample}
+
+
 def write_pins(dataset: Any, run_dir: Path) -> None:
     """Keeps the lists of a data set that was not opened with them. Process 0 only.
 
@@ -61,11 +66,12 @@ def write_pins(dataset: Any, run_dir: Path) -> None:
 
 def _lines(data: CachedData) -> Iterator[dict[str, Any]]:
     samples = data.reader.samples()
+    own = {_IDENTITY: data.identity.id} if data.pins_identity else {}
     for key, places in data.places():
         sample = next(samples, {})
         if sample.get("key") != key:
             raise CheckpointError(f"the cache {data.directory} was changed while the run began; start it again")
-        yield {**sample, _SIGNATURES: {name: data.reader.signature(place) for name, place in places.items()}}
+        yield {**sample, _SIGNATURES: {name: data.reader.signature(place) for name, place in places.items()}, **own}
 
 
 def pinned_places(reader: CacheReader) -> dict[tuple[str, str, str], Place]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -20,8 +20,10 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.pipelines.model_directory import ModelDirectory
 from sana_jax.text_encoders import TextEncoder
 from train.data.cache import LATENTS, SAMPLES_FILE, CacheIdentity, read_identity
+from train.data.cache_plan import variants
 from train.data.cached import CachedData
 from train.data.encoding import Say, autoencoder_identity, encode_prompts, prompt_dtype, text_encoder_identity
+from train.data.pinned import holds, pinned_identities
 from train.data.prompt_records import PromptRecords, padded
 
 # Fields of the identity.
@@ -39,24 +41,42 @@ class TrajectoriesData(CachedData):
     Args:
         directory: what ``python -m train.make_trajectories`` has written.
         timesteps: of the states that training wants; None for those that there are.
+        pins: the list of trajectories that a run began with (``train.data.pinned``), instead of all.
 
     Raises:
         FileNotFoundError: there are no trajectories.
         UserError: they are not finished, or have states at other timesteps.
-        CheckpointError: they are damaged.
+        CheckpointError: they are damaged, or not those that a run began with.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, timesteps: Sequence[int] | None = None):
+    pins_identity: ClassVar[bool] = True  # teacher, seed and steps are no settings of the run
+
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        timesteps: Sequence[int] | None = None,
+        pins: Path | None = None,
+    ):
         directory = Path(directory).expanduser()
-        there = tuple(_read_trajectories_identity(directory).fields[TIMESTEPS])
+        identity = _read_trajectories_identity(directory)
+        there = tuple(identity.fields[TIMESTEPS])
         if timesteps is not None and tuple(timesteps) != there:
             raise UserError(
                 f"the trajectories {directory} have states at the timesteps {_words(there)}, and --ode.timesteps are "
                 f"{_words(timesteps)}; make them again with {MAKING} --timesteps {_words(timesteps)}, or train with "
                 "theirs"
             )
-        # a caption each, in one variant, and none held out
-        super().__init__(directory, ImageDataConfig())
+        config = ImageDataConfig()  # a caption each, in one variant, and none held out
+        if pins is not None:
+            same = pinned_identities(pins) <= {identity.id}
+            if not (same and holds(directory, identity, pins, (), variants(config))):
+                raise CheckpointError(
+                    f"the run began with other trajectories ({pins}) than {directory} has: of other prompts, or made "
+                    "by another teacher, seed or steps; name the directory that it began with (--data.path), or start "
+                    "a new run"
+                )
+        super().__init__(directory, config, pins=pins)
         self._further: dict[str, Float[np.ndarray, "n C"]] = {}
 
     @property

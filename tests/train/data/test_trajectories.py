@@ -27,6 +27,7 @@ from tests.train.run_training import cache_directory, in_this_process
 from tests.train.tiny_teacher import DATA, TIMESTEPS, save_teacher, trajectories_config
 from train.data import trajectories
 from train.data.loader import Loader
+from train.data.pinned import write_pins
 from train.data.trajectories import TrajectoriesData
 from train.data.video.moving_digits import MovingDigitsData
 from train.longsana_data import open_trajectories
@@ -54,9 +55,10 @@ def directory(teacher, tmp_path_factory):
     return make_trajectories(config, say=lambda line: None)
 
 
-def run_of(path, prompts=(), timesteps=TIMESTEPS):
+def run_of(path, prompts=(), timesteps=TIMESTEPS, run_dir="no run"):
     """The fields of a ``RunConfig`` that are read."""
     return SimpleNamespace(
+        run_dir=str(run_dir),
         data=TrajectoriesDataConfig(None if path is None else str(path)),
         ode=OdeInitializationConfig(timesteps=timesteps, flow_shift=3.0, block_frames=1),
         preview=PreviewConfig(prompts=prompts),
@@ -140,6 +142,30 @@ def test_what_is_refused(teacher, directory, tmp_path):
     (unfinished / "samples.jsonl").unlink()
     with pytest.raises(UserError, match="are not finished; continue with"):
         TrajectoriesData(unfinished)
+
+
+def test_a_run_goes_on_with_the_trajectories_that_it_began_with(teacher, directory, tmp_path):
+    model, run = read_model_directory(teacher, "SanaVideoPipeline"), tmp_path / "run"
+    begun = open_trajectories(run_of(directory), model)
+    (run / "checkpoints" / "2").mkdir(parents=True)
+    write_pins(begun, run)
+
+    def made(name, **changes):
+        config = trajectories_config(teacher, tmp_path / name, **changes)
+        return make_trajectories(config, say=lambda line: None)
+
+    everything = np.arange(len(begun))
+    # moved, and more of them made since
+    shutil.copytree(directory, tmp_path / "more")
+    again = open_trajectories(run_of(made("more", per_caption=2), run_dir=run), model)
+    assert len(TrajectoriesData(tmp_path / "more")) == 2 * len(begun) == 2 * len(again)
+    for one, other in zip(begun.batch(everything)[:3], again.batch(everything)[:3]):
+        np.testing.assert_array_equal(one, other)
+    # as many, of the same prompts, and not the same
+    other = made("other", seed=6)
+    assert len(open_trajectories(run_of(other), model)) == len(begun)
+    with pytest.raises(CheckpointError, match=r"the run began with other trajectories .* by another teacher, seed"):
+        open_trajectories(run_of(other, run_dir=run), model)
 
 
 def test_a_cache_of_pictures_is_refused(tmp_path):
