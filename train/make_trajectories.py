@@ -545,6 +545,7 @@ class _Work:
                 "captions": [[text, "prompt", None]],
                 "group": None,
                 "variants": [VARIANT],
+                "signatures": {VARIANT: _digest(text)},
             }
             for index, text in enumerate(self.captions)
         )

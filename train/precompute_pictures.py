@@ -461,6 +461,7 @@ class PictureRun:
                 "captions": [[caption.text, caption.kind, caption.score] for caption in record.captions],
                 "group": record.group,
                 "variants": sorted(there),
+                "signatures": dict.fromkeys(sorted(there), current),
             }
 
 

@@ -49,7 +49,9 @@ class _Contents:
         numbers: dict[str, int] = {}
         shared: dict[Any, _Captions] = {}
         rule = CaptionRule.of(config)
-        places, wanted = reader.places(LATENTS) if pins is None else pinned_places(reader), variants(config)
+        # The list says which records it is of: later ones of the same names may belong to a list that is not written
+        # yet. Those of caches that were made before lists said so are the newest.
+        exact, wanted, newest = pinned_places(reader), variants(config), None
         for sample in reader.samples() if pins is None else read_pins(pins):
             key, signatures = sample["key"], sample.get("signatures")
             if missing := [name for name in wanted if name not in sample["variants"]]:
@@ -57,8 +59,12 @@ class _Contents:
                     f"the cache {reader.directory} lacks {', '.join(missing)} of {key}, which --data.crop, "
                     "--data.crops and --data.flip ask for; python -m train.precompute with the same options adds them"
                 )
+            if signatures is None and newest is None:
+                newest = reader.places(LATENTS)
             try:
-                own = tuple(places[(key, name) if pins is None else (key, name, signatures[name])] for name in wanted)
+                own = tuple(
+                    newest[key, name] if signatures is None else exact[key, name, signatures[name]] for name in wanted
+                )
             except KeyError as error:
                 if pins is not None:
                     raise CheckpointError(

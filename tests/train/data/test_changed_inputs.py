@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from tests.train.data.cache_cases import gray_model, gray_pictures, prepared, run_config
+from train.data import CachedData
+from train.data.cache import CacheWriter
 from train.data.stamps import stamp
 
 
@@ -65,6 +67,30 @@ def test_a_file_that_is_written_anew_is_read_anew(gray, tmp_path, write, name, c
         os.utime(folder / name, ns=(times.st_atime_ns, times.st_mtime_ns))
         _, lines = prepared(config, gray)
         assert any("1 pictures have changed" in line for line in lines) == changes, lines
+
+
+def test_until_it_is_finished_again_a_cache_is_what_its_list_says(gray, tmp_path, monkeypatch):
+    folder = gray_pictures(tmp_path / "pictures", 3)
+    config = run_config(folder, tmp_path / "cache")
+    prepared(config, gray)
+    before = CachedData(tmp_path / "cache", config.data).batch(np.arange(3))
+    picture(folder / "p001.png", 7)
+    (folder / "p001.txt").write_text("a red nine")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write_samples", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepared(config, gray)
+    # the new picture is there, its new caption is not yet the picture's
+    for one, other in zip(before[:3], CachedData(tmp_path / "cache", config.data).batch(np.arange(3))[:3]):
+        np.testing.assert_array_equal(one, other)
+    prepared(config, gray)
+    after = CachedData(tmp_path / "cache", config.data).batch(np.arange(3))
+    assert np.abs(after.latents[1] - before.latents[1]).max() > 0
+    assert np.abs(after.prompt_embeds[1] - before.prompt_embeds[1]).max() > 0
 
 
 def test_stamps_of_large_files():

@@ -26,6 +26,7 @@ from tests.train.data.cache_cases import gray_model, gray_pictures, prepared, ru
 from tests.train.run_training import cache_directory, in_this_process
 from tests.train.tiny_teacher import DATA, TIMESTEPS, save_teacher, trajectories_config
 from train.data import trajectories
+from train.data.cache import CacheWriter
 from train.data.loader import Loader
 from train.data.pinned import write_pins
 from train.data.trajectories import TrajectoriesData
@@ -166,6 +167,26 @@ def test_a_run_goes_on_with_the_trajectories_that_it_began_with(teacher, directo
     assert len(open_trajectories(run_of(other), model)) == len(begun)
     with pytest.raises(CheckpointError, match=r"the run began with other trajectories .* by another teacher, seed"):
         open_trajectories(run_of(other, run_dir=run), model)
+
+
+def test_trajectories_that_are_being_made_of_other_prompts(teacher, tmp_path, monkeypatch):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("\n".join(CAPTIONS[:3]))
+    config = trajectories_config(teacher, tmp_path / "out", prompts=str(prompts))
+    make_trajectories(config, say=lambda line: None)
+    prompts.write_text("\n".join(CAPTIONS[1:4]))
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write_samples", killed)
+        with pytest.raises(KeyboardInterrupt):
+            make_trajectories(config, say=lambda line: None)
+    with pytest.raises(CheckpointError, match="lists 0000000, and no shard has it"):
+        TrajectoriesData(tmp_path / "out")
+    make_trajectories(config, say=lambda line: None)
+    assert [TrajectoriesData(tmp_path / "out").caption_of(index) for index in range(3)] == CAPTIONS[1:4]
 
 
 def test_a_cache_of_pictures_is_refused(tmp_path):

@@ -61,6 +61,7 @@ def test_every_clip_has_its_frames(cached):
     }
     samples = list(reader.samples())
     assert [sample["key"] for sample in samples] == list(found)
+    assert samples[0].pop("signatures").keys() == {"center"}
     assert samples[0] == {
         "key": "long@000000",
         "size": list(SIZE),
