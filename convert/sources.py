@@ -18,7 +18,7 @@ from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import GROWING_PIPELINES
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
-from sana_jax.weights.components import CONVERTED, KEPT
+from sana_jax.weights.components import CONVERTED, KEPT, TRANSFORMERS_STEM
 from sana_jax.weights.converted import lazy_saved_tree
 from sana_jax.weights.manifest import find_damage, saved_items
 from sana_jax.weights.messages import describe_array
@@ -238,7 +238,7 @@ def _refuse_of_originals(choices: Choices, path: Path) -> None:
 
 def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
     refuse(choices, path, "image_size", "flow_shift")
-    index = read_json(path / INDEX)
+    index = _with_libraries(read_json(path / INDEX), path)
     if choices.variant is not None:
         check_variant(path, choices.variant)  # of the whole, not once more of every component
     components, copies, notes, failures = [], {}, [], {}
@@ -273,6 +273,30 @@ def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
     if not components and not failures:
         failures["components"] = UserError(f"{path / INDEX} names no network; download the model again")
     return Model(path, index, tuple(components), copies, {}, contract, tuple(notes), failures)
+
+
+def _with_libraries(index: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The index of a model that a pipeline of ours has saved, as diffusers has one.
+
+    Ours names neither the tokenizer nor the ControlNet that lie there, and no library that diffusers could load from.
+    """
+    named = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry[:1] == ["sana_jax"]}
+    if not {"transformer", "text_encoder"} <= set(named):
+        return dict(index)
+    full = dict(index)
+    for name, (_, class_name) in named.items():
+        is_own = class_name in WITHOUT_WEIGHTS or (
+            name == "scheduler" and index.get("_class_name") in GROWING_PIPELINES
+        )  # diffusers has none of these
+        if not is_own:
+            full[name] = ["transformers" if stem_of(class_name) == TRANSFORMERS_STEM else "diffusers", class_name]
+    if (path / "controlnet" / CONFIG).is_file():
+        full.setdefault("controlnet", ["diffusers", class_of(read_json(path / "controlnet" / CONFIG))])
+    settings = path / "tokenizer" / "tokenizer_config.json"
+    if settings.parent.is_dir():
+        given = read_json(settings).get("tokenizer_class") if settings.is_file() else None
+        full.setdefault("tokenizer", ["transformers", given or "PreTrainedTokenizerFast"])
+    return full
 
 
 def index_of(model: Model) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from convert.engine import export_model, import_model, parse_size
 from convert.inspection import inspect_model
 from convert.sources import Choices
+from sana_jax import SanaControlNetPipeline, SanaPipeline
 from sana_jax.contract import Contract, infer_contract
 from sana_jax.errors import CheckpointError, UserError
 from tests.convert.cases import VARIANTS, controlnet, files_of, tensors_of, transformer
@@ -217,6 +218,22 @@ def test_a_published_directory_can_be_exported_at_once(published, tmp_path):
     export_model(published("sana-1.0"), tmp_path / "back", max_shard_size="100KB", report=silent)
     for folder, stem in STEMS.items():
         assert tensors_of(tmp_path / "back" / folder, stem) == tensors_of(published("sana-1.0") / folder, stem)
+
+
+@pytest.mark.parametrize("kind", ["sana-1.0", "controlnet"])
+def test_diffusers_loads_an_export_of_what_a_pipeline_of_ours_saved(kind, published, tmp_path):
+    """Our index names neither the tokenizer nor the ControlNet, and no libraries; an export has all of them."""
+    ours = SanaControlNetPipeline if kind == "controlnet" else SanaPipeline
+    ours.from_pretrained(published(kind)).save_pretrained(tmp_path / "saved")
+    export_model(tmp_path / "saved", tmp_path / "back", report=silent)
+    index, expected = (json.loads((d / "model_index.json").read_text()) for d in (tmp_path / "back", published(kind)))
+    assert index == {name: value for name, value in expected.items() if name != "_diffusers_version"}
+    theirs, back = (pipeline_oracle.KINDS[kind][0].from_pretrained(d) for d in (published(kind), tmp_path / "back"))
+    assert back.tokenizer(pipeline_oracle.PROMPTS).input_ids == theirs.tokenizer(pipeline_oracle.PROMPTS).input_ids
+    for name, part in theirs.components.items():
+        if isinstance(part, torch.nn.Module):
+            found = back.components[name].state_dict()
+            assert all(torch.equal(found[key], tensor) for key, tensor in part.state_dict().items())
 
 
 def test_a_dry_run_writes_nothing_and_names_every_byte(published, tmp_path):
