@@ -33,6 +33,7 @@ def memory_budget(config: GenerateConfig, name: str) -> MemoryBudget | None:
         binning=config.binning,
         guidance_scale=config.guidance_scale,
         perturbed=bool(config.pag_scale),
+        batched=config.guidance_batching == "batched" or config.step_cache is not None,
     )
     if name in GROWING_PIPELINES:  # block after block, whatever the length
         return budget

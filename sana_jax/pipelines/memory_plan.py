@@ -68,6 +68,7 @@ class MemoryBudget:
         fps: frames of a second, with ``seconds``.
         guidance_scale: above 1, the network sees every sample twice.
         perturbed: whether perturbed-attention guidance has it see each once more.
+        batched: whether what guidance needs must go through the network at once, as with step caching.
     """
 
     memory: str
@@ -81,6 +82,7 @@ class MemoryBudget:
     fps: float | None = None
     guidance_scale: float | None = None
     perturbed: bool = False
+    batched: bool = False
 
 
 class Stage(NamedTuple):
@@ -414,6 +416,8 @@ def work_of(model: Any, asked: MemoryBudget) -> tuple[Work, str]:
     layer = itemsize * sum(math.prod(shape[-2:]) for shape in layers.values())
     sums = 4 * tokens * 2 * hidden
     sample, sums = sample * asked.samples, sums * asked.samples
+    if asked.batched:  # nothing is left to split
+        sample, sums, parts = sample * parts, sums * parts, 1
     of_frames = f"{frames} frames of " if is_video else ""
     words = f"{asked.samples} x {of_frames}{height}x{width} pixels at once"
     work = Work(text, layer, sample, sums, parts, int(decode * together), int(tile))

@@ -187,6 +187,8 @@ def test_the_work_is_that_of_the_request():
     apart, _ = work_of(picture, MemoryBudget("1g", samples=1025))
     assert apart.decode == one.decode
     assert work_of(picture, MemoryBudget("1g", perturbed=True))[0].samples == 3
+    batched, _ = work_of(picture, MemoryBudget("1g", perturbed=True, batched=True))
+    assert (batched.sample, batched.sums, batched.samples) == (3 * one.sample, 3 * one.sums, 1)
     with pytest.raises(UserError, match="binning"):
         work_of(picture, MemoryBudget("1g", binning="nearest"))
 
@@ -215,6 +217,9 @@ def test_the_command_line_plans_for_what_it_asks_for():
     options = {"height": 64, "width": 32, "binning": "off", "guidance_scale": 1.0, "pag_scale": 2.0}
     assert asked("a", "b", num_images=300, **options) == wanted
     assert asked("a", name="SanaVideoPipeline", frames=33) == MemoryBudget("1g", frames=33)
+    for option in ({"guidance_batching": "batched"}, {"step_cache": 0.1}):  # neither can be split
+        assert asked("a", **option) == MemoryBudget("1g", batched=True)
+    assert asked("a", guidance_batching="split") == MemoryBudget("1g")
     assert asked("a", name="SanaWMPipeline", action="w-8,jw-8", image="a.png") == MemoryBudget("1g", frames=17)
     assert asked("a", "b", name="LongSanaVideoPipeline", frames=321) == MemoryBudget("1g")
 
