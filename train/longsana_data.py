@@ -17,7 +17,7 @@ from sana_jax.pipelines.model_directory import ModelDirectory
 from train.batch import CAMERA, PLUCKER
 from train.data.cache import FORMAT, PROMPTS, CacheIdentity, CacheWriter
 from train.data.encoding import prompt_dtype
-from train.data.pinned import DATA, pinned
+from train.data.pinned import DATA, PROMPT_LIST, pinned, pinned_prompts
 from train.data.prompt_lists import read_prompts
 from train.data.prompt_records import add_prompts, free
 from train.data.prompts import PromptsData, latent_shape, texts_of
@@ -75,6 +75,8 @@ def open_prompts_data(
 ) -> PromptsData | None:
     """The data of self-forcing: encodes what is missing of the prompts, and opens them.
 
+    A run that has a checkpoint goes on with the prompts that it began with.
+
     The text encoder's weights are not in memory when it returns.
 
     Args:
@@ -93,7 +95,11 @@ def open_prompts_data(
     shape = latent_shape(data, model)
     if data.path is None:
         raise UserError("--data.path is missing: name a text file with one prompt per line, or one with captions")
-    prompts = read_prompts(data.path, "--data.path", say)
+    prompts = pinned_prompts(config.run_dir)
+    if prompts is None:
+        prompts = read_prompts(data.path, "--data.path", say)
+    else:
+        say(f"data: the {len(prompts):,} prompts that the run began with ({Path(config.run_dir) / PROMPT_LIST})")
     directory = on_first_process(lambda: _prepare(config, model, prompts, say, stop))
     return None if directory is None else PromptsData(directory, prompts, data, shape)
 

@@ -4,7 +4,8 @@
 
     config.json          the run's configuration
     metrics.jsonl        a row of numbers every few steps
-    data.jsonl           the samples that it began with and goes on with (class.jsonl, pictures.jsonl: further ones)
+    data.jsonl           the samples that it began with and goes on with (class.jsonl, pictures.jsonl: further ones;
+                         prompts.jsonl: prompts without videos)
     samples/             previews
     checkpoints/<step>/  training states
     tensorboard/         events

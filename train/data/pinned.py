@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from train.data.cached import CachedData
 
 # Names of the files by what the samples are.
-DATA, CLASS, PICTURES = "data.jsonl", "class.jsonl", "pictures.jsonl"
+DATA, CLASS, PICTURES, PROMPT_LIST = "data.jsonl", "class.jsonl", "pictures.jsonl", "prompts.jsonl"
 _SIGNATURES, _IDENTITY = "signatures", "identity"
 
 
@@ -53,8 +53,22 @@ def pinned_identities(path: Path) -> set[str]:
     return {sample[_IDENTITY] for sample in read_pins(path) if _IDENTITY in sample}
 
 
+def pinned_prompts(run_dir: str | Path) -> list[str] | None:
+    """The prompts of a run that has a checkpoint, as ``pinned``.
+
+    Raises:
+        CheckpointError: the list is damaged.
+    """
+    if (path := pinned(run_dir, PROMPT_LIST)) is None:
+        return None
+    try:
+        return [str(json.loads(line)["prompt"]) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is damaged; put it back from a copy, or start a new run") from error
+
+
 def write_pins(dataset: Any, run_dir: Path) -> None:
-    """Keeps the lists of a data set that was not opened with them. Process 0 only.
+    """Keeps the lists of a data set that was not opened with them, and its prompts. Process 0 only.
 
     Raises:
         CheckpointError: its cache has been changed since it was opened.
@@ -62,6 +76,8 @@ def write_pins(dataset: Any, run_dir: Path) -> None:
     for name, part in getattr(dataset, "cached", {}).items():
         if not part.is_pinned:
             write_durably(run_dir / name, (json.dumps(line, separators=(",", ":")) for line in _lines(part)))
+    if prompts := getattr(dataset, "prompts", ()):
+        write_durably(run_dir / PROMPT_LIST, (json.dumps({"prompt": text}) for text in prompts))
 
 
 def _lines(data: CachedData) -> Iterator[dict[str, Any]]:

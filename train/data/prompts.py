@@ -29,9 +29,12 @@ class PromptsData:
     With a motion score for the real score, ``conditions`` have the prompts as it is told them: ``real_prompt_embeds``
     (B, L, C) and ``real_prompt_attention_mask`` (B, L).
 
+    Attributes:
+        prompts: as they were written.
+
     Args:
         directory: the cache of the encoded prompts.
-        prompts: as they were written.
+        prompts: see above.
         config: motion scores and the negative prompt are used.
         latent_shape: (T, H, W, C) of the videos' latents.
 
@@ -44,7 +47,7 @@ class PromptsData:
     """Nothing is held out."""
 
     def __init__(self, directory: Path, prompts: Sequence[str], config: PromptsDataConfig, latent_shape: Shape):
-        self.directory, self.config, self._shape = directory, config, latent_shape
+        self.directory, self.config, self._shape, self.prompts = directory, config, latent_shape, tuple(prompts)
         self._texts = texts_of(prompts, config.motion_score)
         self._real = None if config.real_motion_score is None else texts_of(prompts, config.real_motion_score)
         self._encoded = PromptRecords(CacheReader(directory))

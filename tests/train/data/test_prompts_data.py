@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +24,7 @@ from tests.train.tiny_teacher import NETWORK
 from train.data import encoding, prompt_records
 from train.data.cache import PROMPTS, CacheReader
 from train.data.loader import Loader
+from train.data.pinned import write_pins
 from train.data.prompt_lists import read_prompts
 from train.data.prompts import PromptsData
 from train.longsana_data import open_prompts_data
@@ -148,6 +150,26 @@ def test_what_is_there_is_not_encoded_again(model, tmp_path, monkeypatch):
     open_prompts_data(run_of(tmp_path, f"{PANDA}\na bird\n", cache=str(tmp_path / "cache")), model, quiet)
     assert encoded == ["a bird"]
     assert len(CacheReader(tmp_path / "cache").places(PROMPTS)) == 4  # and no text
+
+
+def test_a_run_goes_on_with_the_prompts_that_it_began_with(model, tmp_path):
+    run = run_of(tmp_path)
+    directory, lines = Path(run.run_dir), []
+    directory.mkdir(parents=True)
+    write_pins(open_prompts_data(run, model, quiet), directory)
+    edited = run_of(tmp_path, f"{PANDA}\na red bird\n")
+    assert open_prompts_data(edited, model, quiet).captions == [PANDA, "a red bird"]  # it has not begun
+    (directory / "checkpoints" / "2").mkdir(parents=True)
+    assert open_prompts_data(edited, model, lines.append).captions == [PANDA, BIRD]
+    assert lines[0] == f"data: the 2 prompts that the run began with ({directory / 'prompts.jsonl'})"
+    Path(run.data.path).unlink()
+    again = open_prompts_data(run, model, quiet)
+    assert again.batch(np.array([1])).prompt_embeds.any()
+    write_pins(again, directory)
+    assert open_prompts_data(run, model, quiet).prompts == (PANDA, BIRD)
+    (directory / "prompts.jsonl").write_text("[]\n")
+    with pytest.raises(CheckpointError, match=r"prompts\.jsonl is damaged"):
+        open_prompts_data(run, model, quiet)
 
 
 def test_a_request_to_stop(model, tmp_path):
