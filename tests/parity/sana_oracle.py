@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -184,11 +185,17 @@ def torch_output(variant: str, inputs: Inputs, mask: np.ndarray | None, dtype: t
 
 
 def distance_to_a_corner(variant: str, inputs: Inputs, mask: np.ndarray | None) -> float:
-    """The least size of a query or key of linear attention, relative to their root mean square.
+    """``nearest_corner`` of a variant's network."""
+    model = torch_model(variant, torch.float32)
+    return nearest_corner(model, lambda: torch_output(variant, inputs, mask, torch.float32))
+
+
+def nearest_corner(model: torch.nn.Module, run: Callable[[], object]) -> float:
+    """The least size of a query or key of linear attention while ``run`` runs, relative to their root mean square.
 
     At 0 the ReLU has a corner: what lies so near it that rounding decides the side has one gradient or another.
     """
-    model, sizes = torch_model(variant, torch.float32), []
+    sizes = []
 
     def note(_module, _arguments, out: torch.Tensor) -> None:
         sizes.append((out.abs().min() / out.square().mean().sqrt()).item())
@@ -197,7 +204,7 @@ def distance_to_a_corner(variant: str, inputs: Inputs, mask: np.ndarray | None) 
     last = [(a.to_q, a.to_k) if a.norm_q is None else (a.norm_q, a.norm_k) for a in attentions]
     hooks = [module.register_forward_hook(note) for pair in last for module in pair]
     try:
-        torch_output(variant, inputs, mask, torch.float32)
+        run()
     finally:
         for hook in hooks:
             hook.remove()

@@ -22,7 +22,13 @@ from sana_jax.models.sana import SanaTransformer
 from sana_jax.models.sharding_rules import CONTROLNET
 from tests.compiling import AS_USERS_COMPILE
 from tests.parity import sana_oracle as oracle
-from tests.parity.test_sana import GRADIENT_TOLERANCE, OUTPUT_TOLERANCE, QUICK_COMPILE, gradient_errors
+from tests.parity.test_sana import (
+    GRADIENT_TOLERANCE,
+    LEAST_DISTANCE_TO_A_CORNER,
+    OUTPUT_TOLERANCE,
+    QUICK_COMPILE,
+    gradient_errors,
+)
 from train.sharding import AXES, parameter_paths, parameter_shardings
 
 VARIANTS = {
@@ -93,8 +99,8 @@ def params_of(variant: str) -> dict:
     return our_params(torch_controlnet(variant).state_dict(), config_of(variant))
 
 
-def draw_inputs(config: SanaControlNetConfig, size: tuple[int, int] = oracle.LATENT_SIZE) -> Inputs:
-    rng = np.random.default_rng(3)
+def draw_inputs(config: SanaControlNetConfig, size: tuple[int, int] = oracle.LATENT_SIZE, seed: int = 3) -> Inputs:
+    rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:
         return rng.standard_normal(shape).astype(np.float32)
@@ -174,7 +180,14 @@ CASES += [("plain", "without mask", (3, 7)), ("positions", "masked", (5, 3))]
 
 @pytest.mark.parametrize(("variant", "captions", "size"), CASES)
 def test_residuals_and_gradients(variant, captions, size):
-    inputs, mask = draw_inputs(config_of(variant), size), oracle.MASK if captions == "masked" else None
+    mask = oracle.MASK if captions == "masked" else None
+    for seed in range(3, 20):
+        inputs = draw_inputs(config_of(variant), size, seed)
+        theirs = functools.partial(run_theirs, variant, inputs, mask)
+        if oracle.nearest_corner(torch_controlnet(variant), theirs) > LEAST_DISTANCE_TO_A_CORNER:
+            break
+    else:
+        raise AssertionError("no inputs whose gradients do not depend on how a processor rounds")
     (found, gradients), (expected, expected_gradients) = (run(variant, inputs, mask) for run in (run_ours, run_theirs))
     for layer, residual in enumerate(expected):
         assert np.std(residual) > 0.1
