@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from convert.completion import complete, open_others
 from convert.families import parameter_count
 from convert.sources import (
     CONFIG,
@@ -71,7 +72,10 @@ def import_model(
     """
     model = open_model(source, choices)
     if components_from is not None:
-        model = _complete(model, open_model(components_from), str(components_from))
+        others = open_model(components_from)
+        if any(component.origin != "published" for component in others.components):
+            raise UserError(f"--components-from {components_from} has weights of our own; name the published directory")
+        model = complete(model, others, str(components_from))
     for component in model.components:
         if component.origin in ("converted", "training run"):
             raise UserError(
@@ -108,6 +112,7 @@ def export_model(
     destination: str | Path,
     choices: Choices | None = None,
     *,
+    components_from: str | Path | None = None,
     layout: Layout = "diffusers",
     max_shard_size: str | None = None,
     dry_run: bool = False,
@@ -120,6 +125,8 @@ def export_model(
             original file.
         destination: as for ``import_model``; of layout ``original`` a new .safetensors or .pth file.
         choices: what the source leaves open.
+        components_from: a model whose other components complete an original file or a training run to a directory of
+            layout ``diffusers``; or a run, for those of the model that it began with.
         layout: ``diffusers``, or ``original``, which holds the transformer or ControlNet alone.
         max_shard_size: larger weights of layout ``diffusers`` become several files and an index: "5GB", which is what
             None takes, "500MB".
@@ -130,8 +137,12 @@ def export_model(
         as ``import_model``.
     """
     check_layout(destination, layout, max_shard_size)  # before a long reading
+    if components_from is not None and layout == "original":
+        raise UserError(f"--components-from {components_from}: --layout original writes one network; leave it out")
     choices, written_as = split_pipeline(choices or Choices(), source, layout)
     model = open_model(source, choices)
+    if components_from is not None:
+        model = complete(model, open_others(components_from), str(components_from))
     export_opened(
         model,
         destination,
@@ -447,38 +458,3 @@ def _write_shards(folder: Path, source: TensorSource, stem: str, shard_bytes: in
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / f"{stem}.safetensors.index.json", index)
     return len(shards)
-
-
-def _complete(model: Model, other: Model, where: str) -> Model:
-    """An original file's transformer with the other components of a published model."""
-    if model.origin != "original" or model.index is None or other.index is None:
-        raise UserError(
-            f"--components-from {where}: it completes an original .pth or .safetensors file of a transformer from a "
-            f"model directory, which {model.path} and {where} are not; leave it out"
-        )
-    taken = tuple(part for part in other.components if part.folder not in ("transformer", "controlnet"))
-    if any(part.origin != "published" for part in taken):
-        raise UserError(f"--components-from {where} is converted; name the published directory")
-    folders = {part.folder for part in taken} | {name.split("/")[0] for name in other.copies.values() if "/" in name}
-    folders -= {"scheduler"}
-    copies = {file: name for file, name in other.copies.items() if name.split("/")[0] != "scheduler"}
-    entries = {name: other.index[name] for name in folders if name in other.index}
-    failures = {name: error for name, error in other.failures.items() if name in other.index and name != "transformer"}
-    notes = tuple(note for note in model.notes if "--components-from" not in note)
-    contract = model.contract
-    if contract is not None and other.contract is not None:
-        contract = dataclasses.replace(
-            contract,
-            autoencoder_dtype=other.contract.autoencoder_dtype,
-            text_encoder_dtype=other.contract.text_encoder_dtype,
-            license=contract.license or other.contract.license,
-        )
-    return dataclasses.replace(
-        model,
-        index={**model.index, **entries},
-        components=(*model.components, *taken),
-        copies={**model.copies, **copies},
-        contract=contract,
-        notes=(*notes, f"{', '.join(sorted(folders))} come from {where}"),
-        failures={**model.failures, **failures},
-    )

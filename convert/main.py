@@ -97,6 +97,8 @@ class ExportConfig(WriteConfig):
     """New directory; it appears when everything is in it. With --layout original a new .safetensors or .pth file."""
     lora: Literal["only", "merged"] | None = None
     """Of a training run of a LoRA: its file alone, or the base model with it in its weights."""
+    components_from: str | None = None
+    """Of an original file or a training run: model whose other components make it a whole model directory."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -183,6 +185,11 @@ def _export(config: ExportConfig) -> int:
             raise UserError(
                 "--image-size, --flow-shift, --revision and --pipeline have no meaning with --lora; leave them out"
             )
+        if config.components_from is not None:
+            raise UserError(
+                f"--components-from {config.components_from}: --lora merged takes the others from the run's base "
+                "model, and --lora only needs none; leave it out"
+            )
         export_run(
             config.source,
             config.destination,
@@ -199,6 +206,7 @@ def _export(config: ExportConfig) -> int:
         config.source,
         config.destination,
         _choices(config),
+        components_from=config.components_from,
         layout=config.layout,
         max_shard_size=config.max_shard_size,
         dry_run=config.dry_run,

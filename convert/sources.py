@@ -238,7 +238,7 @@ def _refuse_of_originals(choices: Choices, path: Path) -> None:
 
 def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
     refuse(choices, path, "image_size", "flow_shift")
-    index = _with_libraries(read_json(path / INDEX), path)
+    index = with_libraries(read_json(path / INDEX), path)
     if choices.variant is not None:
         check_variant(path, choices.variant)  # of the whole, not once more of every component
     components, copies, notes, failures = [], {}, [], {}
@@ -275,7 +275,7 @@ def _open_directory(path: Path, choices: Choices, checksums: bool) -> Model:
     return Model(path, index, tuple(components), copies, {}, contract, tuple(notes), failures)
 
 
-def _with_libraries(index: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def with_libraries(index: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The index of a model that a pipeline of ours has saved, as diffusers has one.
 
     Ours names neither the tokenizer nor the ControlNet that lie there, and no library that diffusers could load from.
@@ -440,7 +440,7 @@ def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     branch = "transformer" if kind in _AMONG_OTHERS else None
     component = _open_saved(path / folder, "", config, saved, "training run", branch=branch, notes=notes)
     if controlnet:
-        return _controlnet_model(path, component, notes)
+        return _controlnet_model(path, component, trained_from, notes)
     index = read_json(path / INDEX)
     if kind in _IN_BLOCKS:
         notes.append("trained in causal blocks of frames; diffusers' network takes all frames at once")
@@ -450,20 +450,20 @@ def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     left = [name for name in others if name != "transformer"]
     if left:
         alone = "of a training run the transformer alone is converted, which is no model directory"
-        notes.append(f"left out: {', '.join(left)}; {alone}{_sampled(path, kind, index)}")
+        notes.append(f"left out: {', '.join(left)}; {alone}{_sampled(path, trained_from, index)}")
     # weights of our own components have no needs, and sizes that no published autoencoder makes
     contract = None if has_own_components(index) else _lone_contract(path, component)
     return Model(path, None, (component,), contract=contract, notes=tuple(notes))
 
 
-def _sampled(path: Path, kind: str, index: Mapping[str, Any]) -> str:
+def _sampled(path: Path, trained_from: BaseModelFile | None, index: Mapping[str, Any]) -> str:
     """What samples a training run, and what makes a whole model directory of it; nothing where no pipeline does."""
-    if kind == "chunk_causal":
+    if trained_from is not None and trained_from.kind == "chunk_causal":
         return ""
+    others = path if has_own_components(index) or trained_from is None else trained_from.path
     return (
-        f": python -m sana_jax.generate --model {path} samples the run as it is, and in Python "
-        f"sana_jax.{index.get('_class_name')}.from_pretrained({str(path)!r}, dtype='float32').save_pretrained('DIR') "
-        "makes a whole model directory of it, which generate, export, merge and training take"
+        f": python -m sana_jax.generate --model {path} samples the run as it is, and export with "
+        f"--components-from {others} writes a whole model directory of it"
     )
 
 
@@ -504,7 +504,7 @@ def _controlnet_config(path: Path, trained_from: BaseModelFile) -> dict[str, Any
         raise UserError(f"base_model.json of {path} describes no ControlNet ({error}); mend it") from error
 
 
-def _controlnet_model(path: Path, component: Component, notes: list[str]) -> Model:
+def _controlnet_model(path: Path, component: Component, trained_from: BaseModelFile, notes: list[str]) -> Model:
     """A run's ControlNet in the folder of a ControlNet, where there is a place for it in diffusers.
 
     Raises:
@@ -522,7 +522,10 @@ def _controlnet_model(path: Path, component: Component, notes: list[str]) -> Mod
             f"the ControlNet was trained with timesteps times {scale:g}, as its base model is; diffusers' pipeline "
             "gives a ControlNet timesteps as they are"
         )
-    notes.append("left out: the base model; give it to diffusers as it was published")
+    notes.append(
+        "left out: the base model; give it to diffusers as it was published, or export with --components-from "
+        f"{trained_from.path}, which writes a whole model directory"
+    )
     return Model(path, None, (dataclasses.replace(component, folder="controlnet"),), notes=tuple(notes))
 
 

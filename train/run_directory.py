@@ -27,6 +27,7 @@ from pathlib import Path
 import jax
 
 from configs.changes import COMPUTED_OTHERWISE, all_differences, differing_fields, with_absolute_places
+from configs.longsana_data import PromptsDataConfig
 from configs.moving_camera import MovingCameraDataConfig
 from configs.schema import RunConfig
 from configs.serialization import from_dict, to_dict
@@ -38,7 +39,7 @@ from sana_jax.pipelines.model_directory import CAMERA_DEFAULTS, SamplingDefaults
 from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
 from train.assembly import RunParts
 from train.base_model import BaseModel, open_encoders
-from train.data.pinned import CLASS, DATA, PICTURES, write_pins
+from train.data.pinned import CLASS, DATA, PICTURES, PROMPT_LIST, write_pins
 from train.model_card import NAME as CARD_NAME
 
 CONFIG_NAME = "config.json"
@@ -146,7 +147,8 @@ def claim(config: RunConfig, base: BaseModel | None = None) -> bool:
     check_writable(config)
     run_dir = Path(config.run_dir)
     if not (run_dir / CONFIG_NAME).exists():
-        names = NAMES if config.lora is None else (*NAMES, CARD_NAME)
+        own = {CARD_NAME: config.lora is not None, PROMPT_LIST: isinstance(config.data, PromptsDataConfig)}
+        names = (*NAMES, *(name for name, is_written in own.items() if is_written))
         if found := [name for name in names if (run_dir / name).exists()]:
             raise UserError(
                 f"--run-dir {run_dir} holds {', '.join(found)} but no {CONFIG_NAME}, so it is not a run, and training "

@@ -203,10 +203,14 @@ def test_a_training_run_is_exported(tmp_path, tmp_path_factory, capsys):
     said = capsys.readouterr().out
     assert "left out: scheduler, text_encoder, vae" in said
     assert f"python -m sana_jax.generate --model {run} samples the run" in said
-    advice = f"sana_jax.SanaPipeline.from_pretrained({str(run)!r}, dtype='float32').save_pretrained('DIR')"
-    assert advice in said
-    eval(advice.replace("DIR", str(tmp_path / "whole")), {"sana_jax": sana_jax})  # what is advised leads there
-    assert sana_jax.SanaPipeline.from_pretrained(tmp_path / "whole").params
+    whole = tmp_path / "whole"
+    assert f"export with --components-from {run} writes a whole model directory of it" in said
+    assert main(["export", str(run), str(whole), "--components-from", str(run)]) == 0  # what is advised leads there
+    drawn, before = (
+        sana_jax.SanaPipeline.from_pretrained(model)("a handwritten seven", num_inference_steps=2, output_type="np")
+        for model in (whole, run)
+    )
+    np.testing.assert_array_equal(drawn.images, before.images)
     auto, ema, params = ((tmp_path / which) for which in ("auto", "ema", "params"))
     assert same_tensors(auto, ema)
     assert not same_tensors(auto, params)

@@ -89,6 +89,14 @@ def test_a_readme_of_the_users_is_not_taken_for_a_card(tmp_path):
     assert not claim(run_in(tmp_path, "finetune"))  # which writes none
 
 
+def test_a_list_of_prompts_of_the_users_is_not_taken_for_the_runs(tmp_path):
+    """It would be read as the prompts that the run began with, whatever --data.path names."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "my own"}\n')
+    with pytest.raises(UserError, match=r"holds prompts.jsonl but no config.json"):
+        claim(run_in(tmp_path, "longsana_self_forcing"))
+    assert not claim(run_in(tmp_path, "finetune"))  # which writes none
+
+
 def test_a_model_may_move_but_not_change(begun):
     elsewhere = dataclasses.replace(begun, model="/new/place/base")
     assert claim(elsewhere, base("id"))
