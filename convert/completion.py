@@ -38,6 +38,14 @@ def open_others(where: str | Path) -> Model:
     return as_directory(open_model(path))
 
 
+def completed(model: Model) -> Model:
+    """A training run as a whole model directory, with the components of the model that it began with; others as is."""
+    if model.origin != "training run" or model.index is not None:
+        return model
+    others = open_others(model.path)
+    return as_directory(model) if others.path == model.path else complete(model, others, str(others.path))
+
+
 def complete(model: Model, other: Model, where: str) -> Model:
     """A part that stands alone, with the other components of a model directory.
 

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from convert.completion import completed
 from convert.engine import (
     Layout,
     Report,
@@ -19,7 +20,7 @@ from convert.engine import (
     split_pipeline,
 )
 from convert.families import Network, network_of
-from convert.sources import CONFIG, Choices, Component, Model, as_directory, open_model
+from convert.sources import CONFIG, Choices, Component, Model, open_model
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import read_json
 from sana_jax.lora import Lora, lora_from_tree, read_lora, write_lora
@@ -125,7 +126,7 @@ def export_run(
         base = find_model(trained_from.locate(run), choices.variant)
         trained_from.check(model_weights_id(read_model_directory(base, pipeline_of(base))), run)
         model = open_model(base, Choices(variant=choices.variant))
-        model = as_directory(model) if layout == "diffusers" else model
+        model = completed(model) if layout == "diffusers" else model
         _write_merged(model, found.lora, 1.0, destination, layout, max_shard_size, dry_run, report)
         return
     if choices.variant is not None:

@@ -25,6 +25,7 @@ from sana_jax.weights.components import open_component
 from sana_jax.weights.manifest import write_manifest
 from sana_jax.weights.rules import flatten
 from tests.convert.cases import as_original, transformer
+from tests.convert.test_merge import make_run
 from tests.pipelines.tiny_long_model import random_like
 
 PROMPT = "a red fox"
@@ -116,6 +117,15 @@ def test_the_run_itself_and_a_run_upon_it_name_the_same_components(run, tmp_path
         out = tmp_path / f"out_{where.name}"
         assert main(["export", str(run), str(out), "--components-from", str(where)]) == 0
         assert diffusers.SanaPipeline.from_pretrained(out).text_encoder is not None
+
+
+def test_a_lora_merged_with_a_run(run, tmp_path):
+    make_run(tmp_path / "lora", run)
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "out"), "--lora", "merged"]) == 0
+    latents = drawn(SanaPipeline.from_pretrained(tmp_path / "lora", dtype="float32"))
+    theirs = drawn(diffusers.SanaPipeline.from_pretrained(tmp_path / "out"))
+    assert np.abs(theirs - latents).max() < 1e-5 * np.abs(latents).max()
+    assert np.abs(drawn(SanaPipeline.from_pretrained(run, dtype="float32")) - latents).max() > 1e-3
 
 
 @pytest.mark.usefixtures("tiny_widths")
