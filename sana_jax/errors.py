@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 
@@ -52,8 +53,23 @@ def run_command_line(main: Callable[[], int | None]) -> None:
             print(": ".join(["interrupted", *map(str, error.args)]), file=sys.stderr, flush=True)
         os._exit(130)
     except Exception as error:
+        if platforms := _platforms_that_are_not_here(error):
+            reason = reason_of(error) if isinstance(error, RuntimeError) else "there is no such device here"
+            print(
+                f"error: JAX cannot run on JAX_PLATFORMS={platforms}, as the environment asks ({reason}); "
+                "unset JAX_PLATFORMS, or give it the value cpu",
+                file=sys.stderr,
+            )
+            sys.exit(2)
         if "cudnn" in str(error).lower():
             hint = "XLA's own forms need no cuDNN: --kernels xla, or --compute.kernels xla in training"
             print(f"hint: {hint}", file=sys.stderr, flush=True)
         raise
     sys.exit(status or 0)
+
+
+def _platforms_that_are_not_here(error: Exception) -> str | None:
+    """What ``JAX_PLATFORMS`` holds, where the error is that JAX found none of these when it looked for devices."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    looked = frame.f_code.co_name == "backends" and frame.f_globals.get("__name__") == "jax._src.xla_bridge"
+    return os.environ.get("JAX_PLATFORMS") if looked and isinstance(error, (AssertionError, RuntimeError)) else None

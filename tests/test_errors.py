@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -62,6 +63,27 @@ def test_a_failure_of_cudnn_says_what_needs_none(message, hinted, capsys):
     said = capsys.readouterr().err
     assert said.startswith("hint: XLA's own forms need no cuDNN: --kernels xla") == hinted
     assert bool(said) == hinted
+
+
+NO_SUCH_PLATFORM = """
+import jax
+from sana_jax.errors import run_command_line
+
+run_command_line(lambda: print(jax.local_devices()))
+"""
+
+
+@pytest.mark.parametrize("platforms", ["cuda", "gpu", "nonsense"])
+def test_a_platform_that_is_not_here_is_one_line(platforms):
+    """As a cluster's environment asks for GPUs on a machine without any."""
+    environment = {**os.environ, "JAX_PLATFORMS": platforms, "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", NO_SUCH_PLATFORM]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert f"JAX_PLATFORMS={platforms}, as the environment asks (" in said[0]
+    assert "Traceback" not in done.stderr
 
 
 def test_a_number_and_what_it_counts():
