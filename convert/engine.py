@@ -36,7 +36,7 @@ from sana_jax.weights.components import CONVERTED, KEPT
 from sana_jax.weights.converted import save_params
 from sana_jax.weights.rules import lazy_params
 from sana_jax.weights.safetensors_files import TensorInfo, TensorSource, write_safetensors
-from sana_jax.weights.trees import disk_shortage
+from sana_jax.weights.trees import check_folder_name, disk_shortage
 
 Report = Callable[[str], None]
 # What our index says beside what diffusers knows.
@@ -85,6 +85,7 @@ def import_model(
     model.require_whole()
     announce(model, report)
     check_destination(destination, _bytes_of(model))
+    check_folder_name(destination)
     if dry_run:
         say_plan(model, report, lambda part: _within(part, f"{CONVERTED}/"), model.copies)
         return model

@@ -36,7 +36,7 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import check_can_write, write_json
 from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import CAMERA_DEFAULTS, SamplingDefaults, check_fit, write_model_directory
-from sana_jax.weights import checkpoint_steps, damaged_checkpoint, find_damage
+from sana_jax.weights import check_folder_name, checkpoint_steps, damaged_checkpoint, find_damage
 from train.assembly import RunParts
 from train.base_model import BaseModel, open_encoders
 from train.data.pinned import CLASS, DATA, PICTURES, PROMPT_LIST, write_pins
@@ -240,7 +240,8 @@ def check_writable(config: RunConfig) -> None:
     """Asked before minutes of preparation; the folder itself is made when there is something to put into it.
 
     Raises:
-        UserError: the run's directory is a file, lies in the data, or cannot be written to.
+        UserError: the run's directory is a file, lies in the data, has a name that checkpoints cannot be below, or
+            cannot be written to.
     """
     run_dir = Path(config.run_dir)
     if not config.run_dir or (run_dir.exists() and not run_dir.is_dir()):
@@ -255,6 +256,7 @@ def check_writable(config: RunConfig) -> None:
                 f"--run-dir {run_dir} lies in {option} {data}, where the run's own pictures would be taken for data; "
                 "name a place outside of it"
             )
+    check_folder_name(run_dir, f"--run-dir {run_dir}")
     check_can_write(f"{run_dir}/", f"to --run-dir {run_dir}")
 
 

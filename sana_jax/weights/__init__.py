@@ -37,6 +37,7 @@ from sana_jax.weights.quiet import (
 )
 from sana_jax.weights.trees import (
     abstract_tree,
+    check_folder_name,
     disk_shortage,
     mismatch_error,
     restore_tree,
@@ -48,6 +49,7 @@ from sana_jax.weights.trees import (
 __all__ = [
     "TEMPORARY_MARK",
     "abstract_tree",
+    "check_folder_name",
     "checkpoint_steps",
     "checkpoint_structure",
     "choose_checkpoint",

@@ -19,6 +19,7 @@ from sana_jax.weights.messages import one_line
 from sana_jax.weights.quiet import TEMPORARY_MARK, quiet_failed_writes, quiet_orbax
 from sana_jax.weights.safetensors_files import TensorInfo
 from sana_jax.weights.trees import (
+    check_folder_name,
     disk_shortage,
     mismatch_error,
     restore_tree,
@@ -40,6 +41,7 @@ def save_params(directory: str | os.PathLike, params: PyTree) -> int:
 
     Raises:
       CheckpointError: the directory has something in it, the disk is too small, or a write failed; nothing is left.
+      UserError: Orbax cannot write to a directory of this name.
     """
     if jax.process_count() > 1:
         raise ValueError(f"save_params is for a single process, not one of {jax.process_count()}")
@@ -48,6 +50,7 @@ def save_params(directory: str | os.PathLike, params: PyTree) -> int:
     final = Path(directory).absolute()
     if final.exists() and (not final.is_dir() or any(final.iterdir())):
         raise CheckpointError(f"{directory} exists already; delete it or name another directory")
+    check_folder_name(directory)
     if shortage := disk_shortage(final, tree_bytes(params)):
         raise CheckpointError(f"not writing {directory}: {shortage}; free some space or name another disk")
     temporary = final.with_name(f".{final.name}.half-written")

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import PyTree
-from sana_jax.errors import CheckpointError
+from sana_jax.errors import CheckpointError, UserError
 from sana_jax.weights.messages import describe_array, first_few, one_line
 from sana_jax.weights.quiet import quiet_orbax
 from sana_jax.weights.rules import nested
@@ -111,6 +111,28 @@ def tree_handler():
     import orbax.checkpoint as ocp
 
     return ocp.PyTreeCheckpointHandler(use_compression=False)
+
+
+def check_folder_name(directory: str | os.PathLike, name: str | None = None) -> None:
+    """Raises an error where Orbax would write weights that nothing can read.
+
+    When all arrays are written, Orbax joins them by an index; it looks for them with the whole path as a pattern of
+    file names, so that a folder ``[1]`` above them does not match itself, and warns of nothing but the missing index.
+
+    Args:
+      directory: where weights are to be written, below it or in it.
+      name: what the message calls it; None for the path.
+
+    Raises:
+      UserError: a character of patterns is in its name or in that of a folder above it.
+    """
+    place = Path(directory).absolute()
+    if found := [character for character in "[*?" if character in str(place)]:
+        raise UserError(
+            f"{os.fspath(directory) if name is None else name} is not allowed, since {place} has {' and '.join(found)} "
+            "in its name, and checkpoints that Orbax writes there cannot be read; name a directory without such "
+            "characters (a link to this one will do)"
+        )
 
 
 def disk_shortage(directory: str | os.PathLike, needed: int) -> str | None:

@@ -517,6 +517,18 @@ def test_converted_weights_round_trip(tmp_path):
     one_line_error(lambda: load_params(directory, params), "are damaged: the contents of ocdbt.process_0/d/")
 
 
+def test_converted_weights_are_not_written_where_they_cannot_be_read(tmp_path):
+    """Through a link they can."""
+    params, place = state(3)[0], tmp_path / "model [1]"
+    with pytest.raises(UserError, match=r"model \[1\]/transformer is not allowed, since .* has \[ in its name"):
+        save_params(place / "transformer", params)
+    assert os.listdir(tmp_path) == []
+    place.mkdir()
+    (tmp_path / "link").symlink_to(place)
+    save_params(tmp_path / "link" / "transformer", params)
+    same_bits(load_params(place / "transformer", abstract()[0]), params)
+
+
 def test_converted_weights_are_whole_or_absent(tmp_path, monkeypatch):
     params = state(3)[0]
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))

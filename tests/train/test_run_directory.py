@@ -62,6 +62,16 @@ def test_permissions_alone_do_not_tell_whether_a_directory_can_be_written():
         check_writable(run_in("/proc/run"))
 
 
+@pytest.mark.parametrize("name", ["lr[1e-4]", "runs [2]/one", "which?", "all*"])
+def test_a_name_that_checkpoints_cannot_be_below_is_refused(name, tmp_path):
+    """Orbax takes the path for a pattern, and writes checkpoints without the index that they are read by."""
+    with pytest.raises(UserError, match=r"--run-dir .* is not allowed, since .* name a directory without such"):
+        check_writable(run_in(tmp_path / name))
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / name)
+    check_writable(run_in(tmp_path / "link"))
+
+
 def test_a_run_does_not_write_into_its_data(tmp_path):
     """Its previews and its cache's check picture would be trained on the next time."""
     pictures = tmp_path / "pictures"
