@@ -76,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (nearest := snap_frames(summary.frames, available=summary.frames)) != summary.frames:
         print(f"a model with 1 + {_TEMPORAL_FACTOR}k frames, as SANA-WM, would use the first {nearest}")
     if npy is not None:
-        with atomic_file(npy) as file:
-            np.save(file, c2w.astype(np.float32))
+        try:
+            with atomic_file(npy) as file:
+                np.save(file, c2w.astype(np.float32))
+        except OSError as error:
+            raise UserError(f"cannot write {npy} ({error.strerror or error}); choose another place") from error
         print(f"poses: {npy}, float32 {c2w.shape}")
     if plot is not None:
         from sana_jax.images import save_png

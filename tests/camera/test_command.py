@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +26,16 @@ def middle_of(picture: Image.Image, colour: tuple[int, int, int], columns: slice
     rows, found = np.nonzero(np.abs(pixels - colour).max(-1) < 12)
     assert len(rows), colour
     return np.array([np.median(found), np.median(rows)])
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    def full(file, array):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"cannot write .*path.npy \(No space left on device\); choose another place"):
+        main(["w-40", "--npy", str(tmp_path / "path.npy")])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_poses_and_picture(tmp_path, capsys):
