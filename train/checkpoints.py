@@ -174,6 +174,18 @@ class CheckpointStore:
         record.blocked_seconds = time.perf_counter() - started
         return record
 
+    def check_space(self, *trees: PyTree) -> None:
+        """Asked before the first step: whether a checkpoint of these trees, of arrays or shapes, fits on the disk.
+
+        Raises:
+          CheckpointError: it does not.
+        """
+        shortage = disk_shortage(self.directory, tree_bytes(trees))
+        for problem in filter(None, gather_messages(shortage or "")):  # all processes stop, or none
+            raise CheckpointError(
+                f"a checkpoint does not fit into {self.directory}: {problem}; free some space or name another disk"
+            )
+
     def wait(self) -> None:
         """Returns when no save is under way. Raises CheckpointError if the last one failed (once)."""
         if self._manager is None or self._unfinished is None:

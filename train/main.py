@@ -178,6 +178,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     if newest is not None and newest >= config.steps and not previewer.missing(newest):
         run.finish(newest, newest)
         return 0
+    store.check_space(plan.abstract.params, plan.abstract.ema, plan.abstract.opt_state)
 
     # ---- compilation -------------------------------------------------------------------------------------------------
     train_steps = {}

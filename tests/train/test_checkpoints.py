@@ -382,6 +382,18 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(tmp_path, monkeypatc
         assert store.steps() == [100, 200]
 
 
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_step(tmp_path, monkeypatch):
+    """Not by the first checkpoint, with which all that was trained until then would be lost."""
+    params, ema, opt_state = state(3)
+    with open_store(tmp_path / "checkpoints") as store:
+        store.check_space(params, None, opt_state)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
+        said = "does not fit into", " 4096 bytes", "free some space"
+        one_line_error(lambda: store.check_space(params, ema, opt_state), *said)
+        one_line_error(lambda: store.check_space(*abstract()), *said)
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_write_that_fails_is_raised_by_the_next_save(tmp_path):
     out, err = run("refused_by_the_disk", tmp_path, "go on")
     lines = out.splitlines()

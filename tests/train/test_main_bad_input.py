@@ -247,6 +247,16 @@ def test_a_truncated_checkpoint(here, capfd, copied):
 # -- while it runs -----------------------------------------------------------------------------------------------------
 
 
+def test_a_disk_that_no_checkpoint_fits_on(here, capfd, run_dir, monkeypatch):
+    """Said before anything is compiled, and not when the first of them is saved, after hours."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 4096, 4096))
+    status, out, err = call(capfd, *tiny(run_dir))
+    assert status == 2
+    assert_says(the_error(err), "a checkpoint does not fit into", " 4096 bytes", "free some space")
+    assert "compil" not in out.partition("model: ")[2]
+    assert not run_dir.exists()
+
+
 def test_a_disk_that_is_full_while_saving(straight, cache, run_dir):
     # larger than the logs, smaller than the arrays
     options = tiny(run_dir, checkpoint__every=2, steps=6, preview__every=0)
