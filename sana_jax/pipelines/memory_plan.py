@@ -69,6 +69,7 @@ class MemoryBudget:
         guidance_scale: above 1, the network sees every sample twice.
         perturbed: whether perturbed-attention guidance has it see each once more.
         batched: whether what guidance needs must go through the network at once, as with step caching.
+        num_cached_blocks: how many blocks a block of LongSANA sees, 0 for all; the state grows with it.
     """
 
     memory: str
@@ -83,6 +84,7 @@ class MemoryBudget:
     guidance_scale: float | None = None
     perturbed: bool = False
     batched: bool = False
+    num_cached_blocks: int | None = None
 
 
 class Stage(NamedTuple):
@@ -422,16 +424,17 @@ def work_of(model: Any, asked: MemoryBudget) -> tuple[Work, str]:
     words = f"{asked.samples} x {of_frames}{height}x{width} pixels at once"
     work = Work(text, layer, sample, sums, parts, int(decode * together), int(tile))
     if _grows(model):
-        work = _with_states(model, work, (height, width), per_state * scale)
+        cached = model.sampler.num_cached_blocks if asked.num_cached_blocks is None else asked.num_cached_blocks
+        work = _with_states(model, work, (height, width), per_state * scale, cached or None)
         held = readable_bytes(work.state + work.network_state)
         words = f"blocks of up to {frames} frames of {height}x{width} pixels with {held} kept from block to block"
     return work, words
 
 
-def _with_states(model: Any, work: Work, size: tuple[int, int], per_pixel: float) -> Work:
+def _with_states(model: Any, work: Work, size: tuple[int, int], per_pixel: float, cached: int | None) -> Work:
     """The work of a video that is made block after block: what is kept between them stands by itself.
 
-    ``per_pixel`` is the state's size of a causal decoder.
+    ``per_pixel`` is the state's size of a causal decoder; a block sees ``cached`` earlier ones, None for all.
     """
     autoencoder, config, pixels = model.autoencoder, model.transformer.config, math.prod(size)
     if not getattr(getattr(autoencoder, "config", None), "decoder_causal", True):
@@ -443,14 +446,13 @@ def _with_states(model: Any, work: Work, size: tuple[int, int], per_pixel: float
         one = math.prod(min(length, side) for length, side, _ in cuts)
     token = config.patch_size[-1] * autoencoder.spatial_factor
     grid = size[0] // token, size[1] // token
-    blocks, dtype = model.sampler.num_cached_blocks, model.transformer.dtype
     return work._replace(
         grows=True,
         decode=max(0, work.decode - int(per_pixel * pixels)),
         tile=max(0, work.tile - int(per_pixel * one)),
         state=int(per_pixel * pixels),
         tiled_state=int(per_pixel * covered),
-        network_state=state_bytes(config, grid, num_cached_blocks=blocks, dtype=dtype).total,
+        network_state=state_bytes(config, grid, num_cached_blocks=cached, dtype=model.transformer.dtype).total,
     )
 
 

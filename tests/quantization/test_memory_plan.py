@@ -6,10 +6,11 @@ import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from sana_jax.autoencoders.tiling import Tiles
-from sana_jax.compilation import Program
+from sana_jax.compilation import Program, readable_bytes
 from sana_jax.diffusion.samplers import LongSanaSampler
 from sana_jax.errors import UserError
 from sana_jax.generate import GenerateConfig
@@ -135,6 +136,12 @@ def test_the_work_of_a_video_that_grows():
     assert work.tiled_state == 9500 * (256 + 256 + 96) * (4 * 256 + 64)
     assert work.tile == pytest.approx(0.9e9, rel=0.03)
     assert work.network_state == state_bytes(config, (30, 52)).total
+    # a call's own window in place of the model's, which is all
+    window, words = work_of(model, MemoryBudget("1g", guidance_scale=1.0, num_cached_blocks=50))
+    assert window.network_state == state_bytes(config, (30, 52), num_cached_blocks=50).total > 2 * work.network_state
+    assert window == work._replace(network_state=window.network_state)
+    assert words.endswith(f"with {readable_bytes(window.state + window.network_state)} kept from block to block")
+    assert work_of(model, MemoryBudget("1g", guidance_scale=1.0, num_cached_blocks=0))[0] == work
 
 
 @pytest.mark.parametrize("text", ["24", "lots", "-3g", "0g", "12m"])
@@ -207,7 +214,7 @@ def test_the_work_of_videos_counts_their_frames():
     assert work_of(world, MemoryBudget("1g", frames=9))[1] == "1 x 9 frames of 64x64 pixels at once"
 
 
-def test_the_command_line_plans_for_what_it_asks_for():
+def test_the_command_line_plans_for_what_it_asks_for(tmp_path):
     def asked(*prompts, name="SanaPipeline", **options):
         output = "a.png" if name == "SanaPipeline" else "a.mp4"
         return memory_budget(GenerateConfig("runs/d", prompts, output, memory="1g", **options), name)
@@ -222,6 +229,14 @@ def test_the_command_line_plans_for_what_it_asks_for():
     assert asked("a", guidance_batching="split") == MemoryBudget("1g")
     assert asked("a", name="SanaWMPipeline", action="w-8,jw-8", image="a.png") == MemoryBudget("1g", frames=17)
     assert asked("a", "b", name="LongSanaVideoPipeline", frames=321) == MemoryBudget("1g")
+    window = MemoryBudget("1g", num_cached_blocks=50)
+    assert asked("a", name="LongSanaVideoPipeline", num_cached_blocks=50) == window
+    # as many frames as the camera has poses, of which --frames takes the first
+    camera = {"name": "SanaWMPipeline", "image": "a.png", "c2w": str(tmp_path / "poses.npy")}
+    for poses, frames in ((np.tile(np.eye(4), (961, 1, 1)), 961), (np.float32(3), 1)):
+        np.save(camera["c2w"], poses)
+        assert asked("a", **camera) == MemoryBudget("1g", frames=frames)
+        assert asked("a", **camera, frames=9) == MemoryBudget("1g", frames=9)
 
 
 def test_plans_name_the_formats_that_networks_have_already():
