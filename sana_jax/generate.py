@@ -24,7 +24,7 @@ from sana_jax.devices import choose_device, computing
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.generate_checks import check_files, check_values
 from sana_jax.generate_memory import memory_budget
-from sana_jax.generate_parts import choose_sampler, load_tokens
+from sana_jax.generate_parts import choose_sampler, load_tokens, steps_taken
 from sana_jax.generate_video import (
     VIDEO_OPTIONS,
     check_output_name,
@@ -489,11 +489,10 @@ def picture_settings(config: GenerateConfig, pipeline: SamplingPipeline) -> dict
     defaults, contract = pipeline.defaults, pipeline.contract
     reads_a_picture = config.image is not None
     return {
-        "steps": defaults.num_inference_steps if config.steps is None else config.steps,
+        **steps_taken(config, pipeline),
         "guidance_scale": defaults.guidance_scale if config.guidance_scale is None else config.guidance_scale,
         "guidance_interval": config.guidance_interval,
         "timesteps": config.timesteps,
-        "sampler": str(pipeline.sampler),
         "seed": config.seed,
         "model": config.model,
         "checkpoint": None if contract is None else contract.source,

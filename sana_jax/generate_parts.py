@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import math
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sana_jax.condition_tokens_files import has_condition_tokens
 from sana_jax.errors import UserError
@@ -37,6 +39,26 @@ def choose_sampler(config: GenerateConfig, pipeline: SamplingPipeline) -> None:
     name = config.sampler or next(name for name, kind in SAMPLERS.items() if isinstance(pipeline.sampler, kind))
     shift = pipeline.sampler.flow_shift if config.flow_shift is None else config.flow_shift
     pipeline.sampler = make_sampler(name, flow_shift=shift)
+
+
+def steps_taken(config: GenerateConfig, pipeline: SamplingPipeline) -> dict[str, Any]:
+    """Steps and sampler as the call takes them: what is made block after block may be given other ones than its own."""
+    from sana_jax.diffusion.samplers import LongSanaSampler, WorldStreamSampler
+
+    sampler, steps = pipeline.sampler, config.steps
+    given: dict[str, Any] = {}
+    if config.num_cached_blocks is not None and isinstance(sampler, LongSanaSampler | WorldStreamSampler):
+        given["num_cached_blocks"] = config.num_cached_blocks or None
+    if isinstance(sampler, WorldStreamSampler):
+        if config.timesteps is not None:
+            given["timesteps"] = config.timesteps
+        if config.num_cached_blocks == 0:  # all are seen anyway
+            given["sink"] = False
+    with contextlib.suppress(UserError):  # a value that is not allowed is refused by the call
+        sampler = dataclasses.replace(sampler, **given)
+    if steps is None:
+        steps = sampler.num_inference_steps if "timesteps" in given else pipeline.defaults.num_inference_steps
+    return {"steps": steps, "sampler": str(sampler)}
 
 
 def load_tokens(config: GenerateConfig, pipeline: SamplingPipeline) -> None:

@@ -111,6 +111,8 @@ def long_video_arguments(
     factor = config.enlarge or automatic_enlargement(settings["height"], settings["width"])
     if factor > 1:
         print(f"every frame enlarged {factor} times" + ("" if config.enlarge else " (--enlarge 1 keeps the pixels)"))
+    if config.refiner is not None:
+        metadata = {**metadata, "frames": settings["frames"] - 1}  # it leaves the first out, which anchors it
     return {"output_path": config.output, "enlarge": factor, "metadata": metadata}
 
 

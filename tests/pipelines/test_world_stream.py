@@ -8,13 +8,14 @@ import itertools
 import json
 import re
 import threading
+import types
 
 import jax
 import numpy as np
 import pytest
 
 from sana_jax import SanaWMPipeline, SanaWMStreamingPipeline, generate, videos
-from sana_jax.diffusion.samplers import FlowEuler, WorldStreamSampler
+from sana_jax.diffusion.samplers import FlowEuler, LongSanaSampler, WorldStreamSampler
 from sana_jax.errors import UserError, run_command_line
 from sana_jax.pipelines import resumed_folder
 from sana_jax.pipelines.growing_output import GrowingOutput
@@ -420,3 +421,42 @@ def test_the_command_line(pipe, directory, tmp_path, capsys, monkeypatch):
         assert error.count("\n") == 1
     with pytest.raises(UserError, match="memory 80g is not for streamed worlds"):
         SanaWMStreamingPipeline.from_pretrained("nowhere/at/all", memory="80g")
+
+
+def test_a_film_notes_the_steps_and_blocks_that_its_call_asked_for(pipe, directory, tmp_path, capsys, monkeypatch):
+    import av
+    from PIL import Image
+
+    monkeypatch.setattr(SanaWMStreamingPipeline, "from_pretrained", lambda path, **options: pipe)
+    Image.fromarray(picture()).save(tmp_path / "first.png")
+    path = tmp_path / "out.mp4"
+    words = ("--model", directory, "--image", tmp_path / "first.png", "--action", "w-8,jw-6", "--prompt", PROMPT)
+    words += ("--intrinsics", "20", "20", "12", "8", "--output", path, "--timesteps", 1000, 900, 500, 0)
+    assert call(*words, "--num-cached-blocks", 0) == 0
+    assert "3 steps of WorldStreamSampler(timesteps=(1000, 900, 500), " in capsys.readouterr().out
+    with av.open(str(path)) as container:
+        notes = json.loads(container.metadata["comment"])
+    assert (notes["steps"], notes["frames"]) == ("3", "15")
+    assert "timesteps=(1000, 900, 500), " in notes["sampler"]
+    assert notes["sampler"].endswith("num_cached_blocks=None, sink=False)")
+
+
+def test_what_a_call_takes_in_place_of_its_model():
+    def taken(sampler, **options):
+        config = generate.GenerateConfig("m", ("a",), "a.mp4", **options)
+        defaults = types.SimpleNamespace(num_inference_steps=4)
+        return generate.steps_taken(config, types.SimpleNamespace(sampler=sampler, defaults=defaults))
+
+    long = LongSanaSampler(block_frames=3, num_cached_blocks=5)
+    assert taken(long) == {"steps": 4, "sampler": str(long)}
+    assert taken(long, num_cached_blocks=2)["sampler"].endswith("num_cached_blocks=2)")
+    assert taken(long, num_cached_blocks=0)["sampler"].endswith("num_cached_blocks=None)")
+    assert taken(long, num_cached_blocks=-1) == taken(long)  # the call refuses it
+    assert taken(FlowEuler(flow_shift=3.0), steps=7) == {"steps": 7, "sampler": str(FlowEuler(flow_shift=3.0))}
+
+
+def test_a_refined_film_notes_the_frames_that_it_has():
+    settings, metadata = {"height": 256, "width": 256, "frames": 25}, {"frames": 25, "seed": 3}
+    for refiner, frames in ((None, 25), ("refiner", 24)):
+        config = generate.GenerateConfig("m", ("a",), "a.mp4", refiner=refiner)
+        assert generate.long_video_arguments(config, settings, metadata)["metadata"] == {"frames": frames, "seed": 3}
