@@ -19,7 +19,7 @@ from sana_jax.pipelines.model_directory import GROWING_PIPELINES
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
 from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
 from sana_jax.weights.components import CONVERTED, KEPT, TRANSFORMERS_STEM
-from sana_jax.weights.converted import lazy_saved_tree
+from sana_jax.weights.converted import lazy_saved_tree, refuse_quantised
 from sana_jax.weights.manifest import find_damage, saved_items
 from sana_jax.weights.messages import describe_array
 from sana_jax.weights.recognition import looks_like
@@ -350,6 +350,7 @@ def _open_saved(
     network = network_of(config, str(directory / CONFIG))
     files = tuple((file, file.stat().st_size) for file in sorted(saved.rglob("*")) if file.is_file())
     tree = lazy_saved_tree(saved)
+    refuse_quantised(saved, tree)  # their tensors have no published names
     if branch is not None:
         if notes is not None and (left := sorted(tree.keys() - {branch})):
             notes.append(f"left out: {', '.join(left)}, which the run trains beside it")

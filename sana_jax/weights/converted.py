@@ -93,14 +93,22 @@ def check_saved(directory: str | os.PathLike, abstract_params: PyTree) -> None:
         raise CheckpointError(f"the weights in {path} are damaged: {problem}; delete them and convert again")
     from sana_jax.quantization.trees import stored_formats  # which imports modules of this package
 
-    stored, wanted = (stored_formats(tree) for tree in (saved_structure(path), abstract_params))
-    if stored and not wanted:
-        raise CheckpointError(
-            f"the weights in {path} are quantised, {len(stored)} kernels in {', '.join(sorted(set(stored.values())))}; "
-            "plain ones are needed here: name the model that they were made of"
-        )
+    if not stored_formats(abstract_params):
+        refuse_quantised(path, saved_structure(path))
     if differences := tree_differences(path, abstract_params, cast=True):
         raise mismatch_error(path, differences, "convert the checkpoint that belongs to this configuration")
+
+
+def refuse_quantised(directory: str | os.PathLike, saved: PyTree) -> None:
+    """Raises ``CheckpointError`` where ``saved``, the tree of a directory of weights, has quantised kernels."""
+    from sana_jax.quantization.trees import stored_formats  # which imports modules of this package
+
+    if stored := stored_formats(saved):
+        raise CheckpointError(
+            f"the weights in {directory} are quantised, {len(stored)} kernels in "
+            f"{', '.join(sorted(set(stored.values())))}; plain ones are needed here: name the model that they were "
+            "made of"
+        )
 
 
 def lazy_params_of_saved(directory: str | os.PathLike, abstract_params: PyTree) -> PyTree:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import numpy as np
 import pytest
 
+from convert.engine import export_model
+from convert.inspection import inspect_model
 from sana_jax import generate
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.lora import init_lora, lora_from_tree, write_lora
@@ -119,3 +123,18 @@ def test_the_command_line_prints_the_plan_and_checks_it(run, tmp_path, capsys):
     assert "memory check: " in out
     with pytest.raises(UserError, match="quantization transformer=int3 is not allowed"):
         generate.main([*words, "--quantization", "int3"])
+
+
+def test_quantised_weights_are_not_converted_and_that_is_the_reason(run, tmp_path, capsys):
+    saved = tmp_path / "saved"
+    SanaPipeline.from_pretrained(run, quantization="int8").save_pretrained(saved)
+    reason = r"the weights in .*params are quantised, \d+ kernels in int8; plain ones .* that they were made of"
+    for destination, layout in (("exported", "diffusers"), ("exported.safetensors", "original")):
+        with pytest.raises(CheckpointError, match=reason):
+            export_model(saved, tmp_path / destination, layout=layout)
+        assert not (tmp_path / destination).exists()
+    capsys.readouterr()
+    assert not inspect_model(saved)
+    said = capsys.readouterr().out
+    assert re.search(f"transformer: DOES NOT FIT: {reason}", said)
+    assert "unexpected" not in said
