@@ -372,7 +372,7 @@ def _sampled_size(model: Any, asked: MemoryBudget) -> tuple[int, int]:
 
 
 def _asked_frames(model: Any, asked: MemoryBudget) -> int:
-    from sana_jax.pipelines.video_base import DEFAULT_FPS, DEFAULT_FRAMES
+    from sana_jax.pipelines.video_base import DEFAULT_FPS, DEFAULT_FRAMES, frames_of_seconds
 
     if isinstance(model.transformer.config.patch_size, int):
         return 1
@@ -380,7 +380,8 @@ def _asked_frames(model: Any, asked: MemoryBudget) -> int:
     if _grows(model):
         return pixel_frames(2 * model.sampler.block_frames - 1, factor)  # the first block at its longest
     if asked.seconds is not None:
-        return 1 + factor * round(asked.seconds * (asked.fps or defaults.fps or DEFAULT_FPS) / factor)
+        fps = asked.fps or defaults.fps or DEFAULT_FPS
+        return frames_of_seconds(asked.seconds, fps, factor, say=lambda _: None)  # the call says it
     return asked.frames or defaults.frames or DEFAULT_FRAMES
 
 
