@@ -169,7 +169,8 @@ def write_videos(config: GenerateConfig, result: SanaVideoPipelineOutput, metada
         factor = config.enlarge or (1 if video_kind(path) == "npz" else automatic_enlargement(height, width))
         enlarged = np.repeat(np.repeat(frames, factor, axis=1), factor, axis=2) if factor > 1 else frames
         prompt = config.prompt[index // config.num_images]
-        write_video(path, enlarged, fps, metadata={**metadata, "prompt": prompt})
+        number = index if len(paths) > 1 else None  # which its noise depends on, beside the seed
+        write_video(path, enlarged, fps, metadata={**metadata, "prompt": prompt, "number": number})
         shown = ""
         if factor > 1:
             shown = f", every frame enlarged {factor} times from {height}x{width} to {factor * height}x{factor * width}"

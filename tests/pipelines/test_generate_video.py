@@ -133,6 +133,9 @@ def test_a_training_run_of_gray_videos(tmp_path, capsys):
         (("--output", "out.avi"), ("'out.avi'", ".mp4")),
         (("--frames", "80"), ("80 frames", "77 or 81")),
         (("--seconds", "5", "--frames", "81"), ("--seconds and --frames",)),
+        (("--seconds", "nan"), ("seconds nan is not allowed",)),
+        (("--seconds", "nan", "--memory", "8g"), ("seconds nan is not allowed",)),
+        (("--seconds", "inf", "--memory", "8g"), ("seconds inf is not allowed",)),
         (("--fps", "0"), ("fps 0",)),
         (("--height", "100"), ("height 100", "96 or 112")),
         (("--guidance-scale", "1", "--apg-eta", "1"), ("projected", "would not be used")),
@@ -196,6 +199,18 @@ def test_an_array_is_not_enlarged(tmp_path, capsys):
     config = types.SimpleNamespace(prompt=("a",), num_images=1, output=str(tmp_path / "a.npz"), fps=None, enlarge=0)
     write_videos(config, result, {})
     assert read_video(tmp_path / "a.npz").frames.shape == (1, 8, 8, 3)
+
+
+def test_every_film_of_a_call_notes_its_prompt_and_number(tmp_path):
+    for prompts, films in ((("a", "b"), 4), (("a",), 1)):
+        count, path = films // len(prompts), tmp_path / f"{films}.npz"
+        result = types.SimpleNamespace(fps=16, frames=[np.zeros((1, 8, 8, 3), np.uint8)] * films)
+        config = types.SimpleNamespace(prompt=prompts, num_images=count, output=str(path), fps=None, enlarge=1)
+        write_videos(config, result, {"prompt": list(prompts), "seed": 3})
+        notes = [json.loads(str(np.load(file)["metadata"])) for file in sorted(tmp_path.glob(f"{films}*.npz"))]
+        expected = [("a", "0"), ("a", "1"), ("b", "2"), ("b", "3")] if films > 1 else [("a", None)]
+        assert [(note["prompt"], note.get("number")) for note in notes] == expected
+        assert {note["seed"] for note in notes} == {"3"}
 
 
 @pytest.mark.parametrize(
