@@ -80,6 +80,8 @@ class Restored:
     config: dict[str, Any]
     versions: dict[str, str]
     """Versions of the libraries that wrote the checkpoint."""
+    left_out: int = 0
+    """Steps of the run until then that did not count, since they were not finite."""
 
 
 class CheckpointStore:
@@ -139,6 +141,7 @@ class CheckpointStore:
         opt_state: PyTree,
         data_position: Any,
         config: dict[str, Any],
+        left_out: int = 0,
         wait: bool = False,
     ) -> SaveRecord:
         """Saves the state after ``step`` steps; waits for an earlier save first.
@@ -148,6 +151,7 @@ class CheckpointStore:
           params, ema, opt_state: trees of arrays; ``ema=None`` for a run without averaged weights.
           data_position: JSON-able position of the data iterator, the same on all processes.
           config: the run's configuration, JSON-able.
+          left_out: how many of the steps did not count, since they were not finite.
           wait: return only when the checkpoint is complete (as if not asynchronous).
 
         Raises:
@@ -157,7 +161,7 @@ class CheckpointStore:
         self.wait()
         trees = {"params": params, "ema": ema, "opt_state": opt_state}
         trees = {name: tree for name, tree in trees.items() if tree is not None}
-        progress = _progress(int(step), ema is not None, data_position, config)
+        progress = _progress(int(step), ema is not None, data_position, config) | {"left_out": left_out}
         record = SaveRecord(step=int(step), state_bytes=tree_bytes(trees))
         self._check_before_saving(record, progress)
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -262,6 +266,7 @@ class CheckpointStore:
         try:
             progress = json.loads((step_dir / "progress" / PROGRESS_FILE).read_text())
             data_position, config, versions = (progress[key] for key in ("data_position", "config", "versions"))
+            left_out = int(progress.get("left_out", 0))  # older checkpoints do not say
         except (OSError, ValueError, KeyError, TypeError) as error:
             problem = f"progress/{PROGRESS_FILE} can't be read ({one_line(error)})"
             raise damaged_checkpoint(self.directory, step, problem, "resume from") from None
@@ -269,7 +274,8 @@ class CheckpointStore:
         wanted = {name: abstract_tree(tree) for name, tree in wanted.items() if tree is not None}
         self._check_fit(step_dir, wanted)
         trees = {name: restore_tree(step_dir / name, tree) for name, tree in wanted.items()}
-        return Restored(step, trees["params"], trees.get("ema"), trees["opt_state"], data_position, config, versions)
+        state = (trees["params"], trees.get("ema"), trees["opt_state"])
+        return Restored(step, *state, data_position, config, versions, left_out)
 
     def _check_fit(self, step_dir: Path, wanted: dict[str, PyTree]) -> None:
         saved = saved_items(step_dir)

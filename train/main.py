@@ -192,7 +192,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     # ---- restore -----------------------------------------------------------------------------------------------------
     weights = None if base is None else base.weights(base_weights)
     if newest is not None:
-        state = _restore(config, store, plan, loader, say)
+        state, run.nonfinite = _restore(config, store, plan, loader, say)
     else:
         if continuing:
             say(f"{config.run_dir} has no checkpoint yet: starting at step 0")
@@ -466,8 +466,7 @@ class Run:
         self.unchecked = []
         if not bad:
             return
-        config = self.config
-        self.nonfinite += len(bad)
+        config, self.nonfinite = self.config, self.nonfinite + len(bad)
         step, metrics = bad[0]
         what = f"loss {float(metrics.loss):g}, gradient norm {float(metrics.grad_norm):g}"
         if config.nonfinite == "skip" and self.nonfinite <= config.max_nonfinite:
@@ -497,6 +496,7 @@ class Run:
             opt_state=state.opt_state,
             data_position=self.loader.position(),
             config=to_dict(self.config),
+            left_out=self.nonfinite,
         )
         self.progress.say(
             f"checkpoint: {self.config.run_dir}/checkpoints/{step} ({readable_bytes(record.state_bytes)}, "
@@ -560,8 +560,8 @@ def _open_store(config: RunConfig) -> CheckpointStore:
 
 def _restore(
     config: RunConfig, store: CheckpointStore, plan: StatePlan, loader: Loader, say: Callable[[str], None]
-) -> TrainState:
-    """The newest checkpoint, with the loader set to its place in the data."""
+) -> tuple[TrainState, int]:
+    """The newest checkpoint, with the loader set to its place in the data, and how many steps it had left out."""
     restored = store.restore(plan.abstract.params, plan.abstract.ema, plan.abstract.opt_state)
     loader.restore(restored.data_position)
     say(f"resumed at step {restored.step} of {config.steps}")
@@ -578,7 +578,7 @@ def _restore(
                 f"learning rate{whose} here is {now:.3g}, where it would have been {then:.3g}"
             )
     step = jax.device_put(jnp.asarray(restored.step, jnp.int32), plan.abstract.step.sharding)
-    return TrainState(step, restored.params, restored.ema, restored.opt_state)
+    return TrainState(step, restored.params, restored.ema, restored.opt_state), restored.left_out
 
 
 def _print_line(line: str) -> None:

@@ -317,6 +317,22 @@ def test_too_many_steps_that_are_not_finite(here, capfd, copied, poisoned_pictur
     assert all(np.isfinite(array).all() for array in saved_state(copied, saved_steps(copied)[-1]).values())
 
 
+def test_steps_left_out_are_counted_over_all_starts_of_a_run(here, capfd, copied, poisoned_pictures):
+    """Whoever repeats the command of a run that has ended at its limit meets the same limit again."""
+    words = ["--resume", str(copied), "--nonfinite", "skip", "--checkpoint.every", "4", "--logging.every", "1"]
+    status, out, err = call(capfd, *words, "--steps", "40")
+    assert status == 0, err
+    first = out.count("warning: left out step")
+    assert first >= 2
+    for _ in range(2):
+        status, _, err = call(capfd, *words, "--max-nonfinite", str(first), "--steps", "60")
+        assert status == 2
+        assert_says(the_error(err), f"{first + 1} steps by now", f"--max-nonfinite allows {first}")
+    status, out, err = call(capfd, *words, "--max-nonfinite", "50", "--steps", "48")
+    assert status == 0, err
+    assert f"; steps left out, not finite: {first + out.count('warning: left out step')}" in out
+
+
 @pytest.mark.prove
 def test_an_absurd_learning_rate_ends_in_words_or_not_at_all(here, capfd, run_dir):
     status, _, err = call(capfd, *tiny(run_dir, optimizer__learning_rate=0.9, optimizer__clip_norm="None"))
