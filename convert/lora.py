@@ -124,7 +124,8 @@ def export_run(
         report(f"left out: {', '.join(found.others)}, which the run has trained too and diffusers cannot load")
     if form == "merged":
         base = find_model(trained_from.locate(run), choices.variant)
-        trained_from.check(model_weights_id(read_model_directory(base, pipeline_of(base))), run)
+        parts = read_model_directory(base, pipeline_of(base), variant=choices.variant)
+        trained_from.check(model_weights_id(parts), run)
         model = open_model(base, Choices(variant=choices.variant))
         model = completed(model) if layout == "diffusers" else model
         _write_merged(model, found.lora, 1.0, destination, layout, max_shard_size, dry_run, report)

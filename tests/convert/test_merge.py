@@ -14,6 +14,7 @@ from diffusers import SanaPipeline
 from convert.engine import import_model
 from convert.lora import merge_model
 from convert.main import main
+from convert.sources import Choices
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.lora import init_lora, lora_tree, read_lora, scaled_lora
 from sana_jax.models.sana import SanaTransformer
@@ -112,9 +113,16 @@ def test_refused(published, lora, tmp_path):
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
-def make_run(directory, base, pipeline: str = "SanaPipeline", extra: dict | None = None, kind: str = "lora"):
+def make_run(
+    directory,
+    base,
+    pipeline: str = "SanaPipeline",
+    extra: dict | None = None,
+    kind: str = "lora",
+    variant: str | None = None,
+):
     """A training run's directory with the checkpoint of a LoRA, and the LoRA."""
-    model = read_model_directory(base, pipeline)
+    model = read_model_directory(base, pipeline, variant=variant)
     config = model.transformer_config
     shapes = abstract_params(SanaTransformer(config))
     fresh = init_lora(shapes, ("all_linear_and_pointwise",), 3, jax.random.key(0))
@@ -161,6 +169,25 @@ def test_a_run_gives_its_lora(published, tmp_path, capsys):
     assert merged == tensors_of(tmp_path / "expected" / "transformer", stem)
     assert merged != tensors_of(base / "transformer", stem)
     SanaPipeline.from_pretrained(tmp_path / "merged")
+
+
+def test_a_run_whose_base_model_has_several_variants(published, tmp_path):
+    """The variant that is chosen is that of all parts of the base model."""
+    base, stem = shutil.copytree(published("sana-1.0"), tmp_path / "base"), "diffusion_pytorch_model"
+    for folder in ("transformer", "vae"):
+        file = base / folder / f"{stem}.safetensors"
+        shutil.copy(file, file.with_name(f"{stem}.fp16.safetensors"))
+        file.rename(file.with_name(f"{stem}.bf16.safetensors"))
+    make_run(tmp_path / "run", base, variant="bf16")
+    words = ["export", str(tmp_path / "run"), str(tmp_path / "merged"), "--lora", "merged"]
+    with pytest.raises(FileNotFoundError, match="variants that are there: bf16, fp16: choose one of them"):
+        main(words)
+    assert main([*words, "--variant", "bf16"]) == 0
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "lora"), "--lora", "only"]) == 0
+    merge_model(base, tmp_path / "lora", tmp_path / "expected", Choices(variant="bf16"), report=silent)
+    assert tensors_of(tmp_path / "merged" / "transformer", stem) == tensors_of(
+        tmp_path / "expected" / "transformer", stem
+    )
 
 
 def test_a_run_is_refused(published, tmp_path):
