@@ -190,7 +190,7 @@ def _model_shapes(config: RunConfig) -> ModelShapes:
     if config.model is not None:
         refuse_distilled(config, pipeline)
     try:
-        parts = read_model_directory(directory, pipeline)
+        parts = read_model_directory(directory, pipeline, variant=config.model_variant)
     except FileNotFoundError:  # without weights or tokenizer the network's shape is enough
         path = directory / "transformer" / "config.json"
         if not path.is_file():

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -16,6 +17,7 @@ from configs import PRESETS
 from configs.lora import LoraConfig
 from configs.schema import ComputeConfig, OptimizerConfig
 from sana_jax import UserError, gpu_compiler
+from tests.parity import pipeline_oracle
 from tests.simulated_devices import simulated_devices
 from tests.train.presets import abstract_mesh, preset_run
 from tests.train.tiny_run import QUICKLY, mesh_config, tiny_config
@@ -304,6 +306,19 @@ def test_shapes_come_from_a_configuration_file_alone(tmp_path):
     (tmp_path / "model" / "model_index.json").write_text(json.dumps({"_class_name": "SanaPipeline"}))
     config, model = settled(dataclasses.replace(trainer.read_command_line(["lora"]), model=str(tmp_path / "model")))
     assert config.transformer.num_layers == model.network.num_layers == 3
+
+
+def test_shapes_are_those_of_the_chosen_variant(tmp_path):
+    """Of a directory with several and no plain files, whose own encoders and contract count."""
+    pipeline_oracle.save("sana-1.0", tmp_path / "model")
+    for folder in ("transformer", "vae"):
+        file = next((tmp_path / "model" / folder).glob("*.safetensors"))
+        shutil.copy(file, file.with_name(f"{file.stem}.fp16.safetensors"))
+        file.rename(file.with_name(f"{file.stem}.bf16.safetensors"))
+    words = ["lora", "--model", str(tmp_path / "model"), "--model-variant", "bf16"]
+    _, model = settled(trainer.read_command_line(words))
+    assert model.contract is not None
+    assert model.prompt_dtype == "float32"
 
 
 def test_published_models_are_not_looked_for():
