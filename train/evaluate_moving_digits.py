@@ -110,11 +110,20 @@ def _block_after_block(pipeline: LongSanaVideoPipeline, caption: str, options: d
 
 
 def first_frames(dataset: MovingDigitsData, captions: Sequence[str]) -> Float[np.ndarray, "N H W 1"]:
-    """For every caption the first frame of another clip of it, in [0, 1], of held-out digits where there are any."""
+    """For every caption the first frame of another clip of it, in [0, 1], of held-out digits where there are any.
+
+    Raises:
+        UserError: so few are held out that a caption has none.
+    """
     source = dataset.validation or dataset
     by_caption: dict[str, list[int]] = {}
     for index in range(len(source)):
         by_caption.setdefault(source.caption_of(index), []).append(index)
+    if missing := [caption for caption in captions if caption not in by_caption]:
+        raise UserError(
+            f"--from-images needs a picture for {missing[0]!r}, and of the {dataset.config.held_out:.1%} that the run "
+            "keeps from training none is of that digit; leave it out, or train with a larger --data.held-out"
+        )
     chosen, used = [], dict.fromkeys(by_caption, 0)
     for caption in captions:
         own = by_caption[caption]

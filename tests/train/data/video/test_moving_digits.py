@@ -10,6 +10,7 @@ from sana_jax.errors import UserError
 from train.data.digits import NAMES, load_images
 from train.data.loader import Loader
 from train.data.video.moving_digits import BLACK, DIRECTIONS, MovingDigitsData, move
+from train.evaluate_moving_digits import first_frames
 from train.evaluation.moving_digits import centres, describe, direction, measure, recognised_digit
 
 
@@ -147,3 +148,11 @@ def test_batches_and_captions(data):
 def test_settings_that_give_no_data(change, message):
     with pytest.raises(UserError, match=message):
         MovingDigitsData(MovingDigitsDataConfig(**change))
+
+
+def test_clips_from_pictures_need_one_of_every_digit():
+    """A hundredth of the pictures has no seven."""
+    few, some = (MovingDigitsData(MovingDigitsDataConfig(held_out=share)) for share in (0.01, 0.02))
+    with pytest.raises(UserError, match=r"needs a picture for 'a seven moving .*', and of the 1\.0% "):
+        first_frames(few, few.captions)
+    assert first_frames(some, some.captions).shape == (40, 12, 12, 1)
