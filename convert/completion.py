@@ -7,12 +7,15 @@ from pathlib import Path
 
 from convert.sources import (
     SCHEDULER_CONFIG,
+    Choices,
     Component,
     Model,
     as_directory,
     index_of,
+    is_run,
     open_model,
     with_libraries,
+    without_advice,
 )
 from sana_jax.contract import Contract, contract_of
 from sana_jax.errors import UserError
@@ -22,31 +25,52 @@ from sana_jax.pipelines.opening import find_model
 
 # What a text encoder and an autoencoder have to fit.
 _FITTING = ("in_channels", "caption_channels")
-_ALONE = "left out"  # how the notes begin that say so
 
 
-def open_others(where: str | Path) -> Model:
+def open_whole(source: str | Path, choices: Choices | None = None, components_from: str | Path | None = None) -> Model:
+    """``open_model``, with the components of another model where they are asked for.
+
+    Args:
+        source: as for ``open_model``.
+        choices: what it leaves open; with ``components_from``, the variant is of that model's weights.
+        components_from: a model directory, a name on the Hub, or a run, for those of the model that it began with.
+
+    Raises:
+        as ``open_model``; and UserError where the two are not of these kinds, or do not fit each other.
+    """
+    if components_from is None:
+        return open_model(source, choices)
+    choices = choices or Choices()
+    model = open_model(source, dataclasses.replace(choices, variant=None))
+    return _complete(model, _open_others(components_from, choices.variant), str(components_from))
+
+
+def completed(model: Model, variant: str | None = None) -> Model:
+    """A training run as a whole model directory, with the components of the model that it began with; others as is."""
+    if model.origin != "training run" or model.index is not None:
+        return model
+    others = _open_others(model.path, variant)
+    return as_directory(model) if others.path == model.path else _complete(model, others, str(others.path))
+
+
+def _open_others(where: str | Path, variant: str | None = None) -> Model:
     """The model directory whose components complete another; of a training run, that of the model it began with.
+
+    Args:
+        where: a directory, or a name on the Hub.
+        variant: of its weight files.
 
     Raises:
         FileNotFoundError: nothing there, nor where the run began.
         UserError: nothing that can be converted.
     """
-    path = find_model(where)
-    if path.is_dir() and (path / "checkpoints").is_dir() and (trained_from := BaseModelFile.read(path)) is not None:
-        return open_others(trained_from.locate(path))
-    return as_directory(open_model(path))
+    path = find_model(where, variant)
+    if is_run(path) and (trained_from := BaseModelFile.read(path)) is not None:
+        return _open_others(trained_from.locate(path), variant)
+    return as_directory(open_model(path, Choices(variant=variant)))
 
 
-def completed(model: Model) -> Model:
-    """A training run as a whole model directory, with the components of the model that it began with; others as is."""
-    if model.origin != "training run" or model.index is not None:
-        return model
-    others = open_others(model.path)
-    return as_directory(model) if others.path == model.path else complete(model, others, str(others.path))
-
-
-def complete(model: Model, other: Model, where: str) -> Model:
+def _complete(model: Model, other: Model, where: str) -> Model:
     """A part that stands alone, with the other components of a model directory.
 
     The sampler is the part's own, and so is whatever its original file or its run says.
@@ -75,14 +99,13 @@ def complete(model: Model, other: Model, where: str) -> Model:
     }
     entries = {name: other.index[name] for name in folders if name in other.index}
     failures = {name: error for name, error in other.failures.items() if name in other.index and name not in left}
-    notes = tuple(note for note in model.notes if "--components-from" not in note)
     return dataclasses.replace(
         model,
         index={**model.index, **entries},
         components=(*model.components, *taken),
         copies={**model.copies, **copies},
         contract=_contract(model, other),
-        notes=(*notes, f"{', '.join(sorted(folders))} come from {where}"),
+        notes=(*without_advice(model.notes), f"{', '.join(sorted(folders))} come from {where}"),
         failures={**model.failures, **failures},
     )
 
@@ -95,9 +118,8 @@ def _in_its_folder(model: Model) -> Model:
     kept = {name: value for name, value in index.items() if not isinstance(value, list)}
     kept |= {name: index[name] for name in ("scheduler", part.folder)}
     scheduler = model.path / "scheduler" / SCHEDULER_CONFIG
-    notes = tuple(note for note in model.notes if not note.startswith(_ALONE))
     copies = {**model.copies, scheduler: f"scheduler/{SCHEDULER_CONFIG}"}
-    return dataclasses.replace(model, index=kept, components=(part,), copies=copies, notes=notes)
+    return dataclasses.replace(model, index=kept, components=(part,), copies=copies)
 
 
 def _check_fit(part: Component, other: Model, where: str) -> None:

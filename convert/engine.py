@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from convert.completion import complete, open_others
+from convert.completion import open_whole
 from convert.families import parameter_count
 from convert.sources import (
     CONFIG,
@@ -24,7 +24,6 @@ from convert.sources import (
     check_pipeline,
     has_own_components,
     index_of,
-    open_model,
     tensor_bytes,
 )
 from sana_jax.compilation import readable_bytes
@@ -70,16 +69,12 @@ def import_model(
         CheckpointError: weights that do not fit or are damaged, no space, or a destination with something in it.
         UserError: anything else that the user can mend.
     """
-    model = open_model(source, choices)
-    if components_from is not None:
-        others = open_model(components_from)
-        if any(component.origin != "published" for component in others.components):
-            raise UserError(f"--components-from {components_from} has weights of our own; name the published directory")
-        model = complete(model, others, str(components_from))
-    for component in model.components:
+    model = open_whole(source, choices, components_from)
+    for number, component in enumerate(model.components):
         if component.origin in ("converted", "training run"):
+            where = source if components_from is None or number == 0 else f"--components-from {components_from}"
             raise UserError(
-                f"{source} has weights of our own ({component.origin}); import takes published or original ones: use "
+                f"{where} has weights of our own ({component.origin}); import takes published or original ones: use "
                 "export to give it to PyTorch"
             )
     model.require_whole()
@@ -141,9 +136,7 @@ def export_model(
     if components_from is not None and layout == "original":
         raise UserError(f"--components-from {components_from}: --layout original writes one network; leave it out")
     choices, written_as = split_pipeline(choices or Choices(), source, layout)
-    model = open_model(source, choices)
-    if components_from is not None:
-        model = complete(model, open_others(components_from), str(components_from))
+    model = open_whole(source, choices, components_from)
     export_opened(
         model,
         destination,

@@ -20,7 +20,7 @@ from convert.engine import (
     split_pipeline,
 )
 from convert.families import Network, network_of
-from convert.sources import CONFIG, Choices, Component, Model, open_model
+from convert.sources import CONFIG, Choices, Component, Model, is_run, open_model
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import read_json
 from sana_jax.lora import Lora, lora_from_tree, read_lora, write_lora
@@ -126,8 +126,9 @@ def export_run(
         base = find_model(trained_from.locate(run), choices.variant)
         parts = read_model_directory(base, pipeline_of(base), variant=choices.variant)
         trained_from.check(model_weights_id(parts), run)
-        model = open_model(base, Choices(variant=choices.variant))
-        model = completed(model) if layout == "diffusers" else model
+        of_others = layout == "diffusers" and is_run(base)  # a run itself has one set of weights
+        model = open_model(base, Choices(variant=None if of_others else choices.variant))
+        model = completed(model, choices.variant) if layout == "diffusers" else model
         _write_merged(model, found.lora, 1.0, destination, layout, max_shard_size, dry_run, report)
         return
     if choices.variant is not None:

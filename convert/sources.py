@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,7 @@ _TOKENIZER_FILES = (
 _SMALL_FILES = {"tokenizer": _TOKENIZER_FILES, "scheduler": (SCHEDULER_CONFIG,)}
 # files that a network of this class needs beside its own, where it stands alone
 _BESIDE = {"SiglipVisionModel": ("preprocessor_config.json", "spiece.model", *_TOKENIZER_FILES)}
+_NO_DIRECTORY = "which is no model directory"
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -190,7 +191,7 @@ def open_model(path: str | Path, choices: Choices | None = None, *, checksums: b
             f"there is no {path}; name a model directory, one component's directory, a training run, or an original "
             ".pth or .safetensors file"
         )
-    if (path / INDEX).is_file() and (path / "checkpoints").is_dir():
+    if is_run(path):
         return _open_run(path, choices, checksums)
     refuse(choices, path, "weights", "checkpoint_step")
     _refuse_of_originals(choices, path)
@@ -204,6 +205,11 @@ def open_model(path: str | Path, choices: Choices | None = None, *, checksums: b
     inside = sorted(str(found) for end in ("pth", "pt") for found in path.glob(f"**/*.{end}"))[:3]
     advice = f"name the file: {', '.join(inside)}" if inside else "name another directory"
     raise FileNotFoundError(f"{path} has neither {INDEX} nor {CONFIG}, so it is no model; {advice}")
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a training run's."""
+    return (path / INDEX).is_file() and (path / "checkpoints").is_dir()
 
 
 def refuse(choices: Choices, path: Path, *names: str) -> None:
@@ -450,7 +456,7 @@ def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
     others = sorted(name for name, entry in index.items() if isinstance(entry, list))
     left = [name for name in others if name != "transformer"]
     if left:
-        alone = "of a training run the transformer alone is converted, which is no model directory"
+        alone = f"of a training run the transformer alone is converted, {_NO_DIRECTORY}"
         notes.append(f"left out: {', '.join(left)}; {alone}{_sampled(path, trained_from, index)}")
     # weights of our own components have no needs, and sizes that no published autoencoder makes
     contract = None if has_own_components(index) else _lone_contract(path, component)
@@ -486,8 +492,13 @@ def as_directory(model: Model) -> Model:
     copies = {model.path / name / file: f"{name}/{file}" for name, file in files.items()}
     (transformer,) = model.components
     components = (dataclasses.replace(transformer, folder="transformer"),)
-    notes = tuple(note for note in model.notes if not note.startswith("left out"))
+    notes = without_advice(model.notes)
     return dataclasses.replace(model, index=index, components=components, copies=copies, notes=notes)
+
+
+def without_advice(notes: Iterable[str]) -> tuple[str, ...]:
+    """The notes without those on what is missing beside a part that stands alone."""
+    return tuple(note for note in notes if "--components-from" not in note and _NO_DIRECTORY not in note)
 
 
 def _controlnet_config(path: Path, trained_from: BaseModelFile) -> dict[str, Any]:

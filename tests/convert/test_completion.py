@@ -90,6 +90,29 @@ def test_a_finetuning_run(run, tmp_path, capsys):
     assert np.abs(drawn(theirs) - latents).max() < 1e-5 * np.abs(latents).max()
 
 
+def test_the_variant_is_of_the_other_models_weights(run, tmp_path):
+    for part in ("text_encoder", "transformer", "vae"):
+        (file,) = (tmp_path / "base" / part).glob("*.safetensors")
+        for variant in ("fp16", "bf16"):
+            shutil.copy(file, file.with_name(f"{file.stem}.{variant}.safetensors"))
+        file.unlink()
+    words = ["export", str(run), str(tmp_path / "out"), "--components-from", str(tmp_path / "base")]
+    with pytest.raises(UserError, match="variants that are there: bf16, fp16: choose one"):
+        main(words)
+    assert main([*words, "--variant", "fp16"]) == 0
+    assert diffusers.SanaPipeline.from_pretrained(tmp_path / "out").text_encoder is not None
+
+
+def test_what_a_run_trains_beside_its_transformer_is_named(tmp_path, published, capsys):
+    base, run = published("sana-1.0"), tmp_path / "sprint"
+    student = write_run(tmp_path / "one", base)
+    write_run(run, base, "sprint", tree={"transformer": student, "heads": {"bias": np.zeros(2)}})
+    assert main(["export", str(run), str(tmp_path / "out"), "--components-from", str(base)]) == 0
+    said = capsys.readouterr().out
+    assert "left out: heads, which the run trains beside it" in said
+    assert "no model directory" not in said
+
+
 def test_a_controlnet_run(run, tmp_path, capsys):
     """Its ControlNet with all of the base model, the transformer too."""
     base, out = tmp_path / "base", tmp_path / "out"
