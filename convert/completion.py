@@ -5,17 +5,16 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from convert.runs import as_directory, without_advice
 from convert.sources import (
     SCHEDULER_CONFIG,
     Choices,
     Component,
     Model,
-    as_directory,
     index_of,
     is_run,
     open_model,
     with_libraries,
-    without_advice,
 )
 from sana_jax.contract import Contract, contract_of
 from sana_jax.errors import UserError

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,14 +13,11 @@ from convert.families import WITHOUT_WEIGHTS, Network, class_of, is_without_weig
 from sana_jax.contract import Contract, contract_of, license_of, names_of
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import read_json
-from sana_jax.models.controlnet import SanaControlNetConfig
-from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import GROWING_PIPELINES
 from sana_jax.text_encoders.tokenizer import PromptTokenizer
-from sana_jax.weights.checkpoints import choose_checkpoint, damaged_checkpoint
 from sana_jax.weights.components import CONVERTED, KEPT, TRANSFORMERS_STEM
 from sana_jax.weights.converted import lazy_saved_tree, refuse_quantised
-from sana_jax.weights.manifest import find_damage, saved_items
+from sana_jax.weights.manifest import find_damage
 from sana_jax.weights.messages import describe_array
 from sana_jax.weights.recognition import looks_like
 from sana_jax.weights.rules import Misfits, TreeSource, flatten, misfits, places
@@ -39,9 +36,6 @@ WeightsChoice = Literal["auto", "params", "ema"]
 # Their weights have the same names and shapes.
 SANA_VIDEO, LONGSANA = VIDEO_PIPELINES = ("SanaVideoPipeline", "LongSanaVideoPipeline")
 
-# Kinds of runs whose checkpoints hold the whole transformer among other networks, and those that train it in blocks.
-_AMONG_OTHERS = ("sprint", "self_forcing")
-_IN_BLOCKS = ("chunk_causal", "world_chunk_causal")
 
 # Files of a tokenizer; whatever else lies there is not copied.
 _TOKENIZER_FILES = (
@@ -57,7 +51,6 @@ _TOKENIZER_FILES = (
 _SMALL_FILES = {"tokenizer": _TOKENIZER_FILES, "scheduler": (SCHEDULER_CONFIG,)}
 # files that a network of this class needs beside its own, where it stands alone
 _BESIDE = {"SiglipVisionModel": ("preprocessor_config.json", "spiece.model", *_TOKENIZER_FILES)}
-_NO_DIRECTORY = "which is no model directory"
 _LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE")
 
 
@@ -192,16 +185,18 @@ def open_model(path: str | Path, choices: Choices | None = None, *, checksums: b
             ".pth or .safetensors file"
         )
     if is_run(path):
-        return _open_run(path, choices, checksums)
+        from convert.runs import open_run
+
+        return open_run(path, choices, checksums)
     refuse(choices, path, "weights", "checkpoint_step")
-    _refuse_of_originals(choices, path)
+    refuse_of_originals(choices, path)
     if (path / INDEX).is_file():
         return _open_directory(path, choices, checksums)
     if (path / CONFIG).is_file():
         notes: list[str] = []
         component = open_component(path, "", choices.variant, notes, checksums)
         copies = {file: file.name for file in _small_files(path, _BESIDE.get(component.network.class_name, ()), None)}
-        return Model(path, None, (component,), copies, contract=_lone_contract(path, component), notes=tuple(notes))
+        return Model(path, None, (component,), copies, contract=lone_contract(path, component), notes=tuple(notes))
     inside = sorted(str(found) for end in ("pth", "pt") for found in path.glob(f"**/*.{end}"))[:3]
     advice = f"name the file: {', '.join(inside)}" if inside else "name another directory"
     raise FileNotFoundError(f"{path} has neither {INDEX} nor {CONFIG}, so it is no model; {advice}")
@@ -229,7 +224,8 @@ def check_pipeline(pipeline: str | None) -> None:
         raise UserError(f"--pipeline {pipeline} is not known here; allowed are {', '.join(VIDEO_PIPELINES)}")
 
 
-def _refuse_of_originals(choices: Choices, path: Path) -> None:
+def refuse_of_originals(choices: Choices, path: Path) -> None:
+    """What is asked of original files alone is an error for a directory."""
     if choices.pipeline is not None:
         raise UserError(
             f"--pipeline {choices.pipeline} is for an original file, which may not say whether it is SANA-Video or "
@@ -328,7 +324,7 @@ def open_component(
             raise UserError(f"--variant {variant}: {directory} is converted and has no variants; leave it out")
         if problem := find_damage(converted, checksums=checksums):
             raise CheckpointError(f"the weights in {converted} are damaged: {problem}; delete them and convert again")
-        return _open_saved(directory, folder, config, converted, "converted", directory / KEPT)
+        return open_saved(directory, folder, config, converted, "converted", directory / KEPT)
     file = find_weights_file(directory, stem_of(class_of(config)), variant, say=notes.append)
     source = SafetensorsSource(file)
     network = network_of(config, str(directory / CONFIG), source.tensors)
@@ -338,7 +334,7 @@ def open_component(
     return Component(folder, network, config, source, problems, source.files, "published")
 
 
-def _open_saved(
+def open_saved(
     directory: Path,
     folder: str,
     config: Mapping[str, Any],
@@ -415,130 +411,9 @@ def _tree_misfits(saved: Any, abstract: Any) -> Misfits:
     )
 
 
-def _open_run(path: Path, choices: Choices, checksums: bool) -> Model:
-    """A training run: its transformer or ControlNet, as a component of its own."""
-    refuse(choices, path, "variant", "image_size", "flow_shift")
-    _refuse_of_originals(choices, path)
-    trained_from = BaseModelFile.read(path)
-    kind = "whole" if trained_from is None else trained_from.kind
-    controlnet = kind == "controlnet"
-    if kind == "lora":
-        raise UserError(
-            f"{path} is a run that has trained a LoRA beside {trained_from.model}, and holds no whole transformer: "
-            "give --lora only or --lora merged to export"
-        )
-    folder = "controlnet" if controlnet else "transformer"
-    config = _controlnet_config(path, trained_from) if controlnet else read_json(path / folder / CONFIG)
-    checkpoints = path / "checkpoints"
-    step = choose_checkpoint(checkpoints, choices.checkpoint_step)
-    try:
-        items = saved_items(checkpoints / str(step))
-    except ValueError as error:
-        raise damaged_checkpoint(checkpoints, step, str(error), "load") from None
-    which = choices.weights
-    if which == "ema" and "ema" not in items:
-        raise CheckpointError(f"{path} was trained without averaged weights; leave --weights ema out")
-    if which == "auto":
-        which = "ema" if "ema" in items else "params"
-    if problem := find_damage(checkpoints / str(step), [which], checksums=checksums):
-        raise damaged_checkpoint(checkpoints, step, problem, "load")
-    saved = checkpoints / str(step) / which
-    notes = [f"training run: the {which} weights of step {step}"]
-    branch = "transformer" if kind in _AMONG_OTHERS else None
-    component = _open_saved(path / folder, "", config, saved, "training run", branch=branch, notes=notes)
-    if controlnet:
-        return _controlnet_model(path, component, trained_from, notes)
-    index = read_json(path / INDEX)
-    if kind in _IN_BLOCKS:
-        notes.append("trained in causal blocks of frames; diffusers' network takes all frames at once")
-    if index.get("_class_name") in GROWING_PIPELINES:
-        notes.append(f"the run is for {index['_class_name']}, whose few steps and causal blocks it was trained for")
-    others = sorted(name for name, entry in index.items() if isinstance(entry, list))
-    left = [name for name in others if name != "transformer"]
-    if left:
-        alone = f"of a training run the transformer alone is converted, {_NO_DIRECTORY}"
-        notes.append(f"left out: {', '.join(left)}; {alone}{_sampled(path, trained_from, index)}")
-    # weights of our own components have no needs, and sizes that no published autoencoder makes
-    contract = None if has_own_components(index) else _lone_contract(path, component)
-    return Model(path, None, (component,), contract=contract, notes=tuple(notes))
-
-
-def _sampled(path: Path, trained_from: BaseModelFile | None, index: Mapping[str, Any]) -> str:
-    """What samples a training run, and what makes a whole model directory of it; nothing where no pipeline does."""
-    if trained_from is not None and trained_from.kind == "chunk_causal":
-        return ""
-    others = path if has_own_components(index) or trained_from is None else trained_from.path
-    return (
-        f": python -m sana_jax.generate --model {path} samples the run as it is, and export with "
-        f"--components-from {others} writes a whole model directory of it"
-    )
-
-
 def has_own_components(index: Mapping[str, Any]) -> bool:
     """Whether an index names a component of our training runs that is described in full, and has no weights."""
     return any(isinstance(entry, list) and entry[-1:] and entry[-1] in WITHOUT_WEIGHTS for entry in index.values())
-
-
-def as_directory(model: Model) -> Model:
-    """A training run's transformer as a whole model directory, where the run's own files describe the other components.
-
-    Others stay as they are: their text encoder and autoencoder are those of a published model.
-    """
-    index = index_of(model)
-    folders = [name for name, entry in index.items() if isinstance(entry, list) and name != "transformer"]
-    files = {name: SCHEDULER_CONFIG if name == "scheduler" else CONFIG for name in folders}
-    if not has_own_components(index) or not all((model.path / name / file).is_file() for name, file in files.items()):
-        return model
-    copies = {model.path / name / file: f"{name}/{file}" for name, file in files.items()}
-    (transformer,) = model.components
-    components = (dataclasses.replace(transformer, folder="transformer"),)
-    notes = without_advice(model.notes)
-    return dataclasses.replace(model, index=index, components=components, copies=copies, notes=notes)
-
-
-def without_advice(notes: Iterable[str]) -> tuple[str, ...]:
-    """The notes without those on what is missing beside a part that stands alone."""
-    return tuple(note for note in notes if "--components-from" not in note and _NO_DIRECTORY not in note)
-
-
-def _controlnet_config(path: Path, trained_from: BaseModelFile) -> dict[str, Any]:
-    """The ``config.json`` of the ControlNet that a run has trained.
-
-    Raises:
-        UserError: the run's settings are no ControlNet's.
-    """
-    settings = trained_from.settings.get("controlnet")
-    if not isinstance(settings, dict):
-        raise UserError(f"base_model.json of {path} does not say the ControlNet's shape; mend it, or train again")
-    try:
-        return SanaControlNetConfig(**settings).to_dict()
-    except TypeError as error:
-        raise UserError(f"base_model.json of {path} describes no ControlNet ({error}); mend it") from error
-
-
-def _controlnet_model(path: Path, component: Component, trained_from: BaseModelFile, notes: list[str]) -> Model:
-    """A run's ControlNet in the folder of a ControlNet, where there is a place for it in diffusers.
-
-    Raises:
-        UserError: its blocks have norms that diffusers' ControlNet does not.
-    """
-    if component.config.get("qk_norm") is not None:
-        raise UserError(
-            f"{path} has trained a ControlNet beside a model with q/k norms (as SANA-1.5), which diffusers' "
-            "SanaControlNetModel has no place for; use it with SanaControlNetPipeline of sana_jax, or train one "
-            "beside a SANA without such norms"
-        )
-    scale = read_json(path / "transformer" / CONFIG).get("timestep_scale", 1.0)
-    if scale != 1.0:
-        notes.append(
-            f"the ControlNet was trained with timesteps times {scale:g}, as its base model is; diffusers' pipeline "
-            "gives a ControlNet timesteps as they are"
-        )
-    notes.append(
-        "left out: the base model; give it to diffusers as it was published, or export with --components-from "
-        f"{trained_from.path}, which writes a whole model directory"
-    )
-    return Model(path, None, (dataclasses.replace(component, folder="controlnet"),), notes=tuple(notes))
 
 
 def _small_files(folder: Path, names: Collection[str], notes: list[str] | None) -> list[Path]:
@@ -581,7 +456,8 @@ def _contract(path: Path, index: Mapping[str, Any], components: list[Component])
     )
 
 
-def _lone_contract(path: Path, component: Component) -> Contract | None:
+def lone_contract(path: Path, component: Component) -> Contract | None:
+    """What a transformer needs that stands alone; None where its class says nothing."""
     if component.network.class_name != "SanaTransformer2DModel":
         return None
     named = component.config.get("_name_or_path")
