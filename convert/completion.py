@@ -65,7 +65,7 @@ def _open_others(where: str | Path, variant: str | None = None) -> Model:
     """
     path = find_model(where, variant)
     if is_run(path) and (trained_from := BaseModelFile.read(path)) is not None:
-        return _open_others(trained_from.locate(path), variant)
+        return _open_others(trained_from.locate(path), variant or trained_from.variant)
     return as_directory(open_model(path, Choices(variant=variant)))
 
 

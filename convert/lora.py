@@ -123,12 +123,13 @@ def export_run(
     if found.others:
         report(f"left out: {', '.join(found.others)}, which the run has trained too and diffusers cannot load")
     if form == "merged":
-        base = find_model(trained_from.locate(run), choices.variant)
-        parts = read_model_directory(base, pipeline_of(base), variant=choices.variant)
+        variant = choices.variant or trained_from.variant
+        base = find_model(trained_from.locate(run), variant)
+        parts = read_model_directory(base, pipeline_of(base), variant=variant)
         trained_from.check(model_weights_id(parts), run)
         of_others = layout == "diffusers" and is_run(base)  # a run itself has one set of weights
-        model = open_model(base, Choices(variant=None if of_others else choices.variant))
-        model = completed(model, choices.variant) if layout == "diffusers" else model
+        model = open_model(base, Choices(variant=None if of_others else variant))
+        model = completed(model, variant) if layout == "diffusers" else model
         _write_merged(model, found.lora, 1.0, destination, layout, max_shard_size, dry_run, report)
         return
     if choices.variant is not None:

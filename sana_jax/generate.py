@@ -220,7 +220,7 @@ class GenerateConfig:
     checkpoint_step: int | None = None
     """Checkpoint of a training run by its step; None: the newest."""
     variant: str | None = None
-    """Variant of a published model's files: bf16, fp16."""
+    """Variant of a published model's files: bf16, fp16; of a run's base model, None: the one that it was given."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """Dtype of the transformer; None: the one that the weights are published for, float32 for training runs."""
     emulate_fp16_saturation: bool = False

@@ -126,7 +126,8 @@ class RunParts(NamedTuple):
         if model is None:
             return None
         settings = self.recipe.settings()
-        return BaseModelFile(self.recipe.kind, model.name, absolute(model.name), model.weights_id, settings)
+        place = absolute(model.name)
+        return BaseModelFile(self.recipe.kind, model.name, place, model.weights_id, settings, model.variant)
 
 
 def open_base(config: RunConfig) -> tuple[RunConfig, BaseModel | None]:

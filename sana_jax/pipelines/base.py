@@ -163,7 +163,8 @@ class SamplingPipeline(LoraPipeline):
             dtype: dtype of the transformer's parameters and computation, ``"float32"`` or ``"bfloat16"``; None takes
                 the one that the weights are published for, and float32 for training runs. The text encoder and the
                 autoencoder have the dtypes of the model's contract.
-            variant: of the published weight files: ``"bf16"``, ``"fp16"``.
+            variant: of the published weight files: ``"bf16"``, ``"fp16"``; of a training run, of the files of the model
+                that it began with, None for the variant that it was given.
             weights: of a training run, the averaged (``"ema"``) or the raw (``"params"``) weights; ``"auto"`` takes the
                 averaged ones where there are any.
             checkpoint_step: of a training run, which checkpoint; the newest by default.

@@ -30,6 +30,7 @@ class BaseModelFile:
         path: the same from anywhere: an absolute path, or a name on the Hub.
         weights_id: of the base model's transformer.
         settings: what must be known to use the trained part: rank and alpha of a LoRA, ...
+        variant: of the base model's weight files that the run was given; files of earlier versions do not say.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class BaseModelFile:
     path: str
     weights_id: str
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variant: str | None = None
 
     def write(self, directory: pathlib.Path) -> None:
         """Writes the file."""
@@ -54,7 +56,8 @@ class BaseModelFile:
             return None
         values = read_json(path)
         fields = [field.name for field in dataclasses.fields(cls)]
-        if set(values) != set(fields) or values["kind"] not in KINDS or not isinstance(values["settings"], dict):
+        complete = set(values) | {"variant"} == set(fields) and isinstance(values.get("variant"), str | None)
+        if not complete or values["kind"] not in KINDS or not isinstance(values["settings"], dict):
             raise UserError(
                 f"{path} has {', '.join(sorted(values)) or 'nothing'}, kind {values.get('kind')!r}; it must have "
                 f"{', '.join(fields)} and a kind of {', '.join(KINDS)}: mend it, or train again"

@@ -214,7 +214,7 @@ def read_model_directory(
     Args:
         directory: the model.
         pipeline: the pipeline that it is wanted for, a key of ``PIPELINES``.
-        variant: of the published weight files: ``"bf16"``, ``"fp16"``.
+        variant: of the published weight files: ``"bf16"``, ``"fp16"``; None of a run for the one that it was given.
 
     Raises:
         FileNotFoundError: the directory or one of its files is missing.
@@ -275,7 +275,7 @@ def _read_trained(
 ) -> ModelDirectory:
     """A run's directory that leans on its base model."""
     place = pathlib.Path(trained_from.locate(directory))
-    base = read_model_directory(place, pipeline_of(place), variant=variant)
+    base = read_model_directory(place, pipeline_of(place), variant=variant or trained_from.variant)
     return dataclasses.replace(
         base,
         path=directory,

@@ -109,6 +109,8 @@ def open_model(
         check_controlnet_directory(find_model(controlnet, variant))
     base = "SanaPipeline" if controlnet is not None else pipeline
     model = read_model_directory(directory, base, variant=variant)
+    if model.trained_from is not None:
+        variant = variant or model.trained_from.variant
     compute_dtype = _compute_dtype(dtype, model.contract, emulate_fp16_saturation)
     transformer = make_transformer(model.transformer_config, compute_dtype, emulate_fp16_saturation)
     kind = "whole" if model.trained_from is None else model.trained_from.kind
@@ -237,7 +239,7 @@ def open_transformer_weights(
     """
     checkpoints, component = model.path / "checkpoints", model.path / "transformer"
     if checkpoints.is_dir():
-        if variant is not None:
+        if variant is not None and model.trained_from is None:  # else it is of the base model's files
             raise UserError(f"{model.path} is a training run and has no variants; leave variant={variant!r} out")
         if model.trained_from is not None and model.trained_from.kind == "self_forcing":
             return _open_generator(checkpoints, abstract, weights, checkpoint_step)
@@ -364,8 +366,8 @@ def find_model(path: str | os.PathLike[str], variant: str | None = None) -> path
         return pathlib.Path(snapshot_download(name, allow_patterns=files, revision=info.sha))
     except UserError as error:
         raise UserError(f"{name} on the Hub: {error}") from None
-    except ImportError:
-        reason = "huggingface_hub is not installed"
+    except ImportError as error:
+        reason = "huggingface_hub is not installed" if error.name == "huggingface_hub" else f"ImportError: {error}"
     except Exception as error:  # the library raises a dozen kinds, from sockets to JSON
         reason = type(error).__name__
         with contextlib.suppress(Exception):

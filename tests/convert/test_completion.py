@@ -9,6 +9,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from convert.families import network_of
 from convert.main import main
@@ -90,17 +91,64 @@ def test_a_finetuning_run(run, tmp_path, capsys):
     assert np.abs(drawn(theirs) - latents).max() < 1e-5 * np.abs(latents).max()
 
 
-def test_the_variant_is_of_the_other_models_weights(run, tmp_path):
+@pytest.fixture
+def in_variants(run, tmp_path):
+    """The run's base model in two variants, without plain files; their text encoders differ."""
     for part in ("text_encoder", "transformer", "vae"):
         (file,) = (tmp_path / "base" / part).glob("*.safetensors")
-        for variant in ("fp16", "bf16"):
-            shutil.copy(file, file.with_name(f"{file.stem}.{variant}.safetensors"))
+        for scale, variant in enumerate(("fp16", "bf16"), 1):
+            state = load_file(file)
+            state = {name: tensor * scale for name, tensor in state.items()} if part == "text_encoder" else state
+            save_file(state, file.with_name(f"{file.stem}.{variant}.safetensors"), {"format": "pt"})
         file.unlink()
-    words = ["export", str(run), str(tmp_path / "out"), "--components-from", str(tmp_path / "base")]
+    return run
+
+
+def text_weights(directory) -> torch.Tensor:
+    return diffusers.SanaPipeline.from_pretrained(directory).text_encoder.layers[0].mlp.up_proj.weight
+
+
+def test_the_variant_is_of_the_other_models_weights(in_variants, tmp_path):
+    words = ["export", str(in_variants), str(tmp_path / "out"), "--components-from", str(tmp_path / "base")]
     with pytest.raises(UserError, match="variants that are there: bf16, fp16: choose one"):
         main(words)
     assert main([*words, "--variant", "fp16"]) == 0
-    assert diffusers.SanaPipeline.from_pretrained(tmp_path / "out").text_encoder is not None
+    assert text_weights(tmp_path / "out") is not None
+
+
+def test_a_run_knows_the_variant_that_it_was_given(in_variants, tmp_path):
+    """Sampling and exporting it take the same; another can still be asked for."""
+    file = in_variants / "base_model.json"
+    values = json.loads(file.read_text())
+    with pytest.raises(FileNotFoundError, match="variants that are there: bf16, fp16: choose one"):
+        SanaPipeline.from_pretrained(in_variants)
+    drawings = {kind: drawn(SanaPipeline.from_pretrained(in_variants, variant=kind)) for kind in ("bf16", "fp16")}
+    assert np.abs(drawings["bf16"] - drawings["fp16"]).max() > 1e-3
+    file.write_text(json.dumps(values | {"variant": "bf16"}))
+    np.testing.assert_array_equal(drawn(SanaPipeline.from_pretrained(in_variants)), drawings["bf16"])
+    np.testing.assert_array_equal(drawn(SanaPipeline.from_pretrained(in_variants, variant="fp16")), drawings["fp16"])
+    assert main(["export", str(in_variants), str(tmp_path / "out"), "--components-from", str(in_variants)]) == 0
+    assert (
+        main(
+            [
+                "export",
+                str(in_variants),
+                str(tmp_path / "fp16"),
+                "--components-from",
+                str(in_variants),
+                "--variant",
+                "fp16",
+            ]
+        )
+        == 0
+    )
+    assert torch.equal(text_weights(tmp_path / "out"), 2 * text_weights(tmp_path / "fp16"))
+    make_run(tmp_path / "lora", in_variants)
+    assert main(["export", str(tmp_path / "lora"), str(tmp_path / "merged"), "--lora", "merged"]) == 0
+    assert torch.equal(text_weights(tmp_path / "merged"), text_weights(tmp_path / "out"))
+    del values["variant"]  # as earlier versions wrote it
+    file.write_text(json.dumps(values))
+    assert SanaPipeline.from_pretrained(in_variants, variant="bf16").params
 
 
 def test_what_a_run_trains_beside_its_transformer_is_named(tmp_path, published, capsys):

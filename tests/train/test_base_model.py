@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 
 import pytest
 
@@ -11,11 +12,12 @@ from configs.longsana_data import PromptsDataConfig
 from sana_jax.autoencoders import PixelVideoAutoencoder
 from sana_jax.diffusion.samplers import FlowEuler, LongSanaSampler
 from sana_jax.errors import UserError
+from sana_jax.pipelines.base_model_file import BaseModelFile
 from sana_jax.pipelines.model_directory import SamplingDefaults, write_model_directory
 from sana_jax.text_encoders import WordEncoder
 from tests.train.tiny_teacher import NETWORK
 from train import base_model
-from train.assembly import open_base, open_start
+from train.assembly import RunParts, open_base, open_start
 from train.plan import settled
 
 
@@ -62,3 +64,12 @@ def test_it_may_be_where_the_generator_begins_or_ode_initialisation_goes_on(mode
     assert open_start(config).pipeline == "LongSanaVideoPipeline"
     _, base = open_base(dataclasses.replace(load_preset("longsana_ode"), model=models["few steps"]))
     assert base.pipeline == "LongSanaVideoPipeline"
+
+
+@pytest.mark.parametrize("named", ["base", "encoders"])
+def test_a_run_records_the_variant_that_it_was_given(named, tmp_path):
+    model = base_model.BaseModel("published", "SanaPipeline", None, "0", "bf16")
+    parts = types.SimpleNamespace(base=None, encoders=None, recipe=types.SimpleNamespace(kind="whole", settings=dict))
+    setattr(parts, named, model)
+    RunParts.trained_from.fget(parts).write(tmp_path)
+    assert BaseModelFile.read(tmp_path).variant == "bf16"
