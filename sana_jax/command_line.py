@@ -12,6 +12,7 @@ import difflib
 import io
 import pathlib
 import re
+import shlex
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -46,8 +47,9 @@ def parse(
 ) -> Config:
     """Reads a command line into ``config_class``, a dataclass that may nest other dataclasses.
 
-    ``--option value``, ``--option=value``, ``--flag``, ``--no-flag``; a tuple takes several values, or its option may
-    come several times. ``-h`` and ``--help`` print every option with its help and default and leave with status 0.
+    ``--option value``, ``--option=value`` (so too a text that begins with a dash), ``--flag``, ``--no-flag``; a
+    tuple takes several values, or its option may come several times. ``-h`` and ``--help`` print every option with its
+    help and default and leave with status 0.
 
     Args:
         config_class: the dataclass; docstrings under its fields are the help.
@@ -67,10 +69,13 @@ def parse(
     options = {_spelling(option.path): option for option in _collect(config_class, default, ())}
     changes: dict[tuple[str, ...], Any] = {}
     given: dict[str, list[str]] = {}
+    resolved: list[tuple[str, list[str]]] = []
     for token, values in _split(argv, prog):
         if token in ("-h", "--help"):
             _print_help(config_class, default, prog, description)
-        name, values = _resolve(token, values, options, aliases or {}, prog, elsewhere)
+        text_of = _may_be_text_of(token, resolved, options)
+        resolved.append(_resolve(token, values, options, aliases or {}, prog, elsewhere, text_of))
+    for name, values in resolved:
         if name in given and not _takes_many(options[name].type):
             raise UserError(
                 f"--{name} is given twice ({' '.join(given[name])}, then {' '.join(values)}); it is allowed once: "
@@ -171,6 +176,7 @@ def _resolve(
     aliases: Mapping[str, str],
     prog: str,
     elsewhere: Callable[[str], str | None] | None = None,
+    text_of: str | None = None,
 ) -> tuple[str, list[str]]:
     name = token.lstrip("-").replace("_", "-")
     name = aliases.get(name, name) if token.startswith("--") else ""
@@ -185,7 +191,19 @@ def _resolve(
             raise UserError(f"{token} takes no value, not {' '.join(values)!r}; write {token} or --{positive} True")
         return positive, ["False"]
     hint = (None if elsewhere is None else elsewhere(name)) or _suggest(token, options, aliases)
+    if text_of is not None:
+        text = f"if it is a text for --{text_of}, write {shlex.quote(f'--{text_of}={token}')}"
+        hint = text if hint.startswith("allowed: ") else f"{hint}; {text}"
     raise UserError(f"unknown option {token}; {hint}; {prog} --help lists every option")
+
+
+def _may_be_text_of(token: str, before: Sequence[tuple[str, list[str]]], options: Mapping[str, _Option]) -> str | None:
+    """The option before a word with dashes, where the word may be its text: the option lacks one, or takes several and
+    the word is no name of anything."""
+    if not before:
+        return None
+    name, values = before[-1]
+    return name if _holds_text(options[name].type) and (not values or " " in token) else None
 
 
 def _suggest(token: str, options: Mapping[str, _Option], aliases: Mapping[str, str]) -> str:
@@ -217,7 +235,8 @@ def _convert(name: str, option: _Option, values: list[str], prog: str) -> Any:
     silenced = io.StringIO()
     try:
         with contextlib.redirect_stderr(silenced), contextlib.redirect_stdout(silenced):
-            return tyro.cli(option.annotation, args=values, add_help=False)
+            # behind "--", a text that begins with a dash is a text
+            return tyro.cli(option.annotation, args=["--", *values], add_help=False)
     except SystemExit:
         pass
     extra = ""
@@ -280,6 +299,11 @@ def _takes_many(annotation: Any) -> bool:
 
 def _accepts_text(annotation: Any) -> bool:
     return any(part in (str, pathlib.Path) for part in _alternatives(annotation))
+
+
+def _holds_text(annotation: Any) -> bool:
+    parts = _alternatives(annotation)
+    return any(_accepts_text(part) for kind in parts for part in (kind, *typing.get_args(kind)))
 
 
 def _describe(annotation: Any) -> str:

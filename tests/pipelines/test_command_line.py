@@ -92,6 +92,13 @@ def test_values_nested_and_in_both_spellings():
     assert run("--name", "x", "--train.compile-cache", "false").train.compile_cache is False
 
 
+def test_a_text_that_begins_with_a_dash():
+    """As the message about one without ``=`` says."""
+    assert run("--name=-weird", "--prompt=--a seven", "--prompt=-h").prompt == ("--a seven", "-h")
+    caption = dataclasses.make_dataclass("Captioned", [("caption", str | None, None)], frozen=True)
+    assert parse(caption, ["--caption=-weird"], prog="python -m thing").caption == "-weird"
+
+
 def test_default_keeps_its_values_and_its_classes():
     default = Settings("named", train=Train(batch_size=7), sampler=Solver(3), rate=0.5)
     assert run(default=default) is not None
@@ -123,6 +130,13 @@ def test_default_keeps_its_values_and_its_classes():
         (("--rate", "1", "--rate", "2"), ("--rate is given twice",)),
         (("digits",), ("unexpected 'digits'", "--help")),
         (("--name", "two", "words"), ("'two words'", "quotes")),
+        (
+            ("--prompt", "--a seven"),
+            ("unknown option --a seven; if", "for --prompt, write '--prompt=--a seven'; python"),
+        ),
+        (("--name", "-weird"), ("unknown option -weird; if it is a text for --name, write --name=-weird;",)),
+        (("--prompt", "one", "--rates", "2"), ("unknown option --rates; closest: --rate; python",)),
+        (("--rate", "2", "--rate 3"), ("unknown option --rate 3; closest: --rate; python",)),
     ],
 )
 def test_mistakes_are_one_line(words, parts):
