@@ -37,7 +37,8 @@ class CameraConfig:
     c2w: str | None = None
     """An .npy file of camera-to-world matrices (frames, 4, 4) instead of an action."""
     scheme: Literal["v1", "v2"] = "v1"
-    """What keys mean: v1, diffusers 0.42.1, a and d move sideways; v2, the model's authors' newest, a and d turn."""
+    """What keys mean: v1, diffusers 0.42.1, a and d move sideways; v2, the model's authors' newest, a and d turn. Also
+    --action-scheme, its name in generate."""
     num_frames: int | None = None
     """Frames that the path must have, the image included; by default as many as it has."""
     translation_speed: float | None = None
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and not words[0].startswith("--") and words[0] != "-h":
         words.insert(0, "--action")
-    config = parse(CameraConfig, words, prog=_PROG)
+    config = parse(CameraConfig, words, prog=_PROG, aliases={"action-scheme": "scheme"})
     if (config.action is None) == (config.c2w is None):
         given = "neither is" if config.action is None else "both are"
         raise UserError(f"an action and --c2w: {given} given, and one of the two is allowed; see {_PROG} --help")

@@ -69,8 +69,9 @@ def test_numbers_poses_and_picture(tmp_path, capsys):
     ]
 
 
-def test_schemes_and_speeds(capsys):
-    assert main(["--action", "d-10", "--scheme", "v2", "--rotation-speed", "3", "--smooth", "False"]) == 0
+@pytest.mark.parametrize("scheme", ["--scheme", "--action-scheme"])  # as generate calls it
+def test_schemes_and_speeds(scheme, capsys):
+    assert main(["--action", "d-10", scheme, "v2", "--rotation-speed", "3", "--smooth", "False"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "d-10   scheme v2 (NVlabs/Sana since the streaming release), 0.025 units and 3° per frame",
         "11 frames, path 0.000 units, yaw +30.0°, pitch +0.0°",
