@@ -35,8 +35,11 @@ def run_command_line(main: Callable[[], int | None]) -> None:
     """Runs a command's ``main`` and turns the user's mistakes into one line on stderr and exit status 2.
 
     Ctrl-C ends the process at once with 130: an orderly end would wait for a program that is being compiled, and
-    crash in it. What a ``KeyboardInterrupt`` says, such as the next step, stands behind "interrupted".
+    crash in it. What a ``KeyboardInterrupt`` says, such as the next step, stands behind "interrupted". Letters that the
+    output has no bytes for, such as those of a caption where it takes ASCII, are written as their numbers.
     """
+    if getattr(sys.stdout, "errors", None) == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = main()
         sys.stdout.flush()

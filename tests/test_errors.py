@@ -53,6 +53,24 @@ def test_an_interrupt_ends_the_process_at_once():
     assert said == (130, "what was said before\n", "interrupted: go on with --resume\n")
 
 
+FOREIGN = """
+from sana_jax.errors import run_command_line
+
+run_command_line(lambda: print("for example: ein Stra\\u00dfenbild"))
+"""
+
+
+def test_letters_that_the_output_has_no_bytes_for():
+    done = subprocess.run(
+        [sys.executable, "-c", FOREIGN],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "for example: ein Stra\\xdfenbild\n", "")
+
+
 @pytest.mark.parametrize(("message", "hinted"), [("CUDNN_STATUS_EXECUTION_FAILED", True), ("out of range", False)])
 def test_a_failure_of_cudnn_says_what_needs_none(message, hinted, capsys):
     def main():
