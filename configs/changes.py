@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Sequence
 
 from configs.schema import RunConfig
 
@@ -19,6 +20,7 @@ PLACES = (
     *("model", "encoders", "self_forcing.generator", "self_forcing.fake_score", "prior.path"),
     *("data.path", "data.cache", "data.joint_pictures", "data.joint_cache"),
 )
+CONDITIONS = "data.conditions"  # of which each may name a directory behind a colon
 
 
 def differing_fields(one: RunConfig, other: RunConfig) -> dict[str, tuple]:
@@ -30,6 +32,7 @@ def differing_fields(one: RunConfig, other: RunConfig) -> dict[str, tuple]:
         for name, values in all_differences(one, other).items()
         if not any(name == prefix or name.startswith(f"{prefix}.") for prefix in free)
         and not (name in PLACES and None not in values and len({*map(os.path.abspath, values)}) == 1)
+        and not (name == CONDITIONS and None not in values and len({*map(_absolute_conditions, values)}) == 1)
     }
 
 
@@ -50,11 +53,23 @@ def with_absolute_places(config: RunConfig) -> RunConfig:
             value, name = getattr(group, entry.name), f"{prefix}{entry.name}"
             if name in PLACES and value is not None and os.path.exists(value):
                 changes[entry.name] = os.path.abspath(value)
-            elif dataclasses.is_dataclass(value) and any(place.startswith(f"{name}.") for place in PLACES):
+            elif name == CONDITIONS:
+                changes[entry.name] = _absolute_conditions(value)
+            elif dataclasses.is_dataclass(value) and any(
+                place.startswith(f"{name}.") for place in (*PLACES, CONDITIONS)
+            ):
                 changes[entry.name] = absolute(value, f"{name}.")
         return dataclasses.replace(group, **changes)
 
     return absolute(config, "")
+
+
+def _absolute_conditions(conditions: Sequence[str]) -> tuple[str, ...]:
+    parts = (text.partition(":") for text in conditions)
+    return tuple(
+        f"{kind}:{os.path.abspath(place)}" if os.path.exists(place) else kind + colon + place
+        for kind, colon, place in parts
+    )
 
 
 def flatten(values: dict, prefix: str = "") -> dict:

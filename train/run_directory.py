@@ -21,16 +21,17 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 
-from configs.changes import COMPUTED_OTHERWISE, all_differences, differing_fields, with_absolute_places
+from configs.changes import COMPUTED_OTHERWISE, CONDITIONS, all_differences, differing_fields, with_absolute_places
 from configs.longsana_data import PromptsDataConfig
 from configs.moving_camera import MovingCameraDataConfig
 from configs.schema import RunConfig
 from configs.serialization import from_dict, to_dict
+from sana_jax.condition_tokens_files import TOKENS
 from sana_jax.diffusion.samplers import Sampler, make_sampler
 from sana_jax.errors import CheckpointError, UserError
 from sana_jax.files import check_can_write, write_json
@@ -39,6 +40,7 @@ from sana_jax.pipelines.model_directory import CAMERA_DEFAULTS, SamplingDefaults
 from sana_jax.weights import check_folder_name, checkpoint_steps, damaged_checkpoint, find_damage
 from train.assembly import RunParts
 from train.base_model import BaseModel, open_encoders
+from train.data.conditions import Siglip, declared_conditions
 from train.data.pinned import CLASS, DATA, PICTURES, PROMPT_LIST, write_pins
 from train.model_card import NAME as CARD_NAME
 
@@ -180,10 +182,22 @@ def _has_moved(name: str, config: RunConfig, base: BaseModel | None) -> bool:
     if name in _LISTS:
         return (run_dir / _LISTS[name]).is_file()
     trained_from = BaseModelFile.read(run_dir)
+    if name == CONDITIONS and trained_from is not None:
+        return _image_encoders_have_moved(read_config(run_dir).data.conditions, config.data.conditions, trained_from)
     if trained_from is None or name not in ("model", "encoders") or getattr(config, name) is None:
         return False
     found = base if name == "model" else open_encoders(config)
     return found is not None and found.weights_id == trained_from.weights_id
+
+
+def _image_encoders_have_moved(before: Sequence[str], now: Sequence[str], trained_from: BaseModelFile) -> bool:
+    """Whether conditions differ in nothing but the directories of image encoders, which hold those of the training."""
+    known = trained_from.settings.get(TOKENS, {}).get("image_encoders", {})
+    old, new = declared_conditions(before), declared_conditions(now)
+    if [one._replace(argument="") for one in old] != [one._replace(argument="") for one in new]:
+        return False
+    moved = [there for here, there in zip(old, new) if here.argument != there.argument]
+    return all(Siglip.open(one.name, one.argument).id == known.get(one.name, {}).get("id") for one in moved)
 
 
 @contextlib.contextmanager

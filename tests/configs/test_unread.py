@@ -98,6 +98,17 @@ def test_places_are_compared_by_what_they_mean(tmp_path, monkeypatch):
     assert list(differing_fields(saved, changed(here, "data.path", "others"))) == ["data.path"]
 
 
+def test_an_image_encoder_is_named_from_every_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "siglip").mkdir()
+    here = changed(load_preset("siglip_zoom_lora"), "data.conditions", ("object=siglip:siglip", "zoom=scalar"))
+    saved = with_absolute_places(here)
+    assert saved.data.conditions == (f"object=siglip:{tmp_path / 'siglip'}", "zoom=scalar")
+    assert differing_fields(saved, here) == {}
+    others = changed(here, "data.conditions", ("object=siglip:other", "zoom=scalar"))
+    assert list(differing_fields(saved, others)) == ["data.conditions"]
+
+
 def test_memory_may_be_saved_in_a_resumed_run():
     config = load_preset("finetune")
     relieved = changed(changed(config, "compute.remat", "none"), "accumulation", 2)

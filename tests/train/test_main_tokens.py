@@ -132,6 +132,25 @@ def test_resume_is_exact(place, run, capfd):
         assert (copy / name).read_bytes() == (run / name).read_bytes()
 
 
+def test_an_image_encoder_may_move(place, run, tmp_path, capfd):
+    copy, moved = place / "copy-of-moved", shutil.copytree(place / "siglip", tmp_path / "moved")
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "checkpoints" / str(STEPS))
+    there = ["--data.conditions", f"object=siglip:{moved}", "zoom=scalar"]
+    write_siglip(tmp_path / "other", seed=1)
+    status, _, err = call(capfd, "--resume", str(copy), *(word.replace("moved", "other") for word in there))
+    assert status == 2
+    assert "holds a run of another configuration: data.conditions" in the_error(err)
+    status, _, err = call(capfd, "--resume", str(copy), *(word.replace("moved", "gone") for word in there))
+    assert status == 2
+    assert "gone is no SigLIP, it has no config.json; write object=siglip:DIRECTORY, with a published" in the_error(err)
+    status, out, err = call(capfd, "--resume", str(copy), *there)
+    assert status == 0, err
+    assert f"resumed at step {SAVE_EVERY} of {STEPS}" in out
+    assert_same_run(copy, run, STEPS)
+    assert load_condition_tokens(copy).image_encoders["object"]["directory"] == str(moved)
+
+
 def tokens_of_step(run, step: int) -> dict[str, np.ndarray]:
     start = "params/tokens/"
     return {name[len(start) :]: leaf for name, leaf in saved_state(run, step).items() if name.startswith(start)}

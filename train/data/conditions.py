@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -20,6 +21,9 @@ from kernels.typing import Float, UInt8
 from sana_jax.errors import UserError, reason_of
 from train.data.decoding import BadPicture, Crop, decode_picture, flip, resize_and_crop_to
 from train.data.source import ImageSource, Record
+
+if TYPE_CHECKING:
+    from sana_jax.image_encoders import SiglipImageEncoder
 
 # The customary thresholds of 100 and 200 (of 255) on Sobel's gradient of the gray picture, after slight smoothing.
 CANNY_SIGMA, CANNY_LOW, CANNY_HIGH = 1.0, 100 / 255, 200 / 255
@@ -260,16 +264,30 @@ class Siglip:
     of_one_shape = True
 
     def __init__(self, name: str, directory: str, encoders: Encoders):
-        from sana_jax.image_encoders import SiglipImageEncoder
-
         self.name = name
-        self._encoder = SiglipImageEncoder.from_directory(directory, say=encoders.say)
+        self._encoder = self.open(name, directory, say=encoders.say)
         described = self._encoder.describe()
         self.identity = {
             "kind": "siglip",
             "id": self._encoder.id,
             **{name: described[name] for name in ("weights", "dtype", "features", "normalize")},
         }
+
+    @staticmethod
+    def open(name: str, directory: str, **options: Any) -> SiglipImageEncoder:
+        """The encoder of the condition's pictures; its weights are read later.
+
+        Raises:
+            FileNotFoundError, UserError, CheckpointError: there is none, or a damaged one.
+        """
+        from sana_jax.image_encoders import SiglipImageEncoder
+
+        if not os.path.isfile(os.path.join(directory, "config.json")):
+            raise FileNotFoundError(
+                f"--data.conditions {name}=siglip:{directory}: {os.path.abspath(directory)} is no SigLIP, it has no "
+                f"config.json; write {name}=siglip:{_ARGUMENTS['siglip']}"
+            )
+        return SiglipImageEncoder.from_directory(directory, **options)
 
     def missing(self, record: Record) -> str | None:
         """As ``Condition`` says."""
