@@ -28,7 +28,7 @@ from sana_jax.errors import UserError, run_command_line
 from sana_jax.images import check_png_path, image_grid, save_png
 from train.data.buckets import BucketPlan, assign_buckets, size_table
 from train.data.captions import CaptionRule, caption_weights, check_scores
-from train.data.conditions import FILTERS, declared_conditions, missing_input
+from train.data.conditions import FILTERS, declared_conditions, missing_input, unreadable_input
 from train.data.decoding import BadPicture, decode_picture, resize_and_crop_to
 from train.data.formats import names_below
 from train.data.records import Caption
@@ -59,7 +59,7 @@ class InspectConfig(ImageDataConfig):
     batch_size: int = 16
     """Sizes with fewer pictures than this are rare."""
     check_pixels: bool = True
-    """Decode every picture, which finds the truncated ones; False reads their headers alone, in seconds."""
+    """Decode every picture, control pictures included, which finds the truncated ones; False reads headers alone."""
     contact_sheet: str | None = None
     """Also draw some of the pictures, as they are trained, into this PNG."""
     clips: bool = False
@@ -120,9 +120,7 @@ def inspect(config: InspectConfig, say: Callable[[str], None] = print) -> bool:
         say(line)
     trains = not say_what_stops_training(
         say,
-        lambda: refuse_too_many_bad(
-            [*source.problems, *_without_conditions(source, config)], source.looked_at, config.max_bad_share
-        ),
+        lambda: _refuse_conditions(source, config, say),
         lambda: refuse_missing_captions(source, config),
         lambda: say_choice(source, config, say),
     )
@@ -277,15 +275,22 @@ def _describe_conditions(source: IndexedSource, config: InspectConfig) -> list[s
     return lines if variants == 1 else [*lines, f"variants of each picture: {variants} (crops and mirror images)"]
 
 
-def _without_conditions(source: IndexedSource, config: InspectConfig) -> list[Problem]:
-    """The samples that training leaves out, as unusable, since they have no input for one of its conditions."""
-    declared = declared_conditions(config.conditions)
-    found = []
+def _refuse_conditions(source: IndexedSource, config: InspectConfig, say: Callable[[str], None]) -> None:
+    """Names the samples that training leaves out for what they have as a condition, or do not have, and stops where
+    they and the unusable files are too many.
+
+    Raises:
+        UserError: that, or a column of a condition that names no file.
+    """
+    declared, found = declared_conditions(config.conditions), []
     for record in source.records:
-        reasons = (missing_input(condition, record) for condition in declared)
-        if (reason := next(filter(None, reasons), None)) is not None:
+        reasons = [missing_input(condition, record) for condition in declared]
+        if config.check_pixels and not any(reasons):
+            reasons = [unreadable_input(condition, source, record) for condition in declared]
+        if reason := next(filter(None, reasons), None):
             found.append(Problem(record.key, reason))
-    return found
+            say(f"left out: {record.key} {reason}")
+    refuse_too_many_bad([*source.problems, *found], source.looked_at, config.max_bad_share)
 
 
 def describe_columns(source: IndexedSource) -> list[str]:

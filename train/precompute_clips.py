@@ -58,8 +58,9 @@ class ClipRun(PictureRun):
         video = self.source.cuts[key].video.key
         if any(problem.name == video for problem in self.problems):
             return
+        reason = reason.removeprefix(f"{video} ")
         self.problems.append(Problem(video, reason))
-        self.say(f"left out: {reason if reason.startswith(video) else f'{video} {reason}'}")
+        self.say(f"left out: {video} {reason}")
         every = [*self.source.problems, *self.problems]
         refuse_too_many_bad(every, self.source.looked_at, self.config.data.max_bad_share)
 

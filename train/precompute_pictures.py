@@ -418,8 +418,9 @@ class PictureRun:
         """Names a picture that can't be used, once, and stops if there are too many of them."""
         if any(problem.name == key for problem in self.problems):
             return
+        reason = reason.removeprefix(f"{key} ")
         self.problems.append(Problem(key, reason))
-        self.say(f"left out: {reason if reason.startswith(key) else f'{key} {reason}'}")
+        self.say(f"left out: {key} {reason}")
         every = [*self.source.problems, *self.problems]
         refuse_too_many_bad(every, self.source.looked_at, self.config.data.max_bad_share)
 

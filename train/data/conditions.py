@@ -447,6 +447,23 @@ def missing_input(declared: Declared, record: Record) -> str | None:
     return f"has no {declared.name}" if _absent(record.columns.get(declared.name)) else None
 
 
+def unreadable_input(declared: Declared, source: ImageSource, record: Record) -> str | None:
+    """Why what a record has as its input can't be read, or None; without the model that would encode it.
+
+    Raises:
+        UserError: the column names no file, which ends training.
+    """
+    try:
+        if declared.kind == "vector":
+            Vector(declared.name).width(source, record)
+        elif declared.kind in ("picture", "siglip"):
+            name = f"{record.key} ({declared.name})"
+            decode_picture(source.read(record, declared.name), name=name, channels=3)
+    except BadPicture as error:
+        return str(error).removeprefix(f"{record.key} ")
+    return None
+
+
 def _absent(value: Any) -> bool:
     return value is None or value == "" or (isinstance(value, float) and np.isnan(value))
 

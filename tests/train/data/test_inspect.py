@@ -111,6 +111,34 @@ def test_choices_and_conditions(capsys, photos):
     assert "training would stop: a picture has captions of kind prompt, llava" in text
 
 
+def test_inputs_of_conditions_that_cannot_be_read(capsys, photos):
+    """They are named, as training names them, and end what they would end there."""
+    rows = [json.loads(line) for line in (photos / "metadata.jsonl").read_text().split("\n")]
+    good = rows[0]["file_name"]
+
+    def written(**changes) -> list[str]:
+        table = [{**row, "edges": good, "far": [0.5, 1.0]} for row in rows]
+        table[1] |= changes
+        (photos / "metadata.jsonl").write_text("\n".join(map(json.dumps, table)))
+        text = report(capsys, photos, "--max-bad-share", "0", "--conditions", "edges=picture", "far=vector")
+        return [line for line in text.splitlines() if line.startswith(("left out: ", "training would stop: "))]
+
+    assert written() == []
+    (photos / "notes.txt").write_text("no picture")
+    for changes, reason in (
+        ({"edges": "gone.png"}, "gone.png is missing"),
+        ({"edges": "notes.txt"}, "left out: 1 (edges) is not a picture of a known format"),
+        ({"far": [[1.0, 2.0], [3.0, 4.0]]}, "has far of shape (2, 2); a vector is needed"),
+        ({"far": None}, "has no far"),
+    ):
+        left_out, stop = written(**changes)
+        assert left_out.startswith("left out: ")
+        assert left_out.endswith(reason)
+        assert stop.startswith("training would stop: 1 of 12 files are unusable")
+    (stop,) = written(edges=3)
+    assert stop.startswith("training would stop: column 'edges' of ")
+
+
 def test_the_split(capsys, photos):
     text = report(capsys, photos, "--group-column", "object", "--validation-share", 0.4)
     training = int(text.split("split: ")[1].split()[0])

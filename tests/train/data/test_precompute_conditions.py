@@ -123,6 +123,14 @@ def test_inputs_that_are_missing_leave_a_picture_out_by_name(gray, tmp_path, kin
     assert len(CachedData(tmp_path / "cache", config.data)) == 3
 
 
+def test_an_input_that_ends_the_command_is_named_once(gray, tmp_path):
+    path = manifest(tmp_path / "pictures", ['"x": "p001.png"', '"x": "notes.txt"'])
+    (tmp_path / "pictures" / "notes.txt").write_text("no picture")
+    config = run_config(path, tmp_path / "cache", conditions=("x=picture",), max_bad_share=0)
+    with pytest.raises(UserError, match=r"share of 0: p001 \(x\) is not a picture of a known format: mend"):
+        prepared(config, gray)
+
+
 @pytest.mark.parametrize(
     ("conditions", "words"),
     [
