@@ -177,7 +177,8 @@ class ConditionsPipeline:
         if directory is None or not pathlib.Path(directory).is_dir():
             raise UserError(
                 f"condition {name} is given as a picture, and the image encoder that training used "
-                f"({directory or 'not recorded'}) is not here; name its directory as image_encoder, or give the vector"
+                f"({directory or 'not recorded'}) is not here; name its directory as image_encoder (--image-encoder), "
+                "or give the vector"
             )
         options = {key: recorded[key] for key in _IMAGE_ENCODER_OPTIONS if key in recorded}
         self.image_encoder = SiglipImageEncoder.from_directory(directory, **options)

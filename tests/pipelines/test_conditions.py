@@ -182,7 +182,7 @@ def test_what_is_not_given_is_left_open(pipeline, saved, capsys):
         ({"object": np.zeros(5)}, "a vector of 6 numbers"),
         ({"object": np.full(6, np.inf)}, "not finite"),
         ({"size": 1.0}, "this model's are object, zoom"),
-        ({"object": np.zeros((16, 16, 3), np.uint8)}, "name its directory as image_encoder"),
+        ({"object": np.zeros((16, 16, 3), np.uint8)}, r"its directory as image_encoder \(--image-encoder\)"),
         ({"zoom": np.zeros((16, 16, 3), np.uint8)}, "allowed is a number"),
     ],
 )

@@ -276,7 +276,8 @@ def refuse_too_many_bad(problems: Sequence[Problem], total: int, limit: float) -
         more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise UserError(
             f"{len(problems)} of {total} files are unusable, --data.max-bad-share allows a share of {limit:g}: "
-            f"{some}{more}: mend or remove them, or raise it (python -m train.inspect_data PATH lists them all)"
+            f"{some}{more}: mend or remove them, or raise it (python -m train.inspect_data PATH lists them all, with "
+            "--conditions those of conditions too)"
         )
 
 

@@ -127,8 +127,9 @@ def test_an_input_that_ends_the_command_is_named_once(gray, tmp_path):
     path = manifest(tmp_path / "pictures", ['"x": "p001.png"', '"x": "notes.txt"'])
     (tmp_path / "pictures" / "notes.txt").write_text("no picture")
     config = run_config(path, tmp_path / "cache", conditions=("x=picture",), max_bad_share=0)
-    with pytest.raises(UserError, match=r"share of 0: p001 \(x\) is not a picture of a known format: mend"):
+    with pytest.raises(UserError, match=r"share of 0: p001 \(x\) is not a picture of a known format: mend") as stop:
         prepared(config, gray)
+    assert "inspect_data PATH lists them all, with --conditions those of conditions too" in str(stop.value)
 
 
 @pytest.mark.parametrize(
