@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from kernels.block_linear_attention import xla
 from kernels.block_linear_attention.state import BlockSums
-from kernels.linear_attention.api import check_rotation
+from kernels.linear_attention.api import check_rotation, check_shapes
 from kernels.selection import choose
 from kernels.typing import Array, Float
 
@@ -50,8 +50,10 @@ def block_linear_attention(
         The attended values in ``value``'s dtype, and the state after the last block. Everything inside is float32.
 
     Raises:
-        ValueError: an unknown ``implementation``, tables that do not fit, or block starts that do not ascend from 0.
+        ValueError: an unknown ``implementation``, shapes or tables that do not fit, or block starts that do not ascend
+            from 0.
     """
+    check_shapes(query.shape, key.shape, value.shape, one_length=True)
     check_rotation(query.shape, cos.shape, sin.shape)
     starts = tuple(block_starts)
     if not starts or starts[0] != 0 or any(b <= a for a, b in zip(starts, (*starts[1:], query.shape[1]))):

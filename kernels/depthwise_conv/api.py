@@ -24,8 +24,16 @@ def depthwise_conv2d(
             that.
 
     Raises:
-        ValueError: for an even kernel size, or if ``implementation`` is not one of ``IMPLEMENTATIONS``.
+        ValueError: for shapes that do not fit, an even kernel size, or if ``implementation`` is not one of
+            ``IMPLEMENTATIONS``.
     """
+    check_shapes(x.shape, kernel.shape)
     if kernel.shape[0] % 2 == 0 or kernel.shape[1] % 2 == 0:
         raise ValueError(f"kernel size {kernel.shape[:2]}: both must be odd")
     return choose("depthwise_conv", IMPLEMENTATIONS, implementation)(x, kernel.astype(x.dtype))
+
+
+def check_shapes(x: tuple[int, ...], kernel: tuple[int, ...]) -> None:
+    """Raises ``ValueError`` unless the kernel has x's channels; of more, some would be read as taps."""
+    if len(x) != 4 or len(kernel) != 3 or kernel[2] != x[3]:
+        raise ValueError(f"x {x} and kernel {kernel}: they must be (B, H, W, C) and (kh, kw, C)")

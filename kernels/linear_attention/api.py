@@ -48,8 +48,10 @@ def relu_linear_attention(
         The attended values in ``value``'s dtype. Products, sums and the division are float32 whatever comes in.
 
     Raises:
-        ValueError: if ``implementation`` is not one of ``IMPLEMENTATIONS``, or cannot run what it is asked to.
+        ValueError: for shapes that do not fit, if ``implementation`` is not one of ``IMPLEMENTATIONS``, or cannot run
+            what it is asked to.
     """
+    check_shapes(query.shape, key.shape, value.shape)
     return choose("relu_linear_attention", IMPLEMENTATIONS, implementation, _AXES)(query, key, value, epsilon)
 
 
@@ -84,11 +86,28 @@ def rope_linear_attention(
 
     Raises:
         ValueError: if ``implementation`` is not one of ``ROPE_IMPLEMENTATIONS``, or cannot run what it is asked to, or
-            tables that do not fit.
+            shapes or tables that do not fit.
     """
+    check_shapes(query.shape, key.shape, value.shape, one_length=True)
     check_rotation(query.shape, cos.shape, sin.shape)
     run = choose("rope_linear_attention", ROPE_IMPLEMENTATIONS, implementation, _ROPE_AXES)
     return run(query, key, value, cos, sin, epsilon)
+
+
+def check_shapes(
+    query: tuple[int, ...], key: tuple[int, ...], value: tuple[int, ...], one_length: bool = False
+) -> None:
+    """Raises ``ValueError`` unless keys fit queries and values fit keys; XLA's form would repeat an axis of size 1.
+
+    ``one_length``: there are as many keys as queries.
+    """
+    fits = len(query) == len(key) == len(value) == 4 and key[:3] == value[:3]
+    if not fits or (query[0], *query[2:]) != (key[0], *key[2:]) or (one_length and query[1] != key[1]):
+        keys = "N" if one_length else "M"
+        raise ValueError(
+            f"query {query}, key {key} and value {value}: they must be (B, N, h, d), (B, {keys}, h, d) and "
+            f"(B, {keys}, h, e)"
+        )
 
 
 def check_rotation(query: tuple[int, ...], cos: tuple[int, ...], sin: tuple[int, ...]) -> None:

@@ -86,6 +86,7 @@ def softmax_attention(
         )
     in_cudnn = {}
     if block_starts is not None:
+        block_starts = tuple(int(start) for start in block_starts)  # also of an array
         _check_blocks(block_starts, query.shape[1], key.shape[1], mask, key_lengths, causal)
         mask = causal_blocks(block_starts, query.shape[1]) if len(block_starts) > 1 else None
         in_cudnn = {"block_starts": block_starts}
@@ -154,8 +155,8 @@ def _check_visibility(
                 f"mask {shape} of {kind} for {queries} queries and {keys} keys of {batch} examples: it must be boolean "
                 f"with 1 or {batch} examples, a row for every whole number of queries, a column for every one of keys"
             )
-    if key_lengths is not None and tuple(key_lengths.shape) != (batch,):
-        raise ValueError(f"key_lengths {tuple(key_lengths.shape)}: it must have one number per example, ({batch},)")
+    if key_lengths is not None and jnp.shape(key_lengths) != (batch,):
+        raise ValueError(f"key_lengths {jnp.shape(key_lengths)}: it must have one number per example, ({batch},)")
     wanted = batch, heads, queries, keys
     if bias is not None and (bias.ndim != 4 or any(size not in (1, own) for size, own in zip(bias.shape, wanted))):
         raise ValueError(f"bias {bias.shape}: it must be {wanted}, or 1 in place of a size")

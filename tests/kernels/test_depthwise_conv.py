@@ -122,6 +122,13 @@ def test_unknown_implementation_is_named():
         depthwise_conv2d(*draw(SHAPES[0]), implementation="cudnn")
 
 
+@pytest.mark.parametrize("kernel", [(3, 3, 4), (3, 3, 1), (3, 3, 1, 2), (9, 2)])
+def test_a_kernel_of_other_channels_is_refused(kernel):
+    unchecked = getattr(depthwise_conv2d, "__wrapped__", depthwise_conv2d)
+    with pytest.raises(ValueError, match=r"kernel \(.*\): they must be \(B, H, W, C\) and \(kh, kw, C\)"):
+        unchecked(jnp.ones((1, 4, 4, 2)), jnp.ones(kernel))
+
+
 @pytest.mark.parametrize("kernel_size", [(2, 3), (3, 4)])
 def test_even_kernel_is_refused(kernel_size):
     with pytest.raises(ValueError, match=r"kernel size .* must be odd"):

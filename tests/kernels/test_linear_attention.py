@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from configs.published import PUBLISHED_TRANSFORMERS
-from kernels.linear_attention import reference, relu_linear_attention
+from kernels.linear_attention import reference, relu_linear_attention, rope_linear_attention
 from kernels.linear_attention.api import IMPLEMENTATIONS
 from kernels.selection import DEVICE_PROGRAMS
 from tests.kernels.shapes import QUICK_COMPILE, attention_shapes, relative_error
@@ -114,6 +114,16 @@ def test_nothing_to_attend_to_gives_zero(which, implementation):
     out, gradients = run(query, key, value, output_weights(SHAPES[0]))
     assert not np.any(out)
     assert all(np.isfinite(gradient).all() for gradient in gradients)
+
+
+@pytest.mark.parametrize("key", [(2, 1, 2, 4), (1, 6, 2, 4), (2, 6, 1, 4), (2, 5, 2, 4), (2, 6, 2, 3), (6, 2, 4)])
+def test_shapes_that_do_not_fit_are_refused(key):
+    relu, rope = (getattr(each, "__wrapped__", each) for each in (relu_linear_attention, rope_linear_attention))
+    query, value, table = jnp.ones((2, 6, 2, 4)), jnp.ones((2, 6, 2, 4)), jnp.ones((6, 2))
+    with pytest.raises(ValueError, match=r"they must be \(B, N, h, d\), \(B, M, h, d\) and \(B, M, h, e\)"):
+        relu(query, jnp.ones(key), value)
+    with pytest.raises(ValueError, match=r"they must be \(B, N, h, d\), \(B, N, h, d\) and \(B, N, h, e\)"):
+        rope(query, jnp.ones(key), jnp.ones(key), table, table)
 
 
 def test_unknown_implementation_is_named():

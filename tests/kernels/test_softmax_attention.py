@@ -291,6 +291,12 @@ def test_what_does_not_fit_is_refused(options, message):
     assert "\n" not in str(caught.value)
 
 
+def test_block_starts_may_be_an_array():
+    inputs = [jnp.ones((1, 12, 2, 4))] * 3
+    given = UNCHECKED(*inputs, block_starts=np.array([0, 3, 9]))
+    np.testing.assert_array_equal(given, UNCHECKED(*inputs, block_starts=(0, 3, 9)))
+
+
 def test_shapes_that_do_not_fit_are_refused():
     query, key, value = inputs_of(4, SIZE)
     with pytest.raises(ValueError, match=r"and h a multiple of k"):
