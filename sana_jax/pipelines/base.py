@@ -512,6 +512,12 @@ def first_step(steps: int, strength: float) -> int:
     start = int(max(steps - min(steps * strength, steps), 0))
     if start >= steps:
         raise UserError(f"strength {strength} of {steps} steps leaves none to take; raise one of them")
+    if start == 0 and strength < 1:
+        lower = f", or a strength of {math.floor(100 - 100 / steps) / 100:g} or less" if steps > 1 else ""
+        print(
+            f"strength {strength} of {steps} steps takes all of them, as strength 1 does: they begin from noise, and "
+            f"what is drawn anew keeps next to nothing of image; to keep some of it, take more steps{lower}"
+        )
     return start
 
 

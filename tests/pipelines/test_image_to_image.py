@@ -72,6 +72,19 @@ def test_a_strength_that_leaves_no_step(opened, kind):
         opened(kind)(PROMPT, image=picture(HEIGHT, WIDTH), strength=1e-20, num_inference_steps=2, **TEXT, **OFF)
 
 
+@pytest.mark.parametrize(("kind", "steps"), [("sana-1.0", 2), ("sprint", 2), ("sprint", 1)])
+def test_a_strength_that_takes_all_steps_is_said(opened, kind, steps, capsys):
+    """Rounding takes the step that would have kept something of the picture."""
+    given = {"image": picture(HEIGHT, WIDTH), "num_inference_steps": steps, **TEXT, **OFF}
+    opened(kind)(PROMPT, strength=0.6, **given)
+    said = capsys.readouterr().out
+    assert f"strength 0.6 of {steps} steps takes all of them" in said
+    assert "keeps next to nothing of image" in said
+    assert ("or a strength of 0.5 or less" in said) == (steps == 2)
+    opened(kind)(PROMPT, strength=0.5 if steps == 2 else 1.0, **given)
+    assert "takes all of them" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("options", [{"strength": 0.5}, {"mask_image": np.ones((HEIGHT, WIDTH))}])
 def test_options_that_need_an_image(pipe, options):
     with pytest.raises(UserError, match=f"{next(iter(options))} would not be used without image"):
