@@ -80,7 +80,11 @@ def required_steps(first: int, num_inference_steps: int) -> Bool[np.ndarray, " n
 
 def check_step_cache(threshold: float, steps_taken: int) -> None:
     """Raises ``UserError`` for a threshold that is not allowed, and for runs too short to skip anything."""
-    if not isinstance(threshold, int | float) or not math.isfinite(threshold) or threshold < 0:
+    if (
+        not isinstance(threshold, int | float | np.integer | np.floating)
+        or not math.isfinite(threshold)
+        or threshold < 0
+    ):
         raise UserError(f"step_cache {threshold!r} is not allowed; choose a threshold from 0 (every step is computed)")
     if steps_taken < FEWEST_STEPS:
         raise UserError(

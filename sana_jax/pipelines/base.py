@@ -26,7 +26,7 @@ from sana_jax.diffusion.step_caching import StepCacheReport
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_directory
 from sana_jax.images import to_pil
-from sana_jax.pipelines.checks import check_finite, check_multiple, not_finite
+from sana_jax.pipelines.checks import as_numbers, check_finite, check_multiple, not_finite
 from sana_jax.pipelines.denoising import Denoiser
 from sana_jax.pipelines.families import Transformer, abstract_params
 from sana_jax.pipelines.image_inputs import LUMA, SHORTEST_SIDE, place, to_network_range
@@ -424,7 +424,7 @@ class ImagePipeline(SamplingPipeline):
                 f"latents of shape {np.shape(latents)}; {count} pictures of {height}x{width} need {(count, *shape)}, "
                 "in the order (B, C, h, w): give latents of that shape"
             )
-        return jnp.transpose(jnp.asarray(latents, jnp.float32), (0, 2, 3, 1))
+        return jnp.transpose(as_numbers("latents", latents).astype(jnp.float32), (0, 2, 3, 1))
 
     @property
     def _shortest_side(self) -> int:

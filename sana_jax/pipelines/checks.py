@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Array, Shaped
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 from sana_jax.pipelines.sampling_function import is_guided
 
 OUTPUT_TYPES = ("pil", "np", "latent")
@@ -37,12 +38,16 @@ def check_options(
     if latents is not None and seed != 0:
         raise UserError(f"seed {seed} would not be used, since latents are given; leave one of them out")
     text, embeds, mask = negatives
-    if text not in ("", [""], ("",)) and embeds is not None:
+    texts = list(text) if isinstance(text, list | tuple | np.ndarray) else [text]
+    empty = all(each is None or (isinstance(each, str) and not each) for each in texts)
+    if not empty and embeds is not None:
         raise UserError("negative_prompt and negative_prompt_embeds: only one is allowed; leave one of them out")
+    if interval is not None and np.shape(interval) != (2,):
+        raise UserError(f"guidance_interval {interval!r} is not allowed; give the lowest and the highest noise level")
     if is_guided(scale):
         return
     unused = {
-        "negative_prompt": text != "",
+        "negative_prompt": not empty,
         "negative_prompt_embeds": embeds is not None,
         "negative_prompt_attention_mask": mask is not None,
         "guidance_interval": interval is not None,
@@ -62,8 +67,8 @@ def check_common_options(
     """Raises ``UserError`` for a value that no pipeline allows."""
     if output_type not in OUTPUT_TYPES:
         raise UserError(f"output_type {output_type!r} is not allowed; choose one of {', '.join(OUTPUT_TYPES)}")
-    if not isinstance(num_images_per_prompt, int) or num_images_per_prompt < 1:
-        raise UserError(f"{counted} {num_images_per_prompt} is not allowed; choose 1 or more")
+    if not isinstance(num_images_per_prompt, int | np.integer) or num_images_per_prompt < 1:
+        raise UserError(f"{counted} {num_images_per_prompt!r} is not allowed; choose a whole number, 1 or more")
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise UserError(f"seed {seed} is not allowed; choose a whole number from 0 to {2**32 - 1}")
 
@@ -85,6 +90,24 @@ def check_text_options(
         unused.append("max_sequence_length")
     if unused:
         raise UserError(f"{' and '.join(unused)} would not be used, since embeddings are given; leave it out")
+
+
+def as_numbers(name: str, values: Any) -> Array:
+    """The values as an array; raises ``UserError`` for what is none of real numbers.
+
+    What lies on one device goes to wherever the networks are; what is spread over several stays so.
+    """
+    try:
+        spread = isinstance(values, jax.Array) and len(values.devices()) > 1
+        array = values if spread else jnp.asarray(np.asarray(values))
+    except Exception as error:  # each kind of object fails in its own way: torch's bfloat16, ragged lists, texts
+        raise UserError(
+            f"{name} can't be read as an array ({reason_of(error)}); give a NumPy or JAX array, of a torch tensor "
+            ".detach().float().numpy()"
+        ) from error
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
+        raise UserError(f"{name} of {array.dtype} is not allowed; give an array of real numbers")
+    return array
 
 
 def check_multiple(name: str, value: int, multiple: int) -> None:

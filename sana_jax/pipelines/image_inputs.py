@@ -7,6 +7,7 @@ import pathlib
 import warnings
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Float
@@ -117,7 +118,7 @@ def _from_array(array: Any, name: str) -> Image.Image:
     if array.ndim != 3 or array.shape[-1] != 3:
         raise UserError(f"{name} of shape {array.shape} is not allowed; give (H, W, 3), a PIL image or a file's name")
     if array.dtype != np.uint8:
-        if not np.issubdtype(array.dtype, np.floating) or not ((array >= 0) & (array <= 1)).all():
+        if not jnp.issubdtype(array.dtype, jnp.floating) or not ((array >= 0) & (array <= 1)).all():
             raise UserError(
                 f"{name} of {array.dtype} is not in range; allowed are bytes, or floats in [0, 1]: rescale it"
             )

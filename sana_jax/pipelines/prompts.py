@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sana_jax.errors import UserError
-from sana_jax.pipelines.checks import check_finite
+from sana_jax.pipelines.checks import as_numbers, check_finite
 from sana_jax.pipelines.sampling_function import Encoded
 
 # (texts, negative) -> (embeds, mask)
@@ -65,15 +65,22 @@ def _encode(
     if embeds is None:
         if not isinstance(texts, Iterable):
             raise UserError(f"{name} {texts!r} is not allowed; allowed is a text, or a list of texts: give one")
+        texts = np.ravel(texts).tolist() if isinstance(texts, np.ndarray) else texts
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
             raise UserError(f"{name} is an empty list; allowed is one text or more: give one")
+        if wrong := [text for text in texts if not isinstance(text, str)]:  # such as the nan of a table's empty cell
+            raise UserError(f"{name} {wrong[0]!r} is not a text; allowed is a text, or a list of texts: give one")
         embeds, mask = encode(texts, negative)
-    embeds, mask = jnp.asarray(embeds), jnp.asarray(mask)
-    if embeds.ndim != 3 or embeds.shape[-1] != channels or mask.shape != embeds.shape[:2]:
+    embeds, mask = as_numbers(f"{name}_embeds", embeds), as_numbers(f"{name}_attention_mask", mask)
+    if embeds.ndim != 3 or embeds.shape[-1] != channels or mask.shape != embeds.shape[:2] or 0 in mask.shape:
         raise UserError(
             f"{name}_embeds {embeds.shape} with mask {mask.shape}; allowed are (B, L, {channels}) and (B, L): encode "
             "the prompts with this model's text encoder"
         )
     check_finite("text encoding", embeds)
-    return Encoded(embeds, mask)
+    if not ((mask == 0) | (mask == 1)).all():  # such as 0 and -10000, which other code adds to scores
+        raise UserError(
+            f"{name}_attention_mask has other values than 0 and 1; allowed is 1 where a token counts, 0 elsewhere"
+        )
+    return Encoded(embeds, mask.astype(jnp.int32))

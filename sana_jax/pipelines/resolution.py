@@ -184,6 +184,9 @@ def choose_size(
     Raises:
         UserError: as ``size_to_sample``.
     """
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int | np.integer | jax.Array):  # of a division: shapes take no 512.0
+            raise UserError(f"{name} {value!r} is not allowed; give a whole number of pixels")
     if binning not in (None, "nearest", "off", "error"):
         raise UserError(f"binning {binning!r} is not allowed; choose nearest, off or error")
     if binning is None:

@@ -318,7 +318,7 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
                     f"name one or several of 0 to {count - 1}"
                 )
             return PAG_LAYERS[count]
-        layers = [layers] if isinstance(layers, int | str) else list(layers)
+        layers = [layers] if isinstance(layers, int | np.integer | str) else list(layers)
         numbers = [_layer_number(layer) for layer in layers]
         if not layers or any(number is None or not 0 <= number < count for number in numbers):
             raise UserError(
@@ -486,8 +486,8 @@ def _inpainting(
 
 
 def _layer_number(layer: int | str) -> int | None:
-    if isinstance(layer, int):
-        return layer
+    if not isinstance(layer, str):
+        return int(layer) if isinstance(layer, int | np.integer) else None
     match = re.fullmatch(r"(?:transformer_blocks\.)?(\d+)(?:\.attn1)?", layer)
     return None if match is None else int(match[1])
 

@@ -20,7 +20,7 @@ from sana_jax.diffusion.step_caching import StepCacheReport
 from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoTransformer
 from sana_jax.pipelines.base import OutputType, SamplingPipeline, Size, StepEndCallback, Stopwatch
-from sana_jax.pipelines.checks import check_multiple, check_options, check_text_options
+from sana_jax.pipelines.checks import as_numbers, check_multiple, check_options, check_text_options
 from sana_jax.pipelines.decoding import as_latents, decoded_videos
 from sana_jax.pipelines.denoising import (
     Denoiser,
@@ -260,7 +260,7 @@ class VideoPipeline(SamplingPipeline):
         shape = self._check_latents(latents, count, frames, size)
         if latents is None:
             latents = initial_latents(seed, count, shape)
-        return jnp.moveaxis(jnp.asarray(latents, jnp.float32), 1, -1)
+        return jnp.moveaxis(as_numbers("latents", latents).astype(jnp.float32), 1, -1)
 
     # -- the network's program -----------------------------------------------------------------------------------
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +22,7 @@ from sana_jax.pipelines import text_to_image
 from sana_jax.pipelines.model_directory import read_model_directory, write_model_directory
 from sana_jax.pipelines.sampling_function import initial_latents, make_sampling_fn
 from tests.pipelines.tiny_model import STEP, random_params, tiny_config, write_run
+from tests.simulated_devices import simulated_devices
 
 PROMPT = "a handwritten seven"
 
@@ -181,6 +185,44 @@ def test_embeddings_equal_the_prompt(pipe):
     np.testing.assert_array_equal(latents_of(pipe, **encoded), latents_of(pipe, PROMPT))
 
 
+def test_numbers_and_texts_of_numpy(pipe):
+    """What comes out of ``np.arange``, ``np.linspace`` or an array of strings does what Python's own values do."""
+    options = {"num_inference_steps": np.int64(4), "num_images_per_prompt": np.int64(2), "step_cache": np.float32(0.5)}
+    layers = {"pag_scale": np.float32(3), "pag_applied_layers": np.array([0, 1])}
+    expected = pipe(
+        [PROMPT, "a one"], ["a", "zero"], 4, num_images_per_prompt=2, output_type="np", step_cache=0.5,
+        pag_scale=3.0, pag_applied_layers=[0, 1],
+    ).images  # fmt: skip
+    texts = {"prompt": np.array([PROMPT, "a one"]), "negative_prompt": np.array(["a", "zero"])}
+    np.testing.assert_array_equal(pipe(**texts, **options, **layers, output_type="np").images, expected)
+
+
+@pytest.mark.parametrize("nothing", [None, "", [""], ("",), np.array([""])])
+def test_an_empty_negative_prompt_is_none_given(pipe, nothing):
+    expected = latents_of(pipe, PROMPT, guidance_scale=1.0)
+    np.testing.assert_array_equal(latents_of(pipe, PROMPT, nothing, guidance_scale=1.0), expected)
+
+
+ON_ANOTHER_DEVICE = """
+import sys, jax, numpy as np
+from sana_jax import SanaPipeline
+pipe, other = SanaPipeline.from_pretrained(sys.argv[1]), jax.devices()[1]
+latents = np.random.default_rng(0).standard_normal((1, 1, 8, 8), np.float32)
+embeds, mask = pipe.text_encoder.encode(["a seven"])
+given = {"prompt_embeds": embeds, "prompt_attention_mask": mask, "latents": latents}
+options = {"num_inference_steps": 2, "output_type": "np"}
+moved = pipe(**jax.device_put(given, other), **options).images
+np.testing.assert_array_equal(moved, pipe(**given, **options).images)
+"""
+
+
+def test_arrays_of_another_device_come_to_the_network(run):
+    environment = {**os.environ, "XLA_FLAGS": simulated_devices(2)}
+    command = [sys.executable, "-c", ON_ANOTHER_DEVICE, str(run.directory)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+
+
 def test_sampling_function_is_what_the_pipeline_does(pipe):
     embeds, mask = pipe.text_encoder.encode([PROMPT, "a zero"])
     null = pipe.text_encoder.null_encoding()
@@ -316,6 +358,17 @@ def test_components_that_do_not_fit(run, pipe, tmp_path):
 
 # -- mistakes ------------------------------------------------------------------------------------------------------
 
+
+class Unreadable:
+    """What NumPy can't read, as a tensor of torch in bfloat16."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.ndim = shape, len(shape)
+
+    def __array__(self, *arguments, **options):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 EMBEDS, MASK = np.zeros((1, 5, 12), np.float32), np.ones((1, 5), np.int32)
 
 
@@ -351,6 +404,20 @@ EMBEDS, MASK = np.zeros((1, 5, 12), np.float32), np.ones((1, 5), np.int32)
         ({"latents": np.zeros((1, 1, 8, 8)), "height": 16}, ("16x8",)),
         ({"latents": np.full((1, 1, 8, 8), np.nan)}, ("sampling", "1 of 1")),
         ({"prompt": None, "prompt_embeds": EMBEDS * np.nan, "prompt_attention_mask": MASK}, ("text encoding",)),
+        ({"prompt": ["a", None]}, ("prompt None is not a text",)),
+        ({"prompt": b"a seven"}, ("prompt 97 is not a text",)),
+        ({"prompt": ["a", "one"], "negative_prompt": np.array(["a"] * 3)}, ("3 negative prompts for 2",)),
+        ({"prompt": None, "prompt_embeds": EMBEDS, "prompt_attention_mask": -1e4 * MASK}, ("0 and 1",)),
+        ({"prompt": None, "prompt_embeds": EMBEDS, "prompt_attention_mask": 2 * MASK}, ("mask has other values",)),
+        ({"prompt": None, "prompt_embeds": EMBEDS[:0], "prompt_attention_mask": MASK[:0]}, ("(0, 5, 12)",)),
+        ({"latents": Unreadable((1, 1, 8, 8))}, ("latents can't be read", "ScalarType", ".detach().float().numpy()")),
+        ({"prompt": None, "prompt_embeds": Unreadable((1, 5, 12)), "prompt_attention_mask": MASK}, ("embeds can't",)),
+        ({"latents": np.zeros((1, 1, 8, 8), np.complex64)}, ("latents of complex64", "real numbers")),
+        ({"num_images_per_prompt": 2.0}, ("num_images_per_prompt 2.0", "a whole number")),
+        ({"height": 8.0}, ("height 8.0", "a whole number")),
+        ({"width": "8"}, ("width '8'", "a whole number")),
+        ({"guidance_interval": 0.5}, ("guidance_interval 0.5", "highest")),
+        ({"pag_scale": 3.0, "pag_applied_layers": [0.5]}, ("pag_applied_layers [0.5]", "0 to 1")),
     ],
 )
 def test_mistakes(pipe, arguments, parts):
