@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels.selection import preference
+from sana_jax.errors import UserError
 from sana_jax.executables import (
     SHORTEST_COMPILING,
     ExecutableStore,
@@ -59,6 +60,7 @@ def compile_ahead(
         identity: everything that the function closes over, and how it was jitted, as ``executables.describe`` takes it:
             where programs are kept on disk, it is then read from there, or kept. None keeps it off the disk.
     """
+    _check_jit_enabled(name)
     store, started = executable_store(), time.perf_counter()
     key = None if store is None or identity is None else _key(store, name, identity, arguments, say)
     if key is not None and (found := _loaded(store.load(key), name, started, say)) is not None:
@@ -80,6 +82,14 @@ def compile_ahead(
     if key is not None and ended - traced >= SHORTEST_COMPILING:
         _keep(store, key, text, compiled, name, say)
     return compiled
+
+
+def _check_jit_enabled(name: str) -> None:
+    if jax.config.jax_disable_jit:  # what is compiled ahead refuses to run then, from deep within JAX
+        raise UserError(
+            f"{name} is compiled before it runs, which jax_disable_jit (JAX_DISABLE_JIT) forbids: unset it for this "
+            "call, or debug the network alone, with its apply"
+        )
 
 
 def _key(store: ExecutableStore, name: str, identity: Any, arguments: Any, say: Callable[[str], None]) -> Key | None:
@@ -171,6 +181,7 @@ class Programs:
         is the rest of what the function depends on, such as its network, which may be replaced between two calls; also
         for ``compile_ahead``.
         """
+        _check_jit_enabled(name)
         leaves, structure = jax.tree.flatten(arguments)
         shapes = tuple((jnp.shape(leaf), str(jnp.result_type(leaf)), _placement(leaf)) for leaf in leaves)
         # what a program is traced under, and the rest of the key of what is kept on disk

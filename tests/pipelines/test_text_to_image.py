@@ -223,6 +223,12 @@ def test_arrays_of_another_device_come_to_the_network(run):
     assert ended.returncode == 0, ended.stderr
 
 
+def test_without_jit_nothing_is_sampled(pipe):
+    with jax.disable_jit(), pytest.raises(UserError, match=r"the transformer .* which jax_disable_jit .* forbids"):
+        latents_of(pipe, PROMPT)
+    latents_of(pipe, PROMPT)
+
+
 def test_sampling_function_is_what_the_pipeline_does(pipe):
     embeds, mask = pipe.text_encoder.encode([PROMPT, "a zero"])
     null = pipe.text_encoder.null_encoding()
