@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -11,7 +12,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from configs.schema import DistributedConfig
+from configs.changes import PLACES, all_differences, with_absolute_places
+from configs.schema import DistributedConfig, RunConfig
+from configs.serialization import from_dict, to_dict
 from sana_jax.errors import UserError, reason_of
 
 
@@ -66,6 +69,27 @@ def gather_messages(message: str, size: int = 1024) -> list[str]:
     encoded = message.encode()[:size]
     buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(buffer)]
+
+
+def agree_on_options(config: RunConfig) -> None:
+    """Asks whether all processes were started with the same options; only places may be called otherwise on each.
+
+    With others each would train something else unnoticed, or wait for the rest for ever.
+
+    Raises:
+        UserError: on every process, in what one of them differs from the first.
+    """
+    own = json.dumps(to_dict(with_absolute_places(config)))
+    texts = gather_messages(own, max(map(int, gather_messages(str(len(own.encode()))))))
+    configs = [from_dict(RunConfig, json.loads(text), f"the options of process {n}") for n, text in enumerate(texts)]
+    for index, other in enumerate(configs):
+        for name, (there, here) in all_differences(configs[0], other).items():
+            if name not in ("run_dir", *PLACES) and not name.startswith("distributed."):
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {there!r} in process 0 and {here!r} in process {index}; all "
+                    "processes of a run have the same options, but for --distributed.process-id: give each the same "
+                    "command"
+                )
 
 
 def on_first_process(action: Callable[[], Path | None]) -> Path | None:

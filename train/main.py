@@ -44,7 +44,7 @@ from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
 from train.data.loader import batch_rows, own_rows
-from train.distributed import describe_processes, join_processes
+from train.distributed import agree_on_options, describe_processes, join_processes
 from train.fake_score_start import FAKE, FakeScoreStart, open_fake_score_start
 from train.longsana_step import STREAM
 from train.memory import advice_when_memory_ends
@@ -225,10 +225,10 @@ def _set_up(config: RunConfig, stop: StopRequest, held: ExitStack) -> tuple[Mesh
     join_processes(config.distributed)
     stop.listen()  # joining gives SIGTERM to JAX
     device = choose_device(config.device)
+    agree_on_options(config)
     cache = enable_compilation_cache()
     say = _print_line if jax.process_index() == 0 else (lambda line: None)
-    mesh = make_mesh(config.mesh)
-    held.enter_context(jax.set_mesh(mesh))
+    held.enter_context(jax.set_mesh(mesh := make_mesh(config.mesh)))
     held.enter_context(using_kernels(config.compute.kernels, device, "--compute.kernels"))
     check_batch(config.batch_size, config.accumulation, mesh)
     run_directory.check_writable(config)

@@ -127,6 +127,21 @@ def test_two_processes_with_half_the_batch_each(one_process, tmp_path):
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["2", "4"]
 
 
+def test_two_processes_with_other_options(tmp_path):
+    """They trained each with its own learning rate, and waited for ever where one had more steps."""
+    run_dir, address = tmp_path / "run", f"127.0.0.1:{free_port()}"
+    both = [*TINY, "--run-dir", str(run_dir), "--distributed.coordinator", address, "--distributed.num-processes", "2"]
+    ends = finish(
+        start([*both, "--steps", "2", "--distributed.process-id", "0"]),
+        start([*both, "--steps", "3", "--distributed.process-id", "1"]),
+        status=2,
+    )
+    for _, err in ends:
+        assert "error: --steps is 2 in process 0 and 3 in process 1; all processes of a run have the same" in err
+        assert "Traceback" not in err
+    assert not run_dir.exists()
+
+
 @pytest.mark.prove  # half the batch each runs with every commit
 def test_two_processes_with_half_the_parameters_each(one_process, tmp_path):
     run_dir = tmp_path / "run"
