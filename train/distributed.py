@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import socket
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import TracebackType
 
 import jax
 import numpy as np
 
-from configs.changes import PLACES, all_differences, with_absolute_places
+from configs.changes import CONDITIONS, PLACES, all_differences, with_absolute_places
 from configs.schema import DistributedConfig, RunConfig
 from configs.serialization import from_dict, to_dict
 from sana_jax.errors import UserError, reason_of
+
+_FAILED = "failed: "  # how the message of a process begins that cannot go on
+
+
+class ElsewhereError(UserError):
+    """What went wrong in another process."""
 
 
 def join_processes(config: DistributedConfig) -> None:
@@ -60,15 +69,68 @@ def describe_processes() -> str:
 
 
 def gather_messages(message: str, size: int = 1024) -> list[str]:
-    """Every process's message, cut to ``size`` bytes, on every process."""
+    """Every process's message, cut to ``size`` bytes, on every process.
+
+    Raises:
+        ElsewhereError: another process has left ``Preparation`` with an error.
+    """
     if jax.process_count() == 1:
         return [message]
+    messages = _gather(message, size)
+    for index, text in enumerate(messages):
+        if text.startswith(_FAILED):
+            raise ElsewhereError(f"process {index} could not go on: {text.removeprefix(_FAILED)}")
+    return messages
+
+
+def _gather(message: str, size: int = 1024) -> list[str]:
     from jax.experimental import multihost_utils
 
     buffer = np.zeros(size, np.uint8)
     encoded = message.encode()[:size]
     buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(buffer)]
+
+
+class Preparation:
+    """What comes before the first step. An error of one process ends the others too, which would wait for it.
+
+    Inside, processes meet in nothing but ``gather_messages``, where the others wait when one fails.
+    """
+
+    def __init__(self):
+        self._agreed = False
+
+    def __enter__(self) -> Preparation:
+        return self
+
+    def agree(self, *facts: object) -> None:
+        """The end of it: from here on processes meet in other ways, and have the same data and checkpoints.
+
+        Args:
+            facts: what is the same in all processes; of arrays and lists all items.
+
+        Raises:
+            UserError: on every process, these are not.
+        """
+        digest = hashlib.sha256()
+        for fact in facts:
+            digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else repr(fact).encode())
+        digests = gather_messages(digest.hexdigest())
+        self._agreed = True
+        for index, other in enumerate(digests):
+            if other != digests[0]:
+                raise UserError(
+                    f"process {index} finds other samples or checkpoints than process 0; all processes of a run read "
+                    "the same data and run directory: put them where all hosts see them, or copy them anew"
+                )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        alone = isinstance(error, Exception) and not isinstance(error, ElsewhereError)
+        if alone and not self._agreed and jax.process_count() > 1:
+            _gather(_FAILED + reason_of(error, 900))
 
 
 def agree_on_options(config: RunConfig) -> None:
@@ -84,34 +146,54 @@ def agree_on_options(config: RunConfig) -> None:
     configs = [from_dict(RunConfig, json.loads(text), f"the options of process {n}") for n, text in enumerate(texts)]
     for index, other in enumerate(configs):
         for name, (there, here) in all_differences(configs[0], other).items():
-            if name not in ("run_dir", *PLACES) and not name.startswith("distributed."):
+            of_places = name == CONDITIONS and _without_places(there) == _without_places(here)
+            if name not in ("run_dir", *PLACES) and not name.startswith("distributed.") and not of_places:
                 raise UserError(
                     f"--{name.replace('_', '-')} is {there!r} in process 0 and {here!r} in process {index}; all "
                     "processes of a run have the same options, but for --distributed.process-id: give each the same "
                     "command"
                 )
+    _agree_on_run_dir(Path(config.run_dir).absolute())
+
+
+def _without_places(conditions: Sequence[str] | None) -> list[str]:
+    return [text.partition(":")[0] for text in conditions or ()]
+
+
+def _agree_on_run_dir(run_dir: Path) -> None:
+    """Raises ``UserError`` on every process unless all see one directory there, by whatever name."""
+    if jax.process_count() == 1:
+        return
+    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    rest, mark = str(run_dir.relative_to(folder)), None
+    try:
+        if jax.process_index() == 0:
+            mark = tempfile.NamedTemporaryFile(dir=folder, prefix=".", suffix=".tmp")  # noqa: SIM115
+    except OSError:
+        pass  # which is asked again, and said, where the run is about to be written
+    name = gather_messages("" if mark is None else Path(mark.name).name)[0]
+    wanted = gather_messages(rest)[0]
+    found = not name or ((folder / name).exists() and rest == wanted)
+    places = gather_messages(f"{found:d}{run_dir}")
+    if mark is not None:
+        mark.close()
+    for index, place in enumerate(places):
+        if place[0] == "0":
+            raise UserError(
+                f"--run-dir is {places[0][1:]} in process 0 and {place[1:]} in process {index}, which is not the same "
+                "directory; all processes write into one: name one that all of them see, by its whole path"
+            )
 
 
 def on_first_process(action: Callable[[], Path | None]) -> Path | None:
     """Does something that makes a file or directory in one process, on a file system that all share.
 
-    The other processes wait, and go on with the same path.
-
-    Raises:
-        UserError: on the other processes, what went wrong on the first, where it is raised as it was.
+    The other processes wait, and go on with the same path. What goes wrong is for ``Preparation`` to tell them.
     """
-    outcome, error = "", None
+    outcome = gather_messages("")[0]  # what takes hours begins where no process has failed yet
     if jax.process_index() == 0:
-        try:
-            outcome = f"made {path}" if (path := action()) is not None else "stopped"
-        except Exception as caught:
-            error, outcome = caught, f"failed {reason_of(caught, 1000)}"
-    outcome = gather_messages(outcome)[0]
-    if error is not None:
-        raise error
-    kind, _, text = outcome.partition(" ")
-    if kind == "failed":
-        raise UserError(f"process 0 could not go on: {text}")
+        outcome = f"made {path.absolute()}" if (path := action()) is not None else "stopped"
+    kind, _, text = gather_messages(outcome)[0].partition(" ")
     return Path(text) if kind == "made" else None
 
 

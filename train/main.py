@@ -44,7 +44,7 @@ from train.batch import Batch
 from train.checkpoints import CheckpointStore
 from train.data import Loader
 from train.data.loader import batch_rows, own_rows
-from train.distributed import agree_on_options, describe_processes, join_processes
+from train.distributed import Preparation, agree_on_options, describe_processes, join_processes
 from train.fake_score_start import FAKE, FakeScoreStart, open_fake_score_start
 from train.longsana_step import STREAM
 from train.memory import advice_when_memory_ends
@@ -143,7 +143,7 @@ def train(config: RunConfig, stop: StopRequest) -> int:
 
 
 def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
-    mesh, say = _set_up(config, stop, held)
+    mesh, preparation, say = _set_up(config, stop, held)
 
     # ---- what is trained, on what ------------------------------------------------------------------------------------
     rows_sharding = batch_sharding(mesh)
@@ -175,6 +175,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     store = _open_store(config)
     run = Run(parts, stop, store, loader, previewer, validator, say)
     newest = store.latest_step()
+    preparation.agree(newest, dataset.captions, *(part for bucket in dataset.buckets.items() for part in bucket))
     if newest is not None and newest >= config.steps and not previewer.missing(newest):
         run.finish(newest, newest)
         return 0
@@ -219,13 +220,14 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     return status
 
 
-def _set_up(config: RunConfig, stop: StopRequest, held: ExitStack) -> tuple[Mesh, Callable[[str], None]]:
-    """Devices, processes and their mesh, and what prints lines."""
+def _set_up(config: RunConfig, stop: StopRequest, held: ExitStack) -> tuple[Mesh, Preparation, Callable[[str], None]]:
+    """Devices, processes and their mesh, what they agree in, and what prints lines."""
     prefer_device(config.device)
     join_processes(config.distributed)
     stop.listen()  # joining gives SIGTERM to JAX
     device = choose_device(config.device)
     agree_on_options(config)
+    preparation = held.enter_context(Preparation())
     cache = enable_compilation_cache()
     say = _print_line if jax.process_index() == 0 else (lambda line: None)
     held.enter_context(jax.set_mesh(mesh := make_mesh(config.mesh)))
@@ -234,7 +236,7 @@ def _set_up(config: RunConfig, stop: StopRequest, held: ExitStack) -> tuple[Mesh
     run_directory.check_writable(config)
     say(f"sana_jax {sana_jax.__version__}, jax {jax.__version__}: {describe_processes()}, {_mesh_text(mesh)}")
     say(f"run: {config.preset}, {config.steps} steps of {config.batch_size} in {config.run_dir}; compiled code {cache}")
-    return mesh, say
+    return mesh, preparation, say
 
 
 def _weights_to_read(
@@ -550,11 +552,9 @@ class Run:
 
 
 def _open_store(config: RunConfig) -> CheckpointStore:
+    directory, kept = Path(config.run_dir) / "checkpoints", config.checkpoint
     return CheckpointStore(
-        Path(config.run_dir) / "checkpoints",
-        keep_last=config.checkpoint.keep_last,
-        keep_every=config.checkpoint.keep_every,
-        asynchronous=config.checkpoint.asynchronous,
+        directory, keep_last=kept.keep_last, keep_every=kept.keep_every, asynchronous=kept.asynchronous
     )
 
 

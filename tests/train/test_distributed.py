@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import socket
@@ -9,11 +10,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from configs import load_preset
 from configs.schema import DistributedConfig
+from configs.serialization import to_dict
 from sana_jax import UserError
-from train.distributed import join_processes
+from train import distributed
+from train.distributed import Preparation, agree_on_options, join_processes
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -53,13 +58,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(arguments: list[str], **variables: str) -> subprocess.Popen:
+def start(arguments: list[str], cwd: Path = ROOT, **variables: str) -> subprocess.Popen:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    environment = inherited | {"JAX_PLATFORMS": "cpu"} | quick | variables
+    environment = inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | quick | variables
     command = [sys.executable, "-m", "train.main", *arguments]
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
 
 
@@ -142,6 +147,39 @@ def test_two_processes_with_other_options(tmp_path):
     assert not run_dir.exists()
 
 
+def two_places(arguments: list[str], tmp_path: Path) -> list[tuple[str, str]]:
+    """What two processes print that are started in two directories, ``0`` and ``1``, and end with an error."""
+    places = [tmp_path / "0", tmp_path / "1"]
+    options = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", "2"]
+    both = []
+    for index, place in enumerate(places):
+        place.mkdir(exist_ok=True)
+        both.append(start([*arguments, *options, "--distributed.process-id", str(index)], cwd=place))
+    ends = finish(*both, status=2)
+    assert not any("Traceback" in err for _, err in ends)
+    return ends
+
+
+def test_two_processes_with_a_run_directory_each(tmp_path):
+    """Each took its own for the run's: one resumed while the other began anew, and they waited for one another."""
+    for _, err in two_places([*TINY, "--steps", "2", "--run-dir", "run"], tmp_path):
+        assert f"error: --run-dir is {tmp_path}/0/run in process 0 and {tmp_path}/1/run in process 1, which is" in err
+    assert [*tmp_path.glob("*/*")] == []  # nor the mark by which they find out
+
+
+def test_what_fails_in_one_process_ends_the_others(tmp_path):
+    """They waited for one that lacks the data, and it for them, for five minutes."""
+    (tmp_path / "0").mkdir()
+    finish(start([*TINY, "--steps", "2", "--run-dir", "base"], cwd=tmp_path / "0"))
+    run_dir, pictures = tmp_path / "run", tmp_path / "pictures"
+    pictures.mkdir()
+    mine = ["digits_lora", "--device", "cpu", "--data.path", str(pictures), "--run-dir", str(run_dir)]
+    (_, first), (_, second) = two_places([*mine, "--model", "base"], tmp_path)
+    assert "error: process 1 could not go on: model base is not a directory here" in first
+    assert "error: model base is not a directory here" in second
+    assert not run_dir.exists()
+
+
 @pytest.mark.prove  # half the batch each runs with every commit
 def test_two_processes_with_half_the_parameters_each(one_process, tmp_path):
     run_dir = tmp_path / "run"
@@ -210,3 +248,25 @@ def test_a_port_that_is_taken(tmp_path):
         ((_, err),) = finish(start(arguments), status=2)
     assert f"cannot listen on port {address.rpartition(':')[2]}" in err
     assert "Traceback" not in err
+
+
+def test_data_and_checkpoints_that_differ(monkeypatch):
+    monkeypatch.setattr(distributed, "gather_messages", lambda message: [message, "another"])
+    with pytest.raises(UserError, match="process 1 finds other samples or checkpoints than process 0"):
+        Preparation().agree(None, ["a dog"], (2, 2, 1), np.arange(3))
+
+
+def test_places_in_conditions_may_be_called_otherwise(monkeypatch, tmp_path):
+    """A SigLIP's directory made two hosts' options differ, where a model's did not."""
+    digits = load_preset("siglip_zoom_lora")
+    places = [("object=siglip:/a", "zoom=scalar"), ("object=siglip:/b", "zoom=scalar"), ("object=picture",)]
+    configs = [
+        dataclasses.replace(digits, data=dataclasses.replace(digits.data, conditions=place), run_dir=str(tmp_path))
+        for place in places
+    ]
+    texts = [json.dumps(to_dict(config)) for config in configs]
+    monkeypatch.setattr(distributed, "gather_messages", lambda message, size=9: [message] if size == 9 else texts[:2])
+    agree_on_options(configs[0])
+    texts[1] = texts[2]
+    with pytest.raises(UserError, match=r"--data\.conditions is "):
+        agree_on_options(configs[0])
