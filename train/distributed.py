@@ -190,6 +190,8 @@ def on_first_process(action: Callable[[], Path | None]) -> Path | None:
 
     The other processes wait, and go on with the same path. What goes wrong is for ``Preparation`` to tell them.
     """
+    if jax.process_count() == 1:
+        return action()
     outcome = gather_messages("")[0]  # what takes hours begins where no process has failed yet
     if jax.process_index() == 0:
         outcome = f"made {path.absolute()}" if (path := action()) is not None else "stopped"
