@@ -75,6 +75,7 @@ def class_configuration(config: RunConfig, base: BaseModel, sizes: dict[tuple[in
         caption=prior.caption,
         resolution=data.resolution,
         aspect_buckets=data.aspect_buckets,
+        max_bad_share=data.max_bad_share,
         latent_dtype=data.latent_dtype,
         cache=None if data.cache is None else f"{data.cache}-class",
         sizes=tuple((*size, count) for size, count in sizes.items()),

@@ -154,6 +154,13 @@ def test_every_class_model_and_number_of_steps_has_a_folder_of_its_own(base):
     assert len(found) == 4
 
 
+def test_the_class_may_have_as_many_bad_files_as_the_subject(base):
+    """The error about them advised to raise an option that the class did not read."""
+    base, _ = base
+    config = dataclasses.replace(run_config(None, None, max_bad_share=0.5), prior=PriorConfig(caption="a dog"))
+    assert prior_data.class_configuration(config, base, {(8, 8): 1}).data.max_bad_share == 0.5
+
+
 def test_pictures_that_were_drawn_of_something_else(tmp_path):
     def fill(caption: str, model: str) -> list[str]:
         lines: list[str] = []
