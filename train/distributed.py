@@ -164,7 +164,7 @@ def _agree_on_run_dir(run_dir: Path) -> None:
     """Raises ``UserError`` on every process unless all see one directory there, by whatever name."""
     if jax.process_count() == 1:
         return
-    folder = next(path for path in (run_dir, *run_dir.parents) if path.is_dir())
+    folder = next(path for path in (run_dir, *run_dir.parents) if os.path.isdir(path))
     rest, mark = str(run_dir.relative_to(folder)), None
     try:
         if jax.process_index() == 0:
@@ -173,7 +173,7 @@ def _agree_on_run_dir(run_dir: Path) -> None:
         pass  # which is asked again, and said, where the run is about to be written
     name = gather_messages("" if mark is None else Path(mark.name).name)[0]
     wanted = gather_messages(rest)[0]
-    found = not name or ((folder / name).exists() and rest == wanted)
+    found = not name or (os.path.exists(folder / name) and rest == wanted)
     places = gather_messages(f"{found:d}{run_dir}")
     if mark is not None:
         mark.close()
