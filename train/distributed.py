@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
@@ -19,6 +20,9 @@ from configs.changes import CONDITIONS, PLACES, all_differences, with_absolute_p
 from configs.schema import DistributedConfig, RunConfig
 from configs.serialization import from_dict, to_dict
 from sana_jax.errors import UserError, reason_of
+
+if TYPE_CHECKING:
+    from train.assembly import TrainingData
 
 _FAILED = "failed: "  # how the message of a process begins that cannot go on
 
@@ -104,25 +108,26 @@ class Preparation:
     def __enter__(self) -> Preparation:
         return self
 
-    def agree(self, *facts: object) -> None:
-        """The end of it: from here on processes meet in other ways, and have the same data and checkpoints.
+    def agree(self, dataset: TrainingData, *facts: object) -> None:
+        """The end of it: from here on processes meet in other ways, with the same samples, weights and checkpoints.
 
         Args:
-            facts: what is the same in all processes; of arrays and lists all items.
+            dataset: whose captions and buckets are the same in all processes.
+            facts: what else is; their texts are compared.
 
         Raises:
             UserError: on every process, these are not.
         """
-        digest = hashlib.sha256()
-        for fact in facts:
-            digest.update(fact.tobytes() if isinstance(fact, np.ndarray) else repr(fact).encode())
+        digest = hashlib.sha256(repr((dataset.captions, *facts)).encode())
+        for shape, indices in dataset.buckets.items():
+            digest.update(repr(shape).encode() + np.asarray(indices).tobytes())
         digests = gather_messages(digest.hexdigest())
         self._agreed = True
         for index, other in enumerate(digests):
             if other != digests[0]:
                 raise UserError(
-                    f"process {index} finds other samples or checkpoints than process 0; all processes of a run read "
-                    "the same data and run directory: put them where all hosts see them, or copy them anew"
+                    f"process {index} finds other samples, checkpoints or weights of --model than process 0; all "
+                    "processes of a run read the same: put them where all hosts see them, or copy them anew"
                 )
 
     def __exit__(

@@ -175,7 +175,7 @@ def _train(config: RunConfig, stop: StopRequest, held: ExitStack) -> int:
     store = _open_store(config)
     run = Run(parts, stop, store, loader, previewer, validator, say)
     newest = store.latest_step()
-    preparation.agree(newest, dataset.captions, *(part for bucket in dataset.buckets.items() for part in bucket))
+    preparation.agree(dataset, newest, *(model and model.weights_id for model in (base, start)))
     if newest is not None and newest >= config.steps and not previewer.missing(newest):
         run.finish(newest, newest)
         return 0

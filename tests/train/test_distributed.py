@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,10 +251,22 @@ def test_a_port_that_is_taken(tmp_path):
     assert "Traceback" not in err
 
 
-def test_data_and_checkpoints_that_differ(monkeypatch):
-    monkeypatch.setattr(distributed, "gather_messages", lambda message: [message, "another"])
-    with pytest.raises(UserError, match="process 1 finds other samples or checkpoints than process 0"):
-        Preparation().agree(None, ["a dog"], (2, 2, 1), np.arange(3))
+def test_data_checkpoints_and_weights_that_differ(monkeypatch):
+    """Each process read its own list of prompts, and its own copy of the model."""
+    dataset, found = SimpleNamespace(captions=["a dog"], buckets={(2, 2, 1): np.arange(3)}), []
+    monkeypatch.setattr(distributed, "gather_messages", lambda message: found.append(message) or found)
+    Preparation().agree(dataset, 4, "weights")
+    Preparation().agree(dataset, 4, "weights")
+    others = [
+        (dataset, None, "weights"),
+        (dataset, 4, "other weights"),
+        (SimpleNamespace(captions=["a cat"], buckets=dataset.buckets), 4, "weights"),
+        (SimpleNamespace(captions=["a dog"], buckets={(2, 2, 1): np.array([0, 2, 1])}), 4, "weights"),
+    ]
+    for other in others:
+        del found[1:]
+        with pytest.raises(UserError, match="process 1 finds other samples, checkpoints or weights of --model than"):
+            Preparation().agree(*other)
 
 
 def test_places_in_conditions_may_be_called_otherwise(monkeypatch, tmp_path):
