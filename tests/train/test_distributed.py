@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
@@ -254,6 +255,7 @@ def test_a_port_that_is_taken(tmp_path):
 def test_data_checkpoints_and_weights_that_differ(monkeypatch):
     """Each process read its own list of prompts, and its own copy of the model."""
     dataset, found = SimpleNamespace(captions=["a dog"], buckets={(2, 2, 1): np.arange(3)}), []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(distributed, "gather_messages", lambda message: found.append(message) or found)
     Preparation().agree(dataset, 4, "weights")
     Preparation().agree(dataset, 4, "weights")
