@@ -1,6 +1,8 @@
 # Every command of the README, in a private environment (.venv). PYTHON picks the interpreter that makes it.
 PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3; do \
   $$python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$python && break; done)
+# Where there is an NVIDIA GPU, JAX for it and the kernels' compilers are installed too; `make GPU= ...` leaves them out.
+GPU ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo ,gpu)
 VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
@@ -17,12 +19,17 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.train: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --editable '.[train]'
+	$(BIN)/python -m pip install --quiet --editable '.[train$(GPU)]'
 	@touch $@
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[train,test]'
 	@touch $@ $(VENV)/.train
+
+# Also what `--against diffusers` runs. PyTorch's CUDA build asks for the triton of jax-triton on Python 3.12 and 3.13.
+$(VENV)/.bench: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[train,test$(GPU)]'
+	@touch $@ $(VENV)/.test $(VENV)/.train
 
 train: $(VENV)/.train  ## train the embedded default: a small SANA that writes handwritten digits (ARGS="--steps 100 ...")
 	$(BIN)/python -m train.main $(ARGS)
@@ -35,7 +42,7 @@ test: $(VENV)/.test lint  ## everything that must hold on a CPU
 prove: $(VENV)/.test  ## the longer proofs: models that must really learn, full-size figures
 	XLA_FLAGS="$(XLA_FLAGS)" $(BIN)/python -m pytest -m 'prove and not gpu' $(ARGS)
 
-bench: $(VENV)/.test  ## the benchmark tables, in runs/benchmarks: under 9 minutes on a GPU; on a CPU at sizes that fit
+bench: $(VENV)/.bench  ## the benchmark tables, in runs/benchmarks: under 9 minutes on a GPU; on a CPU at sizes that fit
 	$(BIN)/python -m kernels.benchmark --seconds 150
 	$(BIN)/python -m sana_jax.benchmark --seconds 180 $(ARGS)
 	$(BIN)/python -m train.benchmark --seconds 60
