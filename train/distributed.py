@@ -24,6 +24,7 @@ from sana_jax.errors import UserError, reason_of
 if TYPE_CHECKING:
     from train.assembly import TrainingData
 
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_LOCALID")  # what JAX reads
 _FAILED = "failed: "  # how the message of a process begins that cannot go on
 
 
@@ -35,7 +36,8 @@ def join_processes(config: DistributedConfig) -> None:
     """Connects to the run's other processes, if there are any.
 
     Explicit options come first, then ``JAX_COORDINATOR_ADDRESS`` with ``JAX_NUM_PROCESSES`` and ``JAX_PROCESS_ID``,
-    then SLURM's variables (one task per host). Without any of them the run has one process.
+    then SLURM's variables. Without any of them the run has one process. One that is alone on its host has all of the
+    host's devices; of SLURM's tasks that share a host each has one.
 
     Raises:
         UserError: some but not all of what is needed is given, or the processes do not find one another.
@@ -59,8 +61,18 @@ def join_processes(config: DistributedConfig) -> None:
                     "it too, or unset JAX_COORDINATOR_ADDRESS"
                 )
         _initialize(address, *map(int, values))
-    elif os.environ.get("SLURM_NTASKS", "1") != "1" and "SLURM_PROCID" in os.environ:
-        _initialize(None, None, None)  # JAX reads SLURM's variables itself
+    elif _slurm_tasks() > 1 and "SLURM_PROCID" in os.environ:
+        if missing := [name for name in _SLURM if not os.environ.get(name)]:
+            raise UserError(
+                f"SLURM gives this process {_slurm_tasks()} tasks but no {missing[0]}, as where srun did not start it: "
+                "put srun before the command, or unset SLURM_PROCID to train in this process alone"
+            )
+        _initialize(None, _slurm_tasks(), int(os.environ["SLURM_PROCID"]))  # JAX finds the address itself
+
+
+def _slurm_tasks() -> int:
+    """Of this step, which in an interactive allocation is one task, whatever the allocation is for; 1 without SLURM."""
+    return int(os.environ.get("SLURM_STEP_NUM_TASKS") or os.environ.get("SLURM_NTASKS") or 1)
 
 
 def describe_processes() -> str:
@@ -206,20 +218,23 @@ def on_first_process(action: Callable[[], Path | None]) -> Path | None:
     return Path(text) if kind == "made" else None
 
 
-def _initialize(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
-    if num_processes is not None and num_processes < 1:
+def _initialize(coordinator: str | None, num_processes: int, process_id: int) -> None:
+    if num_processes < 1:
         raise UserError(f"a run of {num_processes} processes; there are 1 or more: mend the number")
-    if num_processes is not None and not 0 <= process_id < num_processes:
+    if not 0 <= process_id < num_processes:
         raise UserError(
             f"process id {process_id} is not one of {num_processes} processes; allowed is 0 to {num_processes - 1}: "
             "give each process its own"
         )
     if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
         raise UserError(f"the coordinator {coordinator!r} is not host:port; write it like 10.0.0.1:1234")
-    if process_id == 0:
+    if process_id == 0 and coordinator is not None:
         _require_free_port(int(coordinator.rpartition(":")[2]))
+    # JAX would give every task of SLURM's one device, and leave idle the rest of a host that has one task.
+    shared = _slurm_tasks() > int(os.environ.get("SLURM_STEP_NUM_NODES") or _slurm_tasks())
+    devices = None if shared or "JAX_LOCAL_DEVICE_IDS" in os.environ else ()  # which is all
     try:
-        jax.distributed.initialize(coordinator, num_processes, process_id)
+        jax.distributed.initialize(coordinator, num_processes, process_id, devices)
     except (RuntimeError, ValueError) as error:
         reason = reason_of(error, 300)
         raise UserError(

@@ -60,11 +60,11 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(arguments: list[str], cwd: Path = ROOT, **variables: str) -> subprocess.Popen:
+def start(arguments: list[str], cwd: Path = ROOT, code: str | None = None, **variables: str) -> subprocess.Popen:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
     quick = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
     environment = inherited | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | quick | variables
-    command = [sys.executable, "-m", "train.main", *arguments]
+    command = [sys.executable, *(["-m", "train.main"] if code is None else ["-c", code]), *arguments]
     return subprocess.Popen(
         command, cwd=cwd, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
@@ -237,6 +237,51 @@ def test_without_any_of_them_there_is_one_process(monkeypatch):
     join_processes(DistributedConfig())
     monkeypatch.setenv("SLURM_NTASKS", "1")
     monkeypatch.setenv("SLURM_PROCID", "0")
+    join_processes(DistributedConfig())
+
+
+SRUN = {
+    "SLURM_JOB_ID": "123",
+    "SLURM_NTASKS": "2",
+    "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "127.0.0.1",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_STEP_NUM_NODES": "2",
+}
+JOINED = """
+import jax
+from configs.schema import DistributedConfig
+from train.distributed import join_processes
+join_processes(DistributedConfig())
+print(jax.process_index(), jax.process_count(), jax.config.values["jax_cuda_visible_devices"])
+"""
+
+
+def test_tasks_of_slurm(monkeypatch):
+    """JAX gave each task one device: with one task per host, as the README has it, seven of eight were idle."""
+    port = str(free_port())
+    tasks = [start([], code=JOINED, **SRUN, JAX_COORDINATOR_PORT=port, SLURM_PROCID=str(index)) for index in range(2)]
+    assert [own_lines(out) for out, _ in finish(*tasks)] == [["0 2 all"], ["1 2 all"]]
+
+    found = []  # two tasks on one host
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: found.append(given))
+    for name, value in (SRUN | {"SLURM_STEP_NUM_NODES": "1", "SLURM_PROCID": "1"}).items():
+        monkeypatch.setenv(name, value)
+    join_processes(DistributedConfig())
+    assert found == [(None, 2, 1, None)]
+
+
+def test_slurm_without_srun(monkeypatch):
+    """They were told that an address is not defined, or waited five minutes for tasks that srun had not started."""
+    for name in ("JAX_COORDINATOR_ADDRESS", *SRUN):
+        monkeypatch.delenv(name, raising=False)
+    batch = {"SLURM_JOB_ID": "123", "SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for name, value in batch.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=r"2 tasks but no SLURM_STEP_NODELIST, .*: put srun before the command"):
+        join_processes(DistributedConfig())
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # the shell of an interactive allocation
     join_processes(DistributedConfig())
 
 
