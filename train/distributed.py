@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import tempfile
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from train.assembly import TrainingData
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_LOCALID")  # what JAX reads
+_PATIENCE = 10.0  # seconds in which processes that all meet the same error have ended together
+_GONE = re.compile("by peer|Broken pipe|remote process exited")  # what Gloo and NCCL say of another process
 _FAILED = "failed: "  # how the message of a process begins that cannot go on
 
 
@@ -147,9 +150,25 @@ class Preparation:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        alone = isinstance(error, Exception) and not isinstance(error, ElsewhereError)
-        if alone and not self._agreed and jax.process_count() > 1:
+        if jax.process_count() == 1 or not isinstance(error, Exception):
+            return
+        gone = isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)) is not None
+        if not self._agreed and not gone and not isinstance(error, ElsewhereError):
             _gather(_FAILED + reason_of(error, 900))
+        if self._agreed or gone:
+            _leave_soon(2 if gone or isinstance(error, UserError) else 1)
+        if gone:
+            raise ElsewhereError(
+                f"another process of this run has ended ({reason_of(error)}): its own output says why; mend that and "
+                "start all of them again, which go on from the newest checkpoint"
+            ) from error
+
+
+def _leave_soon(status: int) -> None:
+    """Ends this process in a while, should it wait then: JAX lets none go before the others do, which wait for it."""
+    timer = threading.Timer(_PATIENCE, os._exit, (status,))
+    timer.daemon = True
+    timer.start()
 
 
 def agree_on_options(config: RunConfig) -> None:

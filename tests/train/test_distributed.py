@@ -83,9 +83,9 @@ def finish(*processes: subprocess.Popen, status: int = 0) -> list[tuple[str, str
     return outputs
 
 
-def two_by_options(arguments: list[str]) -> list[subprocess.Popen]:
+def two_by_options(arguments: list[str], **how) -> list[subprocess.Popen]:
     options = ["--distributed.coordinator", f"127.0.0.1:{free_port()}", "--distributed.num-processes", "2"]
-    return [start([*arguments, *options, "--distributed.process-id", str(index)]) for index in range(2)]
+    return [start([*arguments, *options, "--distributed.process-id", str(index)], **how) for index in range(2)]
 
 
 def two_by_environment(arguments: list[str]) -> list[subprocess.Popen]:
@@ -180,6 +180,32 @@ def test_what_fails_in_one_process_ends_the_others(tmp_path):
     assert "error: process 1 could not go on: model base is not a directory here" in first
     assert "error: model base is not a directory here" in second
     assert not run_dir.exists()
+
+
+UNREADABLE = """
+import jax
+from sana_jax.errors import UserError, run_command_line
+from train import distributed, main
+from train.data import DigitsData
+
+def batch(*given):
+    if jax.process_index() == 1 and next(calls) > 4:  # which the loader asks for ahead of the steps
+        raise UserError("a picture is gone")
+    return read(*given)
+
+distributed._PATIENCE = 1.0
+calls, read, DigitsData.batch = iter(range(99)), DigitsData.batch, batch
+run_command_line(main.main)
+"""
+
+
+def test_what_fails_in_one_process_in_the_loop_ends_the_others(tmp_path):
+    """It waited for the others in its own end, and they for it in the next step, for five minutes."""
+    options = [*TINY, "--steps", "99", "--mesh.data", "2", "--run-dir", str(tmp_path / "run")]
+    (_, first), (_, second) = finish(*two_by_options(options, code=UNREADABLE), status=2)
+    assert "error: another process of this run has ended (" in first
+    assert "Traceback" not in first
+    assert second == "error: a picture is gone\n"
 
 
 @pytest.mark.prove  # half the batch each runs with every commit
