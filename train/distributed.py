@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_LOCALID")  # what JAX reads
 _PATIENCE = 10.0  # seconds in which processes that all meet the same error have ended together
 _GONE = re.compile("by peer|Broken pipe|remote process exited")  # what Gloo and NCCL say of another process
+_MESSAGE = 8192  # bytes: more than the longest path, or 900 letters of an error
 _FAILED = "failed: "  # how the message of a process begins that cannot go on
 
 
@@ -87,7 +88,7 @@ def describe_processes() -> str:
     return f"{kind} over {jax.process_count()} processes"
 
 
-def gather_messages(message: str, size: int = 1024) -> list[str]:
+def gather_messages(message: str, size: int = _MESSAGE) -> list[str]:
     """Every process's message, cut to ``size`` bytes, on every process.
 
     Raises:
@@ -102,19 +103,21 @@ def gather_messages(message: str, size: int = 1024) -> list[str]:
     return messages
 
 
-def _gather(message: str, size: int = 1024) -> list[str]:
+def _gather(message: str, size: int = _MESSAGE) -> list[str]:
     from jax.experimental import multihost_utils
 
     buffer = np.zeros(size, np.uint8)
-    encoded = message.encode()[:size]
+    encoded = message.encode(errors="surrogateescape")[:size]  # paths may be in any encoding
     buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in multihost_utils.process_allgather(buffer)]
+    gathered = multihost_utils.process_allgather(buffer)
+    return [bytes(row).rstrip(b"\0").decode(errors="surrogateescape") for row in gathered]
 
 
 class Preparation:
     """What comes before the first step. An error of one process ends the others too, which would wait for it.
 
-    Inside, processes meet in nothing but ``gather_messages``, where the others wait when one fails.
+    Until ``agree`` processes meet in nothing but ``gather_messages``, where the others wait when one fails, and are
+    told its error. From there on it leaves alone, and they see in the next step that it is gone.
     """
 
     def __init__(self):

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from configs import load_preset
 from configs.schema import DistributedConfig
@@ -340,6 +341,14 @@ def test_data_checkpoints_and_weights_that_differ(monkeypatch):
         del found[1:]
         with pytest.raises(UserError, match="process 1 finds other samples, checkpoints or weights of --model than"):
             Preparation().agree(*other)
+
+
+@pytest.mark.parametrize("name", ["/".join(["r" * 200] * 8), "r\udce9"], ids=["long", "latin1"])
+def test_any_run_directory_is_told_to_the_others(name, monkeypatch, tmp_path):
+    """One of more than 1,024 bytes was refused as another one's; one whose name is no UTF-8 ended in a traceback."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda array: np.stack([array, array]))
+    agree_on_options(dataclasses.replace(load_preset("digits"), run_dir=str(tmp_path / name)))
 
 
 def test_places_in_conditions_may_be_called_otherwise(monkeypatch, tmp_path):
