@@ -143,9 +143,8 @@ def export_run(
         notes = {"base_model": Path(trained_from.model).name, "step": found.step, "weights": found.which}
         network, settings = found.network, found.settings
         notes["targets"] = list(settings.get("targets", ()))
-        write_lora(
-            temporary, found.lora, network.rules, network.abstract, dropout=settings.get("dropout", 0.0), notes=notes
-        )
+        notes["dropout"] = settings.get("dropout", 0.0)
+        write_lora(temporary, found.lora, network.rules, network.abstract, notes=notes)
         if (run / _CARD).is_file():
             _copy_card(run, temporary, found.step)
     report(f"exported: {destination}")

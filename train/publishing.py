@@ -42,14 +42,18 @@ def publish(parts: RunParts, trained: PyTree, step: int, preview: Path | None = 
         return None
     abstract = abstract_params(make_transformer(config.transformer))
     run_dir = Path(config.run_dir)
-    notes = {"base_model": base_name(config.model), "steps": step, "targets": list(lora.targets)}
+    notes = {
+        "base_model": base_name(config.model),
+        "steps": step,
+        "targets": list(lora.targets),
+        "dropout": lora.dropout,
+    }
     save_lora_weights(
         run_dir,
         tree[LORA],
         rules_of(config.transformer),
         abstract,
         alpha=lora.alpha,
-        dropout=lora.dropout,
         notes=notes,
     )
     facts = {

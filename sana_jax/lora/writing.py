@@ -65,7 +65,6 @@ def save_lora_weights(
     abstract: PyTree,
     *,
     alpha: float | None = None,
-    dropout: float = 0.0,
     dtype: Any = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -77,9 +76,8 @@ def save_lora_weights(
         rules: the network's table of published names.
         abstract: the network's parameters, as shapes.
         alpha: the scale is alpha / rank; None for the rank, which is a scale of 1.
-        dropout: that it was trained with, for the header.
         dtype: of the tensors, as ``jnp.bfloat16``; None for the tree's own.
-        notes: what else the header should say, JSON-able: base model, targets, steps.
+        notes: what else the header should say, JSON-able: base model, targets, steps, dropout.
 
     Returns:
         The file. It appears whole or not at all.
@@ -88,7 +86,7 @@ def save_lora_weights(
         UserError: as ``lora_from_tree``.
     """
     lora = lora_from_tree(tree, rules, abstract, alpha=alpha)
-    return write_lora(path, lora, rules, abstract, dropout=dropout, dtype=dtype, notes=notes)
+    return write_lora(path, lora, rules, abstract, dtype=dtype, notes=notes)
 
 
 def write_lora(
@@ -97,7 +95,6 @@ def write_lora(
     rules: Sequence[Rule],
     abstract: PyTree,
     *,
-    dropout: float = 0.0,
     dtype: Any = None,
     notes: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -121,7 +118,7 @@ def write_lora(
     header = _kept_header(lora)
     if header is None:
         known = [name.removesuffix(".weight") for name in places(rules, abstract) if name.endswith(".weight")]
-        metadata = _adapter_metadata(lora.layers, known, dropout)
+        metadata = _adapter_metadata(lora.layers, known)
         header = {"format": "pt", KEY: _json({PREFIX + name: value for name, value in metadata.items()})}
     if notes is not None:
         header[NOTES_KEY] = _json(notes)
@@ -148,7 +145,7 @@ def _kept_header(lora: Lora) -> dict[str, str] | None:
     return header
 
 
-def _adapter_metadata(layers: Sequence[LoraLayer], known: Collection[str], dropout: float) -> dict[str, Any]:
+def _adapter_metadata(layers: Sequence[LoraLayer], known: Collection[str]) -> dict[str, Any]:
     """PEFT's configuration of these layers: the most common rank and alpha, and which layers have others."""
     # of a rank-stabilised LoRA, the alpha that gives the same scale without that
     alphas = {
@@ -161,7 +158,7 @@ def _adapter_metadata(layers: Sequence[LoraLayer], known: Collection[str], dropo
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": _whole_if_it_is(alpha),
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0,  # which diffusers would sample with: it loads a LoRA in training mode
         "bias": "none",
         "use_dora": False,
         "use_rslora": False,

@@ -57,7 +57,7 @@ def contents(path) -> tuple[dict, dict]:
 @pytest.mark.parametrize("alpha", [None, 5.0, 1.7])
 def test_read_back_to_the_bit(tmp_path, dtype, alpha):
     tree = trained(abstract())
-    file = save_lora_weights(tmp_path, tree, RULES, abstract(), alpha=alpha, dropout=0.1, dtype=dtype)
+    file = save_lora_weights(tmp_path, tree, RULES, abstract(), alpha=alpha, dtype=dtype)
     assert file == tmp_path / lora_oracle.FILE
     assert [entry.name for entry in tmp_path.iterdir()] == [file.name]
     lora = read(tmp_path)
@@ -76,9 +76,10 @@ def test_read_back_to_the_bit(tmp_path, dtype, alpha):
 
 
 def test_header(tmp_path):
+    """It named the dropout of the training, with which diffusers then sampled."""
     notes = {"base_model": "org/name", "steps": 7, "targets": ["all_linear"]}
     tree = trained(abstract(), ("attention", "proj_out", "transformer_blocks/ff/conv_point"))
-    file = save_lora_weights(tmp_path / "style.safetensors", tree, RULES, abstract(), alpha=6, dropout=0.1, notes=notes)
+    file = save_lora_weights(tmp_path / "style.safetensors", tree, RULES, abstract(), alpha=6, notes=notes)
     header = header_of(file)
     assert set(header) == {"format", "lora_adapter_metadata", "sana_jax"}
     assert header["format"] == "pt"
@@ -86,7 +87,7 @@ def test_header(tmp_path):
     metadata = json.loads(header["lora_adapter_metadata"])
     assert all(name.startswith("transformer.") for name in metadata)
     told = {name.removeprefix("transformer."): value for name, value in metadata.items()}
-    assert (told["r"], told["lora_alpha"], told["lora_dropout"]) == (3, 6, 0.1)
+    assert (told["r"], told["lora_alpha"], told["lora_dropout"]) == (3, 6, 0.0)
     ends = [f"attn{number}.to_{name}" for number in (1, 2) for name in ("k", "out.0", "q", "v")]
     assert told["target_modules"] == sorted([*ends, "ff.conv_point", "proj_out"])
     assert told["rank_pattern"] == told["alpha_pattern"] == {}
