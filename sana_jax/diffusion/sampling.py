@@ -119,9 +119,15 @@ def sample_loop(
         state = _jitted_step(sampler, schedule, state, index, velocity, injected)
         if amend is not None:
             state = state._replace(latents=amend(index, state.latents))
-        if on_step is not None and on_step(index, timesteps[index], state.latents) is False:
+        if on_step is not None and plain_truth(on_step(index, timesteps[index], state.latents)) is False:
             break
     return state
+
+
+def plain_truth(answer: Any) -> Any:
+    """A callback's answer; NumPy's and JAX's truth values, which comparisons of arrays give, as Python's own."""
+    arrays = isinstance(answer, np.bool_ | np.ndarray | jax.Array)
+    return bool(answer) if arrays and answer.shape == () and answer.dtype == np.bool_ else answer
 
 
 class Progress(NamedTuple):

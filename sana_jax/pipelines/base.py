@@ -21,7 +21,7 @@ from sana_jax.compilation import Program, Programs
 from sana_jax.condition_tokens_files import save_condition_tokens
 from sana_jax.contract import Contract
 from sana_jax.diffusion.samplers import Sampler
-from sana_jax.diffusion.sampling import Progress
+from sana_jax.diffusion.sampling import Progress, plain_truth
 from sana_jax.diffusion.step_caching import StepCacheReport
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_directory
@@ -525,7 +525,7 @@ def _call_back(
     pipeline: SamplingPipeline, callback: StepEndCallback, index: int, timestep: float, latents: Array
 ) -> bool | None:
     public = {"latents": jnp.moveaxis(latents, -1, 1)}
-    answer = callback(pipeline, index, timestep, dict(public))
+    answer = plain_truth(callback(pipeline, index, timestep, dict(public)))
     if answer is False:
         return False
     if isinstance(answer, Mapping) and any(answer[name] is not public.get(name) for name in answer):

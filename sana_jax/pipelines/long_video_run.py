@@ -15,6 +15,7 @@ import numpy as np
 
 from kernels.typing import Array, Float, PRNGKeyArray, PyTree
 from sana_jax.autoencoders.base import pixel_frames
+from sana_jax.diffusion.sampling import plain_truth
 from sana_jax.errors import UserError, counted
 from sana_jax.models.sana_video import SanaVideoState, init_state
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
@@ -288,8 +289,9 @@ class LongVideoRun:
 
     def _goes_on(self, answer: Any, block: int) -> bool:
         """Whether the video goes on after a block, by the callback's answer; a text is the next block's prompt."""
-        if answer is None or isinstance(answer, bool | np.bool_):
-            return answer is None or bool(answer) or block + 1 == self.plan.blocks
+        answer = plain_truth(answer)
+        if answer is None or isinstance(answer, bool):
+            return answer is None or answer or block + 1 == self.plan.blocks
         if not isinstance(answer, str):
             raise UserError(
                 f"callback_on_block_end returned a value of type {type(answer).__name__}, which would not be used; "

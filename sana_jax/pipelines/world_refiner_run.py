@@ -12,6 +12,7 @@ import numpy as np
 
 from kernels.typing import Array, Float
 from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
+from sana_jax.diffusion.sampling import plain_truth
 from sana_jax.errors import UserError
 from sana_jax.models.ltx2_prefix import LTX2Prefix
 from sana_jax.pipelines.checks import check_finite
@@ -157,6 +158,7 @@ def shown_latents(latents: Float[np.ndarray, "B T H W C"]) -> dict[str, Float[np
 
 def goes_on(answer: Any) -> bool:
     """Whether a callback's answer lets the video go on; raises ``UserError`` for one that would not be used."""
+    answer = plain_truth(answer)
     if answer is not None and answer is not False:
         raise UserError(
             f"callback_on_block_end returned {answer!r}, which would not be used: allowed is None, or False to stop"

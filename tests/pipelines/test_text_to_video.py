@@ -19,6 +19,7 @@ from sana_jax.lora import init_lora, save_lora_weights
 from sana_jax.pipelines import resolution
 from sana_jax.pipelines.families import abstract_params, rules_of
 from sana_jax.pipelines.video_base import frames_of_seconds
+from sana_jax.pipelines.world_refiner_run import goes_on
 from sana_jax.text_encoders.instructions import VIDEO_INSTRUCTION
 
 PROMPT = "a red panda"
@@ -66,6 +67,16 @@ def test_what_comes_out(pipe):
     assert np.abs(difference).max() <= 0.5 / 255 + 1e-6
     stopped = latents(pipe, seed=3, callback_on_step_end=lambda *_: False)
     assert np.abs(stopped - latents(pipe, seed=3)).max() > 1e-3
+
+
+def test_a_comparison_of_arrays_ends_the_sampling(pipe):
+    """What NumPy and JAX call False is as good as Python's."""
+    stopped = latents(pipe, callback_on_step_end=lambda *_: False)
+    for values in (np.zeros(3), jax.numpy.zeros(3)):
+        found = latents(pipe, callback_on_step_end=lambda *_, values=values: values.max() > 1)
+        np.testing.assert_array_equal(found, stopped)
+    assert goes_on(None)
+    assert not goes_on(np.False_)
 
 
 def test_given_latents_say_the_size(pipe):
