@@ -19,6 +19,7 @@ from sana_jax.errors import UserError, counted
 from sana_jax.models.sana_video import SanaVideoState, kv_cache_bytes, state_bytes
 from sana_jax.nn.rope import check_positions
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
+from sana_jax.pipelines.checks import as_numbers
 from sana_jax.pipelines.decoding import check_decodes_blocks, stream_blocks
 from sana_jax.pipelines.growing_output import check_frames_in_memory, check_output_arguments
 from sana_jax.pipelines.long_video_run import BlockEndCallback, LongSanaVideoPipelineOutput, LongVideoRun, Plan
@@ -139,6 +140,8 @@ class LongSanaVideoPipeline(VideoPipeline):
         check_output_arguments(output_path, output_type, resume, enlarge, seed)
         self._check_distilled(guidance_scale, num_inference_steps, block_frames)
         texts = _texts(prompt, prompt_embeds)
+        if latents is not None:
+            latents = np.asarray(as_numbers("latents", latents), np.float32)
         plan = self._plan(texts, seconds, frames, (height, width), binning, fps, num_cached_blocks, latents, say)
         if output_path is None:
             check_frames_in_memory(plan.frames, plan.size.requested, self.autoencoder.image_channels)

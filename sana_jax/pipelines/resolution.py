@@ -176,6 +176,13 @@ def video_size_to_sample(
     return choose_size(height, width, binning, video_bins(sample_size, token), of_what)
 
 
+def check_whole_pixels(height: int, width: int) -> None:
+    """Raises ``UserError`` for a size that no array has."""
+    for name, value in (("height", height), ("width", width)):
+        if not isinstance(value, int | np.integer | jax.Array):  # of a division: shapes take no 512.0
+            raise UserError(f"{name} {value!r} is not allowed; give a whole number of pixels")
+
+
 def choose_size(
     height: int, width: int, binning: Binning | None, bins: tuple[Bin, ...] | None, without_table: str
 ) -> tuple[int, int]:
@@ -184,9 +191,7 @@ def choose_size(
     Raises:
         UserError: as ``size_to_sample``.
     """
-    for name, value in (("height", height), ("width", width)):
-        if not isinstance(value, int | np.integer | jax.Array):  # of a division: shapes take no 512.0
-            raise UserError(f"{name} {value!r} is not allowed; give a whole number of pixels")
+    check_whole_pixels(height, width)
     if binning not in (None, "nearest", "off", "error"):
         raise UserError(f"binning {binning!r} is not allowed; choose nearest, off or error")
     if binning is None:

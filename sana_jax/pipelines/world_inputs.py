@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from kernels.typing import Float
@@ -24,6 +23,7 @@ from sana_jax.camera import (
 )
 from sana_jax.errors import UserError
 from sana_jax.models.sana_wm import MAX_POSITIONS
+from sana_jax.pipelines.checks import as_numbers
 from sana_jax.pipelines.image_inputs import to_network_range
 
 if TYPE_CHECKING:
@@ -230,10 +230,21 @@ def instruction_lines(chi_prompt: Any, prompt_embeds: Any) -> Any:
     return chi_prompt
 
 
-def three_axes(embeds: Any) -> Any:
-    """Embeddings (1, L, C), also of diffusers' shape (1, 1, L, C)."""
-    if embeds is not None and np.ndim(embeds) == 4 and np.shape(embeds)[1] == 1:
-        return jnp.asarray(embeds)[:, 0]
+def three_axes(name: str, embeds: Any) -> Any:
+    """Embeddings (1, L, C), also of diffusers' shape (1, 1, L, C).
+
+    Raises:
+        UserError: embeddings of several prompts, or what is no array of real numbers.
+    """
+    if embeds is None:
+        return None
+    embeds = as_numbers(name, embeds)
+    if embeds.ndim == 4 and embeds.shape[1] == 1:
+        embeds = embeds[:, 0]
+    if embeds.ndim == 3 and embeds.shape[0] != 1:
+        raise UserError(
+            f"{name} of shape {embeds.shape}; allowed is (1, L, C): a world has one text, call once for each"
+        )
     return embeds
 
 

@@ -25,6 +25,7 @@ from sana_jax.pipelines.checks import check_finite, check_multiple
 from sana_jax.pipelines.denoising import GuidanceBatching
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER, Residency, leave
+from sana_jax.pipelines.resolution import check_whole_pixels
 from sana_jax.pipelines.resumed_folder import digest
 from sana_jax.pipelines.sampling_function import Encoded, is_guided
 from sana_jax.pipelines.video_base import VideoPipeline, VideoRequest
@@ -237,9 +238,9 @@ class SanaWMPipeline(VideoPipeline):
             guidance_scale=guidance_scale,
             seed=seed,
             latents=latents,
-            prompt_embeds=three_axes(prompt_embeds),
+            prompt_embeds=three_axes("prompt_embeds", prompt_embeds),
             prompt_attention_mask=prompt_attention_mask,
-            negative_prompt_embeds=three_axes(negative_prompt_embeds),
+            negative_prompt_embeds=three_axes("negative_prompt_embeds", negative_prompt_embeds),
             negative_prompt_attention_mask=negative_prompt_attention_mask,
             max_sequence_length=max_sequence_length,
             complex_human_instruction=instruction_lines(chi_prompt, prompt_embeds),
@@ -357,6 +358,7 @@ class SanaWMPipeline(VideoPipeline):
     def _world_size(self, height: int | None, width: int | None) -> Size:
         height = self.defaults.height if height is None else height
         width = self.defaults.width if width is None else width
+        check_whole_pixels(height, width)
         _, rows, columns = self.transformer.config.patch_size
         check_multiple("height", height, self.autoencoder.spatial_factor * rows)
         check_multiple("width", width, self.autoencoder.spatial_factor * columns)

@@ -186,7 +186,7 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
         request = VideoRequest(
             prompt=one_text("prompt", prompt, refine, refiner_options),
             seed=seed,
-            prompt_embeds=three_axes(prompt_embeds),
+            prompt_embeds=three_axes("prompt_embeds", prompt_embeds),
             prompt_attention_mask=prompt_attention_mask,
             max_sequence_length=max_sequence_length,
             complex_human_instruction=instruction_lines(chi_prompt, prompt_embeds),

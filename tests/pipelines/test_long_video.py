@@ -35,6 +35,7 @@ from sana_jax.pipelines.prompt_schedule import (
 from sana_jax.pipelines.world_stream_folder import StreamFolder
 from sana_jax.videos import count_frames, read_video
 from tests.pipelines.tiny_long_model import BLOCK, PROMPT, as_longsana, tiny_pipeline
+from tests.pipelines.tiny_model import Unreadable
 from tests.pipelines.tiny_world import tiny_autoencoder
 
 SWITCHES = [(0, "a handwritten zero"), (1.75, "a handwritten seven")]
@@ -410,6 +411,7 @@ def test_a_state_in_bfloat16_comes_back(tmp_path):
         ({"latents": np.zeros((2, 1, 10, 8, 8))}, "latents of 2 videos"),
         ({"latents": np.zeros((1, 3, 10, 8, 8))}, r"1 videos of 8x8 need \(1, 1, 10, 8, 8\)"),
         ({"latents": np.zeros((1, 1, 10, 8, 8)), "height": 16}, r"1 videos of 16x8 need \(1, 1, 10, 16, 8\)"),
+        ({"latents": Unreadable((1, 1, 10, 8, 8))}, "latents can't be read as an array"),
         ({"latents": np.full((1, 1, 10, 8, 8), np.nan)}, "block 1 of 3 gave values that are not finite"),
         ({"output_path": "a.mp4"}, "output_type 'latent' would not be used"),
         ({"output_path": "a.gif", "output_type": None}, "frames come one after another"),

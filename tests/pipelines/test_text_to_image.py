@@ -21,7 +21,7 @@ from sana_jax.models.sana import SanaTransformer
 from sana_jax.pipelines import text_to_image
 from sana_jax.pipelines.model_directory import read_model_directory, write_model_directory
 from sana_jax.pipelines.sampling_function import initial_latents, make_sampling_fn
-from tests.pipelines.tiny_model import STEP, random_params, tiny_config, write_run
+from tests.pipelines.tiny_model import STEP, Unreadable, random_params, tiny_config, write_run
 from tests.simulated_devices import simulated_devices
 
 PROMPT = "a handwritten seven"
@@ -363,16 +363,6 @@ def test_components_that_do_not_fit(run, pipe, tmp_path):
 
 
 # -- mistakes ------------------------------------------------------------------------------------------------------
-
-
-class Unreadable:
-    """What NumPy can't read, as a tensor of torch in bfloat16."""
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        self.shape, self.ndim = shape, len(shape)
-
-    def __array__(self, *arguments, **options):
-        raise TypeError("Got unsupported ScalarType BFloat16")
 
 
 EMBEDS, MASK = np.zeros((1, 5, 12), np.float32), np.ones((1, 5), np.int32)

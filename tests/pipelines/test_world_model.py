@@ -21,6 +21,7 @@ from sana_jax.errors import CheckpointError, UserError
 from sana_jax.pipelines.world_inputs import camera_path, view_at
 from sana_jax.pipelines.world_model import _OF_ITS_RUN
 from tests.parity.pipeline_oracle import picture
+from tests.pipelines.tiny_model import Unreadable
 from tests.pipelines.tiny_refiner import tiny_refiner
 
 GOOD = {"prompt": "a red panda", "action": "w-8", "intrinsics": [40.0, 41.0, 26.0, 14.0], "height": 16, "width": 24}
@@ -78,6 +79,11 @@ def bent(**changes) -> np.ndarray:
         ({"latents": np.zeros((1, 8, 4, 4, 6))}, ("(1, 8, 4, 4, 6)", "(1, 8, 5, 4, 6)")),
         ({"prompt": ["a", "b"]}, ("a world has one text",)),
         ({"prompt": None}, ("prompt and prompt_embeds: neither",)),
+        ({"prompt": None, "prompt_embeds": np.zeros((2, 8, 24))}, ("prompt_embeds of shape (2, 8, 24)", "one text")),
+        ({"prompt": None, "prompt_embeds": Unreadable((1, 1, 8, 24))}, ("prompt_embeds can't be read",)),
+        ({"negative_prompt_embeds": np.zeros((2, 1, 8, 24))}, ("negative_prompt_embeds of shape (2, 8, 24)",)),
+        ({"height": 16.0}, ("height 16.0 is not allowed; give a whole number",)),
+        ({"width": "24"}, ("width '24' is not allowed; give a whole number",)),
         ({"chi_prompt": "User Prompt: "}, ("chi_prompt is a list of lines",)),
         ({"guidance_scale": 1.0, "negative_prompt": "blurry"}, ("negative_prompt would not be used",)),
         ({"refine": "a directory"}, ("refine str", "SanaWMRefiner.from_pretrained")),

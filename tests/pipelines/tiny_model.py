@@ -30,6 +30,16 @@ class Run:
     ema: dict
 
 
+class Unreadable:
+    """What NumPy can't read, as a tensor of torch in bfloat16."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        self.shape, self.ndim = shape, len(shape)
+
+    def __array__(self, *arguments, **options):
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 def tiny_config(**changes) -> SanaConfig:
     values = {
         "in_channels": 1,
