@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,8 +77,10 @@ def _as_numbers(intrinsics: Any) -> np.ndarray:
         if given.dtype.kind not in "fiu":
             raise TypeError(f"dtype {given.dtype}")
         return given.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"intrinsics are no array of real numbers; allowed is {_FORMS}: fx, fy, cx, cy") from error
+    except Exception as error:  # each kind of object fails in its own way: torch's tensors with gradients, texts
+        raise UserError(
+            f"intrinsics are no array of real numbers ({reason_of(error)}); allowed is {_FORMS}: fx, fy, cx, cy"
+        ) from error
 
 
 def _from_matrices(matrices: np.ndarray) -> np.ndarray:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from sana_jax.camera.actions import MOTION_AXES, ActionScheme, find_scheme, parse_action
-from sana_jax.errors import UserError
+from sana_jax.errors import UserError, reason_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -232,8 +232,10 @@ def check_poses(
         if given.dtype.kind not in "fiu":
             raise TypeError(f"dtype {given.dtype}")
         poses = given.astype(np.float64)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{name} is no array of real numbers; give camera-to-world matrices (frames, 4, 4)") from error
+    except Exception as error:  # each kind of object fails in its own way: torch's tensors with gradients, texts
+        raise UserError(
+            f"{name} is no array of real numbers ({reason_of(error)}); give camera-to-world matrices (frames, 4, 4)"
+        ) from error
     if poses.ndim != 3 or poses.shape[1:] != (4, 4) or not len(poses):
         raise UserError(f"{name} of shape {poses.shape}; allowed is (frames, 4, 4): {_shape_advice(poses.shape)}")
     if len(wrong := np.flatnonzero(~np.isfinite(poses).all((1, 2)))):

@@ -296,7 +296,11 @@ class SamplingPipeline(LoraPipeline):
 
         ``options`` are the text encoder's; those that are None are left to it.
         """
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {
+            name: int(value) if isinstance(value, np.integer) else value
+            for name, value in options.items()
+            if value is not None
+        }
         encoder = self.text_encoder
         if given:
             fields = {field.name for field in dataclasses.fields(encoder)} if dataclasses.is_dataclass(encoder) else ()

@@ -34,7 +34,6 @@ def check_options(
     arguments and whether they are given; ``counted`` is what the number per prompt is called.
     """
     check_common_options(output_type, num_images_per_prompt, seed, counted)
-    check_scale(scale)
     if latents is not None and seed != 0:
         raise UserError(f"seed {seed} would not be used, since latents are given; leave one of them out")
     text, embeds, mask = negatives
@@ -73,10 +72,15 @@ def check_common_options(
         raise UserError(f"seed {seed} is not allowed; choose a whole number from 0 to {2**32 - 1}")
 
 
-def check_scale(guidance_scale: float) -> None:
-    """Raises ``UserError`` for a guidance scale that is not finite."""
-    if not math.isfinite(guidance_scale):
-        raise UserError(f"guidance_scale {guidance_scale} is not allowed; choose a finite number")
+def finite_scale(guidance_scale: Any) -> float:
+    """A guidance scale; raises ``UserError`` for what is no finite number."""
+    try:
+        scale = float(guidance_scale)
+    except (TypeError, ValueError):  # such as an array, for a scale of every step
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise UserError(f"guidance_scale {guidance_scale!r} is not allowed; choose one finite number")
+    return scale
 
 
 def check_text_options(

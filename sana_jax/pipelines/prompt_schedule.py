@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sana_jax.errors import UserError, counted
+from sana_jax.videos import is_real
 
 _TIMED = re.compile(r"\s*(-?[\d.]+)\s*s\s*:\s*(.*)", re.DOTALL)
 _FORM = 'one text, or several that each begin with a time: "0s: a fox sleeps" "10s: it wakes up"'
@@ -150,7 +151,7 @@ def _timed(given: Any) -> PromptSwitch | None:
         except ValueError:
             return None
     is_pair = isinstance(given, Sequence) and len(given) == 2 and isinstance(given[1], str)
-    if not is_pair or isinstance(given[0], bool) or not isinstance(given[0], int | float):
+    if not is_pair or not is_real(given[0]):
         raise UserError(f"prompt {given!r} is not allowed; allowed is {_FORM}, or pairs (10.0, text)")
     return PromptSwitch(float(given[0]), given[1])
 

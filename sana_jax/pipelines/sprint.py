@@ -21,7 +21,7 @@ from sana_jax.pipelines.base import (
     Stopwatch,
     first_step,
 )
-from sana_jax.pipelines.checks import check_common_options, check_scale, check_text_options
+from sana_jax.pipelines.checks import check_common_options, check_text_options, finite_scale
 from sana_jax.pipelines.denoising import Denoiser, Denoising
 from sana_jax.pipelines.image_inputs import read_pictures
 from sana_jax.pipelines.prompts import encode_positive
@@ -107,9 +107,8 @@ class SanaSprintPipeline(ImagePipeline):
             UserError: as in ``SanaPipeline``.
         """
         steps = self.defaults.num_inference_steps if num_inference_steps is None else num_inference_steps
-        scale = float(self.defaults.guidance_scale if guidance_scale is None else guidance_scale)
+        scale = finite_scale(self.defaults.guidance_scale if guidance_scale is None else guidance_scale)
         check_common_options(output_type, num_images_per_prompt, seed)
-        check_scale(scale)
         if latents is not None and step_noise is not None and seed != 0:
             raise UserError(f"seed {seed} would not be used, since latents and step_noise are given; leave it out")
         sampler = self._sampler(steps, max_timesteps, intermediate_timesteps, timesteps)

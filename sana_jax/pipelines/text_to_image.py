@@ -25,7 +25,7 @@ from sana_jax.pipelines.base import (
     Stopwatch,
     first_step,
 )
-from sana_jax.pipelines.checks import check_options, check_text_options
+from sana_jax.pipelines.checks import check_options, check_text_options, finite_scale
 from sana_jax.pipelines.conditions import ConditionsPipeline
 from sana_jax.pipelines.denoising import (
     Denoiser,
@@ -259,7 +259,7 @@ class SanaPipeline(ConditionsPipeline, ImagePipeline):
     def _steps_and_scale(self, request: TextToImageRequest) -> tuple[int, float]:
         defaults = self.defaults
         steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
-        scale = float(defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale)
+        scale = finite_scale(defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale)
         check_options(
             request.output_type,
             request.num_images_per_prompt,

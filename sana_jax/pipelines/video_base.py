@@ -20,7 +20,7 @@ from sana_jax.diffusion.step_caching import StepCacheReport
 from sana_jax.errors import UserError
 from sana_jax.models.sana_video import SanaVideoTransformer
 from sana_jax.pipelines.base import OutputType, SamplingPipeline, Size, StepEndCallback, Stopwatch
-from sana_jax.pipelines.checks import as_numbers, check_multiple, check_options, check_text_options
+from sana_jax.pipelines.checks import as_numbers, check_multiple, check_options, check_text_options, finite_scale
 from sana_jax.pipelines.decoding import as_latents, decoded_videos
 from sana_jax.pipelines.denoising import (
     Denoiser,
@@ -138,7 +138,7 @@ class VideoPipeline(SamplingPipeline):
         refuse_schedule(request.prompt, self.class_name)
         defaults = self.defaults
         steps = defaults.num_inference_steps if request.num_inference_steps is None else request.num_inference_steps
-        scale = float(defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale)
+        scale = finite_scale(defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale)
         check_options(
             request.output_type,
             request.num_videos_per_prompt,
@@ -150,6 +150,12 @@ class VideoPipeline(SamplingPipeline):
             {"projected_guidance": request.projected_guidance is not None},
             "num_videos_per_prompt",
         )
+        projected = request.projected_guidance
+        if projected is not None and not isinstance(projected, ProjectedGuidance):
+            raise UserError(
+                f"projected_guidance {projected!r} is not allowed; allowed is a "
+                "sana_jax.diffusion.guidance.ProjectedGuidance: give one, or leave it out"
+            )
         if request.guidance_interval is not None:
             scale_in_interval(scale, 0.0, request.guidance_interval)  # refuses a bad one before any work
         check_guidance_batching(request.guidance_batching, is_guided(scale))

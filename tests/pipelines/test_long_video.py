@@ -171,6 +171,7 @@ def test_prompts_with_times():
     expected = (PromptSwitch(0, "a fox: asleep"), PromptSwitch(10.5, "it wakes up"))
     assert parse_prompts(["0s: a fox: asleep", "10.5 s : it wakes up"]) == expected
     assert parse_prompts([(0, "a fox: asleep"), (10.5, "it wakes up")]) == expected
+    assert parse_prompts([(np.int64(0), "a fox: asleep"), (np.float32(10.5), "it wakes up")]) == expected
     assert parse_prompts("a fox") == parse_prompts(["a fox"]) == (PromptSwitch(0, "a fox"),)
     said: list[str] = []
     assert prompts_of_blocks(expected, [0, 2.5, 5, 7.5, 10, 12.5], 15, said.append) == (0, 0, 0, 0, 1, 1)

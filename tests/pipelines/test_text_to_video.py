@@ -79,6 +79,13 @@ def test_a_comparison_of_arrays_ends_the_sampling(pipe):
     assert not goes_on(np.False_)
 
 
+def test_numbers_of_numpy(pipe):
+    whole = {**QUICK, "max_sequence_length": 8, "num_inference_steps": 2, **SIZE}
+    whole = {name: np.int64(value) if isinstance(value, int) else value for name, value in whole.items()}
+    found = pipe(PROMPT, **whole, guidance_scale=np.float32(6), output_type="latent").frames
+    np.testing.assert_array_equal(found, latents(pipe, guidance_scale=6.0))
+
+
 def test_given_latents_say_the_size(pipe):
     noise = np.random.default_rng(0).standard_normal((1, *SHAPE)).astype(np.float32)
     found = pipe(PROMPT, **QUICK, latents=noise, output_type="latent").frames
@@ -168,6 +175,9 @@ def test_guidance_in_an_interval(pipe):
         ({"guidance_scale": 1.0, "negative_prompt": "blurry"}, "negative_prompt would not be used"),
         ({"guidance_interval": (0.8, 0.2)}, "guidance interval"),
         ({"num_videos_per_prompt": 0}, "num_videos_per_prompt 0"),
+        ({"guidance_scale": np.array([6.0, 5.0])}, "guidance_scale array.* is not allowed; choose one finite number"),
+        ({"guidance_scale": "high"}, "guidance_scale 'high' is not allowed"),
+        ({"projected_guidance": {"eta": 0.5}}, "projected_guidance {'eta': 0.5} is not allowed.*ProjectedGuidance"),
         ({"motion_score": 2.5}, "motion_score 2.5"),
         ({"motion_score": 1001}, "motion_score 1001 is not allowed; choose a whole number from 0 to 1000"),
         ({"prompt": 5}, "prompt 5 is not allowed; allowed is a text, or a list"),

@@ -27,6 +27,13 @@ from tests.pipelines.tiny_refiner import tiny_refiner
 GOOD = {"prompt": "a red panda", "action": "w-8", "intrinsics": [40.0, 41.0, 26.0, 14.0], "height": 16, "width": 24}
 
 
+class WithGradient:
+    """What NumPy can't read, as a tensor of torch that requires a gradient."""
+
+    def __array__(self, *arguments, **options):
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad. Use tensor.detach().numpy() instead.")
+
+
 @pytest.fixture(scope="module")
 def pipe(world_model) -> SanaWMPipeline:
     return SanaWMPipeline.from_pretrained(world_model)
@@ -77,6 +84,9 @@ def bent(**changes) -> np.ndarray:
         ({"image": "nowhere.png"}, ("nowhere.png is not a file",)),
         ({"height": 18}, ("height 18", "16 or 20")),
         ({"latents": np.zeros((1, 8, 4, 4, 6))}, ("(1, 8, 4, 4, 6)", "(1, 8, 5, 4, 6)")),
+        ({"image": Unreadable((30, 50, 3))}, ("image can't be read as an array", "BFloat16")),
+        ({"action": None, "c2w": WithGradient()}, ("c2w is no array of real numbers (", "detach")),
+        ({"intrinsics": WithGradient()}, ("intrinsics are no array of real numbers (", "detach")),
         ({"prompt": ["a", "b"]}, ("a world has one text",)),
         ({"prompt": None}, ("prompt and prompt_embeds: neither",)),
         ({"prompt": None, "prompt_embeds": np.zeros((2, 8, 24))}, ("prompt_embeds of shape (2, 8, 24)", "one text")),
