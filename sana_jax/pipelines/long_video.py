@@ -19,7 +19,7 @@ from sana_jax.errors import UserError, counted
 from sana_jax.models.sana_video import SanaVideoState, kv_cache_bytes, state_bytes
 from sana_jax.nn.rope import check_positions
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
-from sana_jax.pipelines.checks import as_numbers
+from sana_jax.pipelines.checks import as_numbers, finite_scale
 from sana_jax.pipelines.decoding import check_decodes_blocks, stream_blocks
 from sana_jax.pipelines.growing_output import check_frames_in_memory, check_output_arguments
 from sana_jax.pipelines.long_video_run import BlockEndCallback, LongSanaVideoPipelineOutput, LongVideoRun, Plan
@@ -167,9 +167,9 @@ class LongSanaVideoPipeline(VideoPipeline):
     # -- what a call asks for ------------------------------------------------------------------------------------
 
     def _check_distilled(self, scale: float | None, steps: int | None, block_frames: int | None) -> None:
-        if scale is not None and scale != 1:
+        if scale is not None and (given := finite_scale(scale)) != 1:
             raise UserError(
-                f"guidance_scale {scale:g}: this model was distilled with guidance and runs without; allowed is 1: "
+                f"guidance_scale {given:g}: this model was distilled with guidance and runs without; allowed is 1: "
                 "leave it out"
             )
         self.sampler.schedule(steps)  # refuses another number of steps

@@ -28,6 +28,7 @@ from sana_jax.errors import UserError
 from sana_jax.files import atomic_file, read_json, write_json
 from sana_jax.pipelines.prompt_schedule import BlockPrompts
 from sana_jax.pipelines.resumed_folder import (
+    as_json,
     check_no_other_files,
     computing_device,
     damaged_file,
@@ -63,7 +64,7 @@ class ResumeFolder:
     ) -> None:
         output = pathlib.Path(output)
         self.path = output.with_name(f"{output.name}.resume")
-        self._settings, self._say = json.loads(json.dumps(settings)), say
+        self._settings, self._say = as_json(settings), say
 
     def begin(self) -> None:
         """Raises ``UserError`` if a video that was not finished is there, or files that no video has left."""

@@ -77,7 +77,7 @@ def check_manifest(
     before = manifest.get("settings")
     if manifest.get("format") != _FORMAT or not isinstance(before, dict):
         raise damaged_file(path, folder, "it describes no run of this version")
-    if differ := told_differences(before, json.loads(json.dumps(settings))):
+    if differ := told_differences(before, as_json(settings)):
         raise UserError(f"{what} with other settings: {differ}; give the same, or name another {advice}")
     say_other_device(folder, manifest.get("computed_on"), say)
 
@@ -158,6 +158,11 @@ def digest(*arrays: Any) -> str | None:
         found.update(f"{array.shape} {array.dtype} ".encode())
         found.update(array.tobytes())
     return found.hexdigest()[:12]
+
+
+def as_json(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as a file gives them back; NumPy's numbers, which calls take too, become Python's."""
+    return json.loads(json.dumps(settings, default=lambda value: value.item()))
 
 
 def computing_device() -> str:

@@ -22,7 +22,7 @@ from sana_jax.models.ltx2 import ROTATED, LTX2VideoTransformer
 from sana_jax.models.ltx2_connectors import LTX2Connectors
 from sana_jax.models.ltx2_prefix import LTX2Prefix
 from sana_jax.pipelines.base import OutputType
-from sana_jax.pipelines.checks import OUTPUT_TYPES, check_common_options, check_finite
+from sana_jax.pipelines.checks import OUTPUT_TYPES, as_numbers, check_common_options, check_finite
 from sana_jax.pipelines.decoding import as_latents, decoded_videos
 from sana_jax.pipelines.residency import (
     AUTOENCODER,
@@ -250,7 +250,7 @@ class SanaWMRefiner:
             done = checkpoint.open([(video.shape[0], end - start, *video.shape[2:]) for start, end in blocks])
         finished, block_seconds = list(done), ()
         if len(done) < len(blocks):
-            embeds = self.encode_prompt(prompt) if prompt_embeds is None else jnp.asarray(prompt_embeds)
+            embeds = self.encode_prompt(prompt) if prompt_embeds is None else as_numbers("prompt_embeds", prompt_embeds)
             _spent(seconds, "text", begin)
             begin = time.perf_counter()
             if done:
@@ -468,7 +468,7 @@ class SanaWMRefiner:
                 "first stage's latents"
             )
         # as the network gets them: the sink's frames are returned so
-        video = np.asarray(jnp.asarray(latents).astype(self.transformer.dtype).astype(jnp.float32))
+        video = np.asarray(as_numbers("latents", latents).astype(self.transformer.dtype).astype(jnp.float32))
         check_finite("the first stage", video, self.made)
         return np.moveaxis(video, 1, -1)
 
@@ -498,7 +498,7 @@ class SanaWMRefiner:
                 f"noise of shape {np.shape(noise)}; these latents and sink_size={sampler.sink_frames} need {wanted}, "
                 "(B, C, T - sink_size, h, w): give noise of that shape"
             )
-        given = np.moveaxis(np.asarray(noise, np.float32), 1, -1)
+        given = np.moveaxis(np.asarray(as_numbers("noise", noise), np.float32), 1, -1)
         size = sampler.block_frames
         return lambda block, count: given[:, block * size : block * size + count]
 
@@ -508,13 +508,11 @@ class SanaWMRefiner:
             raise UserError(f"prompt and prompt_embeds: {given} given; exactly one is allowed: give one of them")
         if prompt is not None and not isinstance(prompt, str):
             raise UserError(f"prompt {prompt!r} is a {type(prompt).__name__}; allowed is one text: call once for each")
-        channels = self.transformer.config.caption_channels
-        fits = embeds is None or (
-            np.ndim(embeds) == 3 and np.shape(embeds)[0] in (1, batch) and np.shape(embeds)[2] == channels
-        )
+        channels, shape = self.transformer.config.caption_channels, np.shape(embeds)
+        fits = embeds is None or (len(shape) == 3 and shape[0] in (1, batch) and shape[1] > 0 and shape[2] == channels)
         if not fits:
             raise UserError(
-                f"prompt_embeds of shape {np.shape(embeds)}; allowed is (1 or {batch}, L, {channels}): give what "
+                f"prompt_embeds of shape {shape}; allowed is (1 or {batch}, L, {channels}): give what "
                 "encode_prompt returns"
             )
 

@@ -25,6 +25,7 @@ from kernels.typing import Array, Float
 from sana_jax.errors import UserError
 from sana_jax.files import atomic_file
 from sana_jax.pipelines.resumed_folder import (
+    as_json,
     check_manifest,
     damaged_file,
     load_block,
@@ -49,7 +50,7 @@ class RefinerCheckpoint:
         self, path: str | os.PathLike[str], settings: Mapping[str, Any], say: Callable[[str], None] = print
     ) -> None:
         self.path = pathlib.Path(path)
-        self._settings = json.loads(json.dumps(settings))
+        self._settings = as_json(settings)
         self._say = say
 
     def open(self, shapes: list[tuple[int, ...]]) -> list[Float[np.ndarray, "B T h w C"]]:
@@ -108,7 +109,7 @@ class FirstStage:
     ) -> None:
         self._folder = pathlib.Path(path)
         self._file = self._folder / _FIRST_STAGE
-        self._settings = json.loads(json.dumps(settings))
+        self._settings = as_json(settings)
         self._say = say
 
     def load(self, shape: tuple[int, ...]) -> Float[np.ndarray, "B T h w C"] | None:

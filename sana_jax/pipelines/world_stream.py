@@ -20,6 +20,7 @@ from sana_jax.errors import UserError
 from sana_jax.models.sana_wm import init_state
 from sana_jax.models.sana_wm_state import SanaWMState, cache_frames, state_bytes
 from sana_jax.pipelines.base import OutputType, Size
+from sana_jax.pipelines.checks import finite_scale
 from sana_jax.pipelines.decoding import check_decodes_blocks, stream_blocks
 from sana_jax.pipelines.growing_output import check_frames_in_memory, check_output_arguments
 from sana_jax.pipelines.image_inputs import SHORTEST_SIDE, read_picture
@@ -223,9 +224,9 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
     # -- what a call asks for ------------------------------------------------------------------------------------
 
     def _check_distilled(self, scale: float | None, block_frames: int | None) -> None:
-        if scale is not None and scale != 1:
+        if scale is not None and (given := finite_scale(scale)) != 1:
             raise UserError(
-                f"guidance_scale {scale:g}: this model was distilled with guidance and runs without; allowed is 1: "
+                f"guidance_scale {given:g}: this model was distilled with guidance and runs without; allowed is 1: "
                 "leave it out"
             )
         if block_frames is not None and block_frames != self.sampler.block_frames:
@@ -262,10 +263,10 @@ class SanaWMStreamingPipeline(SanaWMPipeline):
         """Makes the state before the first chunk. With a window it is the same whatever the video's length."""
         if cached is None:
             cached, sink = self.sampler.num_cached_blocks, self.sampler.sink
-        elif isinstance(cached, bool) or not isinstance(cached, int) or cached < 0:
+        elif isinstance(cached, bool) or not isinstance(cached, int | np.integer) or cached < 0:
             raise UserError(f"num_cached_blocks {cached!r} is not allowed; choose 1 or more blocks, or 0 for all")
         else:
-            cached, sink = cached or None, bool(cached) and self.sampler.sink
+            cached, sink = int(cached) or None, bool(cached) and self.sampler.sink
         lengths = np.diff(starts).tolist()
         if cached is not None:
             many = self._starts(self.sampler.block_frames * (cached + 3))

@@ -28,7 +28,7 @@ from sana_jax.diffusion.samplers.world_refiner import RefinerSampler
 from sana_jax.errors import counted
 from sana_jax.models.sana_wm_state import SanaWMState
 from sana_jax.pipelines.base import OutputType, Size, Stopwatch
-from sana_jax.pipelines.checks import not_finite
+from sana_jax.pipelines.checks import as_numbers, not_finite
 from sana_jax.pipelines.growing_output import GrowingOutput, frames_to_keep, shown_in_unit_range
 from sana_jax.pipelines.residency import AUTOENCODER, TEXT, TRANSFORMER
 from sana_jax.pipelines.sampling_function import Encoded
@@ -313,7 +313,8 @@ class WorldStreamRun:
         if part is None:
             return
         refiner = part.refiner
-        embeds = refiner.encode_prompt(part.prompt) if part.prompt_embeds is None else jnp.asarray(part.prompt_embeds)
+        embeds = part.prompt_embeds
+        embeds = refiner.encode_prompt(part.prompt) if embeds is None else as_numbers("prompt_embeds", embeds)
         blocks = part.sampler.blocks(plan.starts[-1])
         kept = {
             block: found

@@ -235,6 +235,14 @@ def test_the_file_grows_and_the_video_can_be_gone_on_with(pipe, tmp_path, name, 
         pipe(SWITCHES, **options, output_path=path, resume=True)
 
 
+def test_a_file_takes_numbers_of_numpy(pipe, tmp_path):
+    numbers = {"frames": 7, "seed": 2, "height": 8, "width": 8, "num_cached_blocks": 1, "enlarge": 2}
+    of_numpy = {name: np.int64(value) if name != "enlarge" else value for name, value in numbers.items()}
+    path = tmp_path / "a"
+    assert not pipe(PROMPT, **of_numpy, output_path=path, callback_on_block_end=stop_after(1)).finished
+    assert pipe(PROMPT, **numbers, output_path=path, resume=True).finished  # and they are the same settings
+
+
 def test_a_file_that_was_lost_or_cut_is_made_again(pipe, tmp_path):
     straight = pipe(PROMPT, frames=13, output_path=tmp_path / "straight.mp4")
     for index, harm in enumerate([pathlib.Path.unlink, lambda path: os.truncate(path, path.stat().st_size - 40)]):
@@ -400,6 +408,7 @@ def test_a_state_in_bfloat16_comes_back(tmp_path):
     ("options", "part"),
     [
         ({"guidance_scale": 4.0}, "guidance_scale 4: this model was distilled with guidance"),
+        ({"guidance_scale": "high"}, "guidance_scale 'high' is not allowed"),
         ({"num_inference_steps": 20}, "distilled to the 4 steps"),
         ({"block_frames": 10}, "block_frames 10 does not fit this model, .* blocks of 3 latent frames"),
         ({"frames": 1025}, "1025 latent frames.* positions for 1024 .* at most 1024 frames, 256 seconds"),

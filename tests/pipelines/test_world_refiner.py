@@ -17,6 +17,7 @@ from sana_jax.pipelines import resumed_folder
 from sana_jax.pipelines.world_refiner import SanaWMRefiner
 from sana_jax.pipelines.world_refiner_blocks import block_noise, block_place, denoise_block, read_block
 from sana_jax.weights.components import Resident
+from tests.pipelines.tiny_model import Unreadable
 from tests.pipelines.tiny_refiner import (
     BLOCKS,
     CHANNELS,
@@ -115,6 +116,12 @@ def test_goes_on_behind_a_block(refiner, straight, tmp_path, blocks):
     assert (out.finished, out.resumed_blocks, len(out.block_seconds)) == (True, blocks, BLOCKS - blocks)
     np.testing.assert_array_equal(out.frames, straight)
     assert any(f"going on behind block {blocks} of {BLOCKS}" in line for line in lines)
+
+
+def test_a_folder_takes_numbers_of_numpy(refiner, straight, tmp_path):
+    numbers = {"seed": np.int64(42), "block_size": np.int64(1), "fps": np.float32(16)}
+    refine(refiner, checkpoint_dir=tmp_path, callback_on_block_end=lambda *_: False, **numbers)
+    np.testing.assert_array_equal(refine(refiner, checkpoint_dir=tmp_path).frames, straight)
 
 
 def test_a_finished_folder_needs_no_network(refiner, straight, tmp_path):
@@ -295,12 +302,18 @@ def test_videos(refiner, straight):
         ({"fps": float("nan")}, "fps=nan"),
         ({"seed": -1}, "seed -1"),
         ({"noise": draw_latents()}, "noise of shape"),
+        ({"noise": draw_latents(FRAMES - 1) * 1j}, "noise of complex64 is not allowed"),
         ({"noise": draw_latents(FRAMES - 1), "seed": 3}, "seed 3 would not be used"),
         ({"prompt": "a cat", "prompt_embeds": PROMPT}, "both given"),
         ({"prompt_embeds": None}, "neither given"),
         ({"prompt": ["a", "b"]}, "call once for each"),
         ({"prompt": "a cat"}, "no text encoder"),
         ({"prompt_embeds": np.zeros((3, 4, WIDTH))}, "prompt_embeds of shape"),
+        ({"prompt_embeds": np.zeros((1, 0, WIDTH))}, "prompt_embeds of shape (1, 0, 6)"),
+        ({"prompt_embeds": PROMPT * 1j}, "prompt_embeds of complex64 is not allowed"),
+        ({"prompt_embeds": Unreadable(PROMPT.shape)}, "prompt_embeds can't be read as an array"),
+        ({"latents": Unreadable(draw_latents().shape)}, "latents can't be read as an array"),
+        ({"latents": draw_latents() * 1j}, "latents of complex64 is not allowed"),
         ({"latents": draw_latents()[:, :3]}, "latents of shape"),
         ({"latents": np.full_like(draw_latents(), np.nan)}, "the first stage gave values that are not finite"),
         ({"output_type": "np"}, "needs an autoencoder"),

@@ -77,12 +77,12 @@ def listed_schedule(timesteps: Sequence[int], num_levels: int = NUM_TRAIN_TIMEST
     Raises:
         UserError: timesteps that do not decrease, or lie outside 1..num_levels.
     """
-    steps = tuple(timesteps)
-    steps = steps[:-1] if steps[1:] and steps[-1] == 0 else steps
-    whole = bool(steps) and all(float(step).is_integer() for step in steps)
+    listed = np.asarray(timesteps)
+    steps = listed[:-1] if listed.ndim == 1 and listed.size > 1 and listed[-1] == 0 else listed
+    whole = steps.ndim == 1 and steps.size > 0 and steps.dtype.kind in "iuf" and all(steps == np.floor(steps))
     if not whole or any(np.diff(steps) >= 0) or not steps[-1] > 0 or steps[0] > num_levels:
         raise UserError(
-            f"timesteps={tuple(timesteps)} must be whole numbers that decrease, at most {num_levels} and above 0, such "
+            f"timesteps={timesteps!r} must be whole numbers that decrease, at most {num_levels} and above 0, such "
             f"as {STREAMING_STEPS}"
         )
     sigmas = np.array([*steps, 0], np.float32) / np.float32(num_levels)
