@@ -532,10 +532,12 @@ def _call_back(
     answer = plain_truth(callback(pipeline, index, timestep, dict(public)))
     if answer is False:
         return False
-    if isinstance(answer, Mapping) and any(answer[name] is not public.get(name) for name in answer):
+    unchanged = isinstance(answer, Mapping) and all(answer[name] is public.get(name) for name in answer)
+    if answer is not None and answer is not True and not unchanged:
+        what = "changed values" if isinstance(answer, Mapping) else f"a value of type {type(answer).__name__}"
         raise UserError(
-            "callback_on_step_end returned changed values; they would not be used: allowed is None, what it was given, "
-            "or False to stop"
+            f"callback_on_step_end returned {what}, which would not be used; allowed is None, what it was given, or "
+            "False to stop"
         )
     return None
 

@@ -342,6 +342,8 @@ def test_callbacks_and_early_stop(opened, kind):
     assert relative_error(stopped, whole) > 1e-3
     with pytest.raises(UserError, match="callback_on_step_end returned changed values"):
         pipe(PROMPT, callback_on_step_end=lambda *a: {"latents": np.zeros(1)}, **options)
+    with pytest.raises(UserError, match=r"returned a value of type .*Array.*, which would not be used"):
+        pipe(PROMPT, callback_on_step_end=lambda *a: 0 * a[3]["latents"], **options)  # drawn on as if it were not there
 
 
 # -- SANA-Sprint ---------------------------------------------------------------------------------------------------
