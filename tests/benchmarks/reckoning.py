@@ -141,7 +141,7 @@ class _Program:
                 yield from max(branches, key=lambda branch: sum(kernel.seconds for kernel in branch))
             elif own.op in ("call", "async-start"):
                 yield from self.kernels(_CALLED.search(own.line)[1], times, speeds)
-            elif own.op != "async-done":
+            elif not own.op.endswith("-done"):  # what was started is ready
                 yield self._kernel(computation, own, times, speeds)
 
     def _kernel(self, computation: str, own: _Instruction, times: int, speeds: Speeds) -> Kernel:
@@ -160,6 +160,8 @@ class _Program:
         results = [one for one in called.values() if one.root]
         updates = {one.operands[0]: one for one in called.values() if one.op == "dynamic-update-slice"}
         written = shape_bytes(own.shape)
+        if own.op == "fusion-start":  # its shape names the operands too
+            written = sum(shape_bytes(one.shape) for one in results)
         if own.op == "custom-call" and own.shape.startswith("(") and re.search(r"[su]8\[\d+\]\S*\)$", own.shape):
             written -= shape_bytes(_split(own.shape)[-1])  # the memory that it works in
         if updates and all(one.op in ("dynamic-update-slice", "tuple") for one in results):

@@ -42,6 +42,17 @@ def test_every_kernel_counts_as_often_as_it_runs_with_what_it_reads_writes_and_m
     assert shape_bytes("(bf16[2,3]{1,0}, f8e4m3fn[4], pred[], s4[2])") == 12 + 4 + 1 + 2
 
 
+def test_a_kernel_that_is_waited_for_later_counts_once():
+    """As XLA of jax 0.12 cuts weights out ahead: both halves counted, with all of the stack."""
+    result = "bf16[1,64,128]{2,1,0}"
+    started = f"((bf16[3,64,128], s32[]), {result}, u32[]) fusion-start(%kernels, %i), kind=kLoop, calls=%cut"
+    apart = f"%cut-start = {started}\n  %fusion.cut = {result} fusion-done(%cut-start)"
+    program = PROGRAM.replace(f"%fusion.cut = {result} fusion(%kernels, %i), kind=kLoop, calls=%cut", apart)
+    assert program != PROGRAM
+    whole, found = reckon(PROGRAM), reckon(program)
+    assert (found.launches, found.bytes, found.seconds) == (whole.launches, whole.bytes, whole.seconds)
+
+
 def test_a_loop_of_unknown_length_counts_once():
     once = reckon(PROGRAM.replace("known_trip_count", "something_else"))
     assert {kernel.times for kernel in once.kernels} == {1}

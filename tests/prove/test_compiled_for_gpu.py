@@ -1,10 +1,11 @@
 """Published sizes compiled for an H100 that need not be here: how many kernels they start, and what memory they take.
 
-With ``pip install 'jax[cuda12]'``, which brings the compiler; skipped without it.
+With ``pip install 'jax[cuda12]'`` or ``'jax[cuda13]'``, which bring the compiler; skipped without.
 """
 
 from __future__ import annotations
 
+import jax
 import pytest
 
 from kernels.softmax_attention.cudnn import on_capability
@@ -36,6 +37,8 @@ MOST = {
     "refiner_block": (2_765, 0.46),
     "ltx2_decoder_chunk": (648, 2.8),
 }
+# From jax 0.12 on XLA cuts a layer's weights out of their stack ahead, and holds those of two.
+AHEAD = 1.2 if jax.__version_info__ >= (0, 12) else 1.0
 # GB in all on each device.
 STEPS = {("lora_24gb", 1): 5.0, ("sana_1600m_1024", 8): 29.0, ("sana_wm_2b_chunk_causal", 64): 80.0}
 
@@ -60,7 +63,7 @@ def test_a_pass(name, device):
         function, arguments = NETWORKS[name]()
     compiled = compile_for(device, function, *arguments)
     assert reckon(compiled.as_text()).launches <= kernels
-    assert compiled.memory_analysis().temp_size_in_bytes <= memory * 1e9
+    assert compiled.memory_analysis().temp_size_in_bytes <= memory * AHEAD * 1e9
 
 
 @pytest.mark.parametrize(("preset", "count"), STEPS)
