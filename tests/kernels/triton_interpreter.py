@@ -1,7 +1,8 @@
 """Triton functions on a CPU, in programs that are started with ``TRITON_INTERPRET=1``.
 
-``install`` puts a stand-in for jax-triton into place, which cannot be imported without CUDA's libraries. Its ``triton_call`` runs
-the function under Triton's interpreter, on PyTorch tensors; outputs start as NaN, so that what is not written is seen.
+``install`` puts a stand-in for jax-triton into place, which cannot be imported without CUDA's libraries. Its
+``triton_call`` runs the function under Triton's interpreter, on PyTorch tensors; outputs start as NaN, so that what is
+not written is seen.
 """
 
 from __future__ import annotations
