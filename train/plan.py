@@ -35,6 +35,7 @@ from configs.published import (
 from configs.schema import DigitsDataConfig, RunConfig
 from configs.world import WorldChunksConfig
 from configs.world_data import WorldDataConfig
+from kernels import triton_programs
 from kernels.selection import preferring
 from kernels.typing import PyTree
 from sana_jax.autoencoders.base import latent_frames
@@ -503,8 +504,11 @@ def print_plan(
         UserError, FileNotFoundError: one line about what does not fit.
     """
     if target is not None:
-        if config.compute.kernels == "triton":
-            raise UserError("--compute.kernels triton needs the GPU itself; choose auto, xla or pallas for this plan")
+        if config.compute.kernels == "triton" and not triton_programs.lower_without_a_gpu():
+            raise UserError(
+                "--compute.kernels triton needs the GPU itself; choose auto, xla or pallas for this plan, or install "
+                "sana-jax[gpu] on Python 3.12 or later, whose jax-triton does not"
+            )
         prefer_device("cpu")  # what is computed while tracing
         mesh = make_mesh(config.mesh, target.devices(_given_size(config)))
         limit = f"  of {readable_bytes(target.gpu.memory)} that such a device has"

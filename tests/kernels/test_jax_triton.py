@@ -5,19 +5,18 @@ With the ``gpu`` extra on Python 3.12 or later, whose jax-triton needs CUDA's li
 
 from __future__ import annotations
 
-import importlib.util
 import json
 
-import jax
 import pytest
 
+from kernels.triton_programs import lower_without_a_gpu
 from tests.kernels.triton_interpreter import run_module
-
-HERE = importlib.util.find_spec("jax_triton") is not None and jax.__version_info__ >= (0, 12)
 
 
 @pytest.mark.prove
-@pytest.mark.skipif(not HERE, reason="needs jax-triton with jax 0.12 or later: pip install 'sana-jax[gpu]'")
+@pytest.mark.skipif(
+    not lower_without_a_gpu(), reason="needs jax-triton with jax 0.12 or later: pip install 'sana-jax[gpu]'"
+)
 def test_every_kernel_goes_through_jax_triton(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     found = json.loads(run_module("tests.kernels.lowered_by_jax_triton", interpret=False).splitlines()[-1])
