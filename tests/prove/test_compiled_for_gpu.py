@@ -37,8 +37,9 @@ MOST = {
     "refiner_block": (2_765, 0.46),
     "ltx2_decoder_chunk": (648, 2.8),
 }
-# From jax 0.12 on XLA cuts a layer's weights out of their stack ahead, and holds those of two.
-AHEAD = 1.2 if jax.__version_info__ >= (0, 12) else 1.0
+# From jax 0.12 on XLA cuts a layer's weights out of their stack ahead, and holds them: GB at most of these, and a fifth
+# more of the others.
+AHEAD = {"sana_1600m_1024": 0.21, "sprint_1600m_1024": 0.17, "refiner_block": 0.86}
 # GB in all on each device.
 STEPS = {("lora_24gb", 1): 5.0, ("sana_1600m_1024", 8): 29.0, ("sana_wm_2b_chunk_causal", 64): 80.0}
 
@@ -59,11 +60,13 @@ def test_every_network_has_a_limit():
 @pytest.mark.parametrize("name", MOST)
 def test_a_pass(name, device):
     kernels, memory = MOST[name]
+    if jax.__version_info__ >= (0, 12):
+        memory = AHEAD.get(name, 1.2 * memory)
     with on_capability(H100.capability):
         function, arguments = NETWORKS[name]()
     compiled = compile_for(device, function, *arguments)
     assert reckon(compiled.as_text()).launches <= kernels
-    assert compiled.memory_analysis().temp_size_in_bytes <= memory * AHEAD * 1e9
+    assert compiled.memory_analysis().temp_size_in_bytes <= memory * 1e9
 
 
 @pytest.mark.parametrize(("preset", "count"), STEPS)
