@@ -24,7 +24,7 @@ $(VENV)/.train: pyproject.toml | $(BIN)/python
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[train,test]'
-	@touch $@ $(VENV)/.train
+	@touch $@ $(if $(GPU),,$(VENV)/.train)
 
 # Also what `--against diffusers` runs. PyTorch's CUDA build asks for the triton of jax-triton on Python 3.12 and 3.13.
 $(VENV)/.bench: pyproject.toml | $(BIN)/python
