@@ -8,7 +8,7 @@ import pathlib
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
-_KEPT_BYTES = 2**31 - 1
+_NEVER = -1  # of a threshold; any other that an int holds ends at 2 GiB, which a step of a medium network passes
 
 
 # Of a container: what it may use, and what it uses.
@@ -33,10 +33,11 @@ def available_host_bytes(root: str = "/") -> int | None:
 
 
 def keep_freed_memory(device: str = "auto") -> bool:
-    """Makes glibc keep up to 2 GiB of freed memory, where programs are going to run on the CPU.
+    """Makes glibc keep what is freed for the next call, where programs are going to run on the CPU.
 
     On a CPU, XLA takes the temporary memory of a program anew in every call, and glibc returns a block of that size to
     the kernel at once: every page is then mapped and zeroed again, which was a fifth to two fifths of a training step.
+    Until it ends, the process thus holds the most that it ever held.
 
     To be called before JAX makes its threads, which is when it first looks for devices: each would otherwise have its
     own heap, and those are too small for such blocks. Later calls do nothing of use and no harm.
@@ -52,4 +53,4 @@ def keep_freed_memory(device: str = "auto") -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _KEPT_BYTES)])
+    return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _NEVER)])

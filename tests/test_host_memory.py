@@ -48,6 +48,41 @@ def test_a_call_finds_the_memory_of_the_one_before(left_alone, how):
     assert faults_of_a_call(how) < left_alone / 20
 
 
+LARGE_BLOCK = """
+    import ctypes, resource, sys
+    from sana_jax.host_memory import keep_freed_memory
+
+    if sys.argv[1] == "keep":
+        assert keep_freed_memory("cpu")
+    library, pages = ctypes.CDLL(None), 2_000
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    size = 5 * 2**30  # of which few pages are touched
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        block = library.malloc(ctypes.c_size_t(size))
+        assert block
+        for page in range(pages):
+            ctypes.memset(block + page * (size // pages), 1, 1)
+        library.free(block)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    print([faults() for _ in range(3)][-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_blocks_of_several_gigabytes_are_kept_too():
+    """A threshold of 2 GiB, the largest that glibc's call takes in numbers, gave them back."""
+
+    def faults_again(how: str) -> int:
+        command = [sys.executable, "-c", textwrap.dedent(LARGE_BLOCK), how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert faults_again("leave") >= 2_000
+    assert faults_again("keep") < 100
+
+
 def test_is_left_alone_where_a_gpu_is_asked_for():
     from sana_jax.host_memory import keep_freed_memory
 
