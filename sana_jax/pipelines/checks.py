@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -96,19 +96,24 @@ def check_text_options(
         raise UserError(f"{' and '.join(unused)} would not be used, since embeddings are given; leave it out")
 
 
-def as_numbers(name: str, values: Any) -> Array:
-    """The values as an array; raises ``UserError`` for what is none of real numbers.
-
-    What lies on one device goes to wherever the networks are; what is spread over several stays so.
-    """
+def as_array(name: str, values: Any, read: Callable[[Any], Any] = np.asarray) -> Any:
+    """What ``read`` makes of the values, an array in the host's memory; raises ``UserError`` where it can't."""
     try:
-        spread = isinstance(values, jax.Array) and len(values.devices()) > 1
-        array = values if spread else jnp.asarray(np.asarray(values))
+        return read(values)
     except Exception as error:  # each kind of object fails in its own way: torch's bfloat16, ragged lists, texts
         raise UserError(
             f"{name} can't be read as an array ({reason_of(error)}); give a NumPy or JAX array, of a torch tensor "
             ".detach().float().numpy()"
         ) from error
+
+
+def as_numbers(name: str, values: Any) -> Array:
+    """The values as an array; raises ``UserError`` for what is none of real numbers.
+
+    What lies on one device goes to wherever the networks are; what is spread over several stays so.
+    """
+    spread = isinstance(values, jax.Array) and len(values.devices()) > 1
+    array = values if spread else as_array(name, values, lambda given: jnp.asarray(np.asarray(given)))
     if not any(jnp.issubdtype(array.dtype, kind) for kind in (jnp.floating, jnp.integer, jnp.bool_)):
         raise UserError(f"{name} of {array.dtype} is not allowed; give an array of real numbers")
     return array

@@ -12,6 +12,7 @@ import numpy as np
 
 from kernels.typing import Float
 from sana_jax.errors import UserError, reason_of
+from sana_jax.pipelines.checks import as_array
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -111,20 +112,10 @@ def _still(picture: Image.Image, name: str) -> Image.Image:
     return picture.copy() if frames > 1 else picture
 
 
-def _read_array(array: Any, name: str) -> np.ndarray:
-    try:
-        return np.asarray(array)
-    except Exception as error:  # each kind of object fails in its own way: torch's bfloat16, ragged lists
-        raise UserError(
-            f"{name} can't be read as an array ({reason_of(error)}); give a NumPy array, of a torch tensor "
-            ".detach().float().numpy()"
-        ) from error
-
-
 def _from_array(array: Any, name: str) -> Image.Image:
     from PIL import Image
 
-    array = _read_array(array, name)
+    array = as_array(name, array)
     if array.ndim != 3 or array.shape[-1] != 3:
         raise UserError(f"{name} of shape {array.shape} is not allowed; give (H, W, 3), a PIL image or a file's name")
     if array.dtype != np.uint8:
@@ -139,7 +130,7 @@ def _from_array(array: Any, name: str) -> Image.Image:
 def _mask_from_array(array: Any, name: str) -> Image.Image:
     from PIL import Image
 
-    array = _read_array(array, name)
+    array = as_array(name, array)
     if array.ndim != 2 or not array.size:
         raise UserError(f"{name} of shape {array.shape} is not allowed; give (H, W), a PIL image or a file's name")
     if array.dtype == np.uint8 and array.max() > 1:

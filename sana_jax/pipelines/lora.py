@@ -79,6 +79,8 @@ class LoraPipeline:
                 "a LoRA is merged into the weights; give merge=True for this one too, or unfuse_lora() first"
             )
         paths = [path] if isinstance(path, str | os.PathLike) else list(path)
+        if not paths:
+            raise UserError(f"path {path!r} names no LoRA file; give one or several")
         names = self._new_names(adapter_name, len(paths))
         given = _weights(weights, len(paths), "LoRA files")
         rules, abstract = rules_of(self.transformer.config), abstract_params(self.transformer)

@@ -349,8 +349,10 @@ def find_model(path: str | os.PathLike[str], variant: str | None = None) -> path
 
     Raises:
         FileNotFoundError: neither a directory here nor to be had from the Hub.
-        UserError: a model on the Hub without the variant.
+        UserError: no path, or a model on the Hub without the variant.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"model {path!r} is not allowed; give a directory's path, or organisation/name on the Hub")
     directory = pathlib.Path(path)
     name = os.fspath(path)
     here = directory.exists() or (directory.parent.is_dir() and directory.parent != pathlib.Path("."))

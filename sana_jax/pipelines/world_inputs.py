@@ -126,7 +126,7 @@ def _check_fits(asked: int, temporal_factor: int, action: str | None) -> None:
     over = (asked - 1) % temporal_factor
     if over:
         above = asked - over + temporal_factor
-        near = above if asked < temporal_factor else f"{asked - over} or {above}"
+        near = above if asked - over == 1 else f"{asked - over} or {above}"
         longer = f", with ,none-{above - asked} at the action's end for {above}"
         raise UserError(
             f"num_frames {asked} is not allowed; videos of this model have 1 + {temporal_factor}k frames: ask for "

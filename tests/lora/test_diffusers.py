@@ -264,6 +264,8 @@ def test_what_is_not_allowed(models, lora_file, tmp_path, capsys):
         ours.load_lora_weights(file, weights=[1.0, 2.0])
     with pytest.raises(FileNotFoundError, match="no LoRA file"):
         ours.load_lora_weights([file, tmp_path / "absent"])
+    with pytest.raises(UserError, match=r"path \[\] names no LoRA file"):
+        ours.load_lora_weights([])
     assert ours.get_active_adapters() == []  # all or nothing
     ours.load_lora_weights(file, "style")
     assert "changes 18 layers in blocks 0 to 2, rank 4, scale 1" in capsys.readouterr().out

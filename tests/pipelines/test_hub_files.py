@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from sana_jax.errors import UserError
-from sana_jax.pipelines.opening import files_to_fetch
+from sana_jax.pipelines.opening import files_to_fetch, find_model
 
 REPOSITORY = [
     "README.md",
@@ -47,3 +47,9 @@ def test_a_variant_that_no_component_has_is_not_downloaded_as_another():
 def test_configurations_and_tokenizer_always():
     small = [name for name in REPOSITORY if name.endswith((".json", ".md"))]
     assert set(small) <= set(files_to_fetch(REPOSITORY, None))
+
+
+@pytest.mark.parametrize("path", [5, None, b"runs/digits", ["runs/digits"]])
+def test_what_is_no_path(path):
+    with pytest.raises(UserError, match=r"model .* is not allowed; give a directory's path, or organisation/name"):
+        find_model(path)

@@ -340,6 +340,8 @@ def test_callbacks_and_early_stop(opened, kind):
     if kind == "sana-1.0":
         np.testing.assert_array_equal(stopped, seen[1][2])
     assert relative_error(stopped, whole) > 1e-3
+    with pytest.raises(UserError, match="callback_on_step_end 'print' is not allowed; give a function"):
+        pipe(PROMPT, callback_on_step_end="print", **options)
     with pytest.raises(UserError, match="callback_on_step_end returned changed values"):
         pipe(PROMPT, callback_on_step_end=lambda *a: {"latents": np.zeros(1)}, **options)
     with pytest.raises(UserError, match=r"returned a value of type .*Array.*, which would not be used"):

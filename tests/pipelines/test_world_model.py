@@ -64,6 +64,7 @@ def bent(**changes) -> np.ndarray:
         ({"action": ""}, ("is empty",)),
         ({"num_frames": 7}, ("makes 9 frames", "shorten it by 2")),
         ({"num_frames": 4, "action": "w-3"}, ("num_frames 4", "1 + 2k", "for 3 or 5, with ,none-1 at", "end for 5")),
+        ({"num_frames": 2, "action": "w-1"}, ("num_frames 2", "ask for 3, with ,none-1 at")),
         ({"num_frames": 8, "action": None, "c2w": straight(9)}, ("num_frames 8", "1 + 2k frames: ask for 7 or 9",)),
         ({"num_frames": 11}, ("makes 9 frames", "add ,none-2")),
         ({"num_frames": 9.0}, ("num_frames 9.0 is not allowed",)),
