@@ -33,6 +33,17 @@ def available_host_bytes(root: str = "/") -> int | None:
     return max(0, min(free, limit - use))
 
 
+def addresses_count(root: str = "/") -> bool:
+    """Whether Linux counts addresses that nothing was written to as used memory, as some clusters have it.
+
+    ``root`` is where the system's files are.
+    """
+    try:
+        return pathlib.Path(root, "proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return False
+
+
 def keep_freed_memory(device: str = "auto") -> bool:
     """Makes glibc keep what is freed for the next call, where programs are going to run on the CPU.
 
@@ -65,9 +76,11 @@ def keep_freed_memory(device: str = "auto") -> bool:
 def _choose_huge_pages() -> None:
     """Asks for huge pages where glibc's heap is going to grow; once, since the heap that has grown is kept.
 
-    Addresses are taken for half of the memory that there is, and none of it is touched. Where that is refused, as
-    under a limit on addresses, or the system has no huge pages to ask for, pages are what they are elsewhere.
+    Addresses are taken for half of the memory that there is, and none of it is touched. Where addresses count as memory
+    or are limited, or the system has no huge pages to ask for, pages are what they are elsewhere.
     """
+    if addresses_count():
+        return
     library, size = ctypes.CDLL(None), (available_host_bytes() or 0) // 2
     library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     block = library.malloc(ctypes.c_size_t(size))

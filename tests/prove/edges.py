@@ -46,7 +46,7 @@ def digits() -> tuple[Pictures, Pictures]:
     draws them in the middle.
     """
     images, labels = load_images(tuple(range(10)))
-    moved = [STYLES["moved"](image / 2 + 0.5, number) for number, image in enumerate(images)]
+    moved = [STYLES["moved"](image / 2 + 0.5, np.random.default_rng(number)) for number, image in enumerate(images)]
     pixels = np.round(np.stack(moved)[..., 0] * 255).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(pixels))
     each = [order[labels[order] == digit] for digit in range(10)]

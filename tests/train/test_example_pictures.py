@@ -35,10 +35,23 @@ def test_all_digits_moved(tmp_path):
 def test_styles():
     image = np.zeros((8, 8, 1), np.float32)
     image[:, 3:5] = 1
-    assert {name: style(image, 0).shape for name, style in STYLES.items()} == dict.fromkeys(STYLES, (8, 8, 1))
-    starts = {int(np.flatnonzero(STYLES["moved"](image, number)[0])[0]) for number in range(40)}
+    shapes = {name: style(image, np.random.default_rng(0)).shape for name, style in STYLES.items()}
+    assert shapes == {**dict.fromkeys(STYLES, (8, 8, 1)), "placed": (12, 12, 1)}
+    starts = {int(np.flatnonzero(STYLES["moved"](image, np.random.default_rng(n))[0])[0]) for n in range(40)}
     assert starts == {1, 2, 3, 4, 5}
-    np.testing.assert_array_equal(STYLES["moved"](image, 3), STYLES["moved"](image, 3))
+
+
+def test_copies_are_placed_differently_and_alike_again(tmp_path, capsys):
+    for name in ("a", "b"):
+        words = ["--style", "placed", "--digits", "3", "4", "--count", "5", "--copies", "6"]
+        assert main([str(tmp_path / name), *words]) == 0
+        assert f"{name}: 60 pictures of 12x12 pixels" in capsys.readouterr().out
+    found = pictures(tmp_path / "a").reshape(10, 6, 12, 12)
+    np.testing.assert_array_equal(found.reshape(60, 12, 12), pictures(tmp_path / "b"))
+    assert all(len(np.unique(of_one, axis=0)) > 3 for of_one in found)  # of 25 places
+    assert (found.sum((2, 3)) == found[:, :1].sum((2, 3))).all()  # nothing is cut off
+    assert main([str(tmp_path / "one"), "--style", "placed", "--digits", "3", "4", "--count", "5"]) == 0
+    np.testing.assert_array_equal(pictures(tmp_path / "one"), found[:, 0])
 
 
 def test_mistakes(tmp_path):
@@ -49,6 +62,8 @@ def test_mistakes(tmp_path):
         (["--digits", "10"], "--digits 10 is not allowed; choose one or more of 0 to 9"),
         (["--count", "-1"], "--count -1"),
         (["--style", "loud"], "loud"),
+        (["--copies", "0"], "--copies 0 is not allowed; choose 1"),
+        (["--copies", "2", "--style", "striped"], "--copies 2 is not allowed; choose 1, or more with --style moved"),
     ):
         with pytest.raises(UserError, match=message):
             main([str(tmp_path / "new"), *words])
