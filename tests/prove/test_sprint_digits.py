@@ -127,7 +127,7 @@ def placed_teacher(teacher):
     folder, run_dir = teacher.parent / "placed", teacher.parent / "placed_teacher"
     write_example(ExampleConfig(str(folder), tuple(range(10)), count=0, style="placed", copies=4))
     train(
-        "finetune", "--model", str(teacher), "--run-dir", str(run_dir), "--steps", "2000", *on_placed(folder),
+        "finetune", "--model", str(teacher), "--run-dir", str(run_dir), "--steps", "3000", *on_placed(folder),
         "--optimizer.learning-rate", "2e-3", "--optimizer.warmup-steps", "50", "--ema.decay", "0.995",
     )  # fmt: skip
     return run_dir
@@ -138,7 +138,7 @@ def placed_student(placed_teacher):
     """By the consistency loss alone, which taught the digits as well as both losses did."""
     run_dir = placed_teacher.parent / "placed_student"
     train(
-        "sprint", "--model", str(placed_teacher), "--run-dir", str(run_dir), "--steps", "2000",
+        "sprint", "--model", str(placed_teacher), "--run-dir", str(run_dir), "--steps", "2500",
         *on_placed(placed_teacher.parent / "placed"),
         "--optimizer.name", "adamw", "--optimizer.learning-rate", "1e-3", "--optimizer.warmup-steps", "10",
         "--ema.decay", "0.99", "--preview.num-inference-steps", "1", "--preview.guidance-scale", "2",
