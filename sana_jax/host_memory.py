@@ -33,7 +33,7 @@ def available_host_bytes(root: str = "/") -> int | None:
     return max(0, min(free, limit - use))
 
 
-def addresses_count(root: str = "/") -> bool:
+def refuses_overcommit(root: str = "/") -> bool:
     """Whether Linux counts addresses that nothing was written to as used memory, as some clusters have it.
 
     ``root`` is where the system's files are.
@@ -79,7 +79,7 @@ def _choose_huge_pages() -> None:
     Addresses are taken for half of the memory that there is, and none of it is touched. Where addresses count as memory
     or are limited, or the system has no huge pages to ask for, pages are what they are elsewhere.
     """
-    if addresses_count():
+    if refuses_overcommit():
         return
     library, size = ctypes.CDLL(None), (available_host_bytes() or 0) // 2
     library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]

@@ -125,12 +125,12 @@ def test_what_is_kept_lies_in_huge_pages(how, huge):
 @pytest.mark.parametrize(("setting", "counted"), [("0\n", False), ("1\n", False), ("2\n", True), (None, False)])
 def test_where_addresses_count_as_memory(tmp_path, setting, counted):
     """There half of the memory would be taken from other programs, and from this one's children."""
-    from sana_jax.host_memory import addresses_count
+    from sana_jax.host_memory import refuses_overcommit
 
     if setting is not None:
         (tmp_path / "proc/sys/vm").mkdir(parents=True)
         (tmp_path / "proc/sys/vm/overcommit_memory").write_text(setting)
-    assert addresses_count(str(tmp_path)) == counted
+    assert refuses_overcommit(str(tmp_path)) == counted
 
 
 def test_is_left_alone_where_a_gpu_is_asked_for():

@@ -97,7 +97,7 @@ def check_text_options(
 
 
 def as_array(name: str, values: Any, read: Callable[[Any], Any] = np.asarray) -> Any:
-    """What ``read`` makes of the values, an array in the host's memory; raises ``UserError`` where it can't."""
+    """What ``read`` makes of the values, NumPy's array if not told otherwise; raises ``UserError`` where it can't."""
     try:
         return read(values)
     except Exception as error:  # each kind of object fails in its own way: torch's bfloat16, ragged lists, texts

@@ -72,7 +72,7 @@ class LoraPipeline:
         Raises:
             FileNotFoundError: no such file.
             CheckpointError: a damaged file, one for another network, or one of which nothing fits.
-            UserError: a weight that is not finite, or names that are taken.
+            UserError: no file, a weight that is not finite, or names that are taken.
         """
         if self._weights_without_lora is not None and not merge:
             raise UserError(

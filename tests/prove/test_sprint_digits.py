@@ -135,7 +135,7 @@ def placed_teacher(teacher):
 
 @pytest.fixture(scope="module")
 def placed_student(placed_teacher):
-    """By the consistency loss alone, which taught the digits as well as both losses did."""
+    """By the consistency loss alone: with both in turn half of the steps are the discriminator's."""
     run_dir = placed_teacher.parent / "placed_student"
     train(
         "sprint", "--model", str(placed_teacher), "--run-dir", str(run_dir), "--steps", "2500",
