@@ -7,9 +7,12 @@ import functools
 import importlib.metadata
 import pathlib
 
+import jax
+
 # Parameters of glibc's mallopt, from its malloc.h.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4
 _NEVER = -1  # of a threshold; any other that an int holds ends at 2 GiB, which a step of a medium network passes
+_TWO_HEAPS_OF_A_THREAD = 2 * 64 * 2**20  # with that much to spare, glibc returns none of a thread's heaps
 _HUGE_PAGES, _HUGE_PAGE_BYTES = 14, 2**21  # MADV_HUGEPAGE of Linux's madvise; an x86 processor's
 
 # Of a container: what it may use, and what it uses.
@@ -52,8 +55,13 @@ def keep_freed_memory(device: str = "auto") -> bool:
     Until it ends, the process thus holds the most that it ever held. Where Linux leaves the choice to programs, pages
     of that memory are huge: there are fewer to map, and the processor finds them sooner.
 
-    To be called before JAX makes its threads, which is when it first looks for devices: each would otherwise have its
-    own heap, and those are too small for such blocks. Later calls do nothing of use and no harm.
+    XLA's threads take thousands of small blocks in a step of a small network. Each thread has a heap of its own for
+    them: in one for all, finding a free block among the many there was a quarter of the time. Heaps of threads hold no
+    block of over 64 MB, so that programs run in the thread that calls them (``jax_cpu_enable_async_dispatch`` off): the
+    process's first thread has the heap that grows without a limit. Called from another, a program's larger blocks are
+    mapped anew in every call.
+
+    To be called before JAX first looks for devices. Later calls do nothing of use and no harm.
 
     Args:
         device: what the program is told to run on; with ``"auto"`` that is the CPU where JAX has no plugin.
@@ -64,23 +72,22 @@ def keep_freed_memory(device: str = "auto") -> bool:
     if device == "gpu" or (device == "auto" and importlib.metadata.entry_points(group="jax_plugins")):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    if mallopt is None or not (mallopt(_MMAP_MAX, 0) and mallopt(_TRIM_THRESHOLD, _NEVER)):
         return False
-    kept = all([mallopt(_ARENA_MAX, 1), mallopt(_MMAP_MAX, 0), mallopt(_TRIM_THRESHOLD, _NEVER)])
-    if kept:
+    if not refuses_overcommit():  # there, every thread's heap would count as memory from the start
+        mallopt(_TOP_PAD, _TWO_HEAPS_OF_A_THREAD)
         _choose_huge_pages()
-    return kept
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
+    return True
 
 
 @functools.cache
 def _choose_huge_pages() -> None:
     """Asks for huge pages where glibc's heap is going to grow; once, since the heap that has grown is kept.
 
-    Addresses are taken for half of the memory that there is, and none of it is touched. Where addresses count as memory
-    or are limited, or the system has no huge pages to ask for, pages are what they are elsewhere.
+    Addresses are taken for half of the memory that there is, and none of it is touched. Where addresses are limited, or
+    the system has no huge pages to ask for, pages are what they are elsewhere.
     """
-    if refuses_overcommit():
-        return
     library, size = ctypes.CDLL(None), (available_host_bytes() or 0) // 2
     library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
     block = library.malloc(ctypes.c_size_t(size))

@@ -84,6 +84,68 @@ def test_blocks_of_several_gigabytes_are_kept_too():
     assert faults_again("keep") < 20
 
 
+THREADS_BLOCK = """
+    import ctypes, resource, sys, threading
+    from sana_jax.host_memory import keep_freed_memory
+
+    if sys.argv[1] == "keep":
+        assert keep_freed_memory("cpu")
+    library, size, faults = ctypes.CDLL(None), 40 * 2**20, []
+    library.malloc.restype, library.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+
+    def work():
+        for _ in range(3):
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            block = library.malloc(ctypes.c_size_t(size))
+            ctypes.memset(block, 1, size)
+            library.free(block)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    print(faults[-1])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_blocks_of_other_threads_are_kept_too():
+    """In their own heaps, which glibc would return as soon as they are empty."""
+
+    def faults_again(how: str) -> int:
+        command = [sys.executable, "-c", textwrap.dedent(THREADS_BLOCK), how]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    assert faults_again("leave") > 1_000
+    assert faults_again("keep") < 20
+
+
+HEAPS = """
+    import ctypes, pathlib, sys
+    import jax, jax.numpy as jnp
+    from sana_jax.host_memory import keep_freed_memory
+
+    assert keep_freed_memory("cpu")
+    # One product for each of many pairs of small matrices, each of which takes a block of memory of its own.
+    left, right = jnp.ones((2, 384, 16, 16))
+    jax.jit(lambda: jnp.einsum("hnd,hne->hde", left, right))().block_until_ready()
+    library = ctypes.CDLL(None)
+    library.fopen.restype, library.fclose.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+    library.malloc_info.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    stream = library.fopen(sys.argv[1].encode(), b"w")
+    assert stream and library.malloc_info(0, stream) == 0
+    library.fclose(stream)
+    print(pathlib.Path(sys.argv[1]).read_text().count("<heap "))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+def test_threads_that_compute_have_heaps_of_their_own(tmp_path):
+    """One for all holds so many free blocks that finding one of them was a quarter of a small network's step."""
+    command = [sys.executable, "-c", textwrap.dedent(HEAPS), str(tmp_path / "heaps.xml")]
+    assert int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) > 1
+
+
 HUGE_PAGES = """
     import ctypes, resource, sys
     from sana_jax.host_memory import keep_freed_memory
