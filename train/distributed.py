@@ -155,7 +155,8 @@ class Preparation:
     ) -> None:
         if jax.process_count() == 1 or not isinstance(error, Exception):
             return
-        gone = isinstance(error, jax.errors.JaxRuntimeError) and _GONE.search(str(error)) is not None
+        # A program that runs in the thread that calls it, as on a CPU, raises it as a ValueError.
+        gone = isinstance(error, (jax.errors.JaxRuntimeError, ValueError)) and _GONE.search(str(error)) is not None
         if not self._agreed and not gone and not isinstance(error, ElsewhereError):
             _gather(_FAILED + reason_of(error, 900))
         if self._agreed or gone:
