@@ -18,7 +18,8 @@ from jax.interpreters import ad, batching, mlir
 
 from kernels.typing import Array, Float, Int
 
-WRITTEN_OUT_ROWS = 16  # of a picture, in the sums of the kernel's gradient
+# Of a picture, in the sums of the kernel's gradient.
+MOST_ROWS_WRITTEN_OUT, ROWS_AT_ONCE = 64, 8
 
 
 def grouped_convolution(x: Float[Array, "B H W C"], kernel: Float[Array, "kh kw C"]) -> Float[Array, "B H W C"]:
@@ -58,25 +59,30 @@ def _kernel_gradient(
     It fuses the product into the sum and then runs over a channel's pixels one by one, all of them far apart.
     """
     padded, rows = _padded(x, size), x.shape[1]
-    sums = _sums_over_columns if rows <= WRITTEN_OUT_ROWS else _sums_row_after_row
+    sums = _sums_over_columns if rows <= MOST_ROWS_WRITTEN_OUT else _sums_row_after_row
     return sums(padded, cotangent, size).reshape(*size, x.shape[-1]).astype(x.dtype)
 
 
 def _sums_over_columns(
     padded: Float[Array, "B P Q C"], cotangent: Float[Array, "B H W C"], size: tuple[int, int]
-) -> Float[Array, "taps C"]:
-    """Adds up the rows of every column first, written out: there the channels, side by side in memory, stay last."""
+) -> Float[Array, "kh kw C"]:
+    """Adds up the rows of every column first, written out: there the channels, side by side in memory, stay last.
+
+    The taps of a column of the kernel lie next to them: they read the same rows, which the processor's cache holds.
+    """
     padded, cotangent = jax.lax.optimization_barrier((padded, cotangent))
     wide, (rows, columns) = jnp.promote_types(padded.dtype, jnp.float32), cotangent.shape[1:3]
-    own = cotangent.astype(wide)
+    own = cotangent.astype(wide)[:, :, :, None]
 
-    def tap(i: int, j: int) -> Float[Array, "B W C"]:
-        seen = padded[:, i : i + rows, j : j + columns].astype(wide)
-        terms = [seen[:, row] * own[:, row] for row in range(rows)]
+    def added_rows(j: int, first: int) -> Float[Array, "B W kh C"]:
+        terms = [
+            padded[:, row : row + size[0], j : j + columns].swapaxes(1, 2).astype(wide) * own[:, row]
+            for row in range(first, min(first + ROWS_AT_ONCE, rows))
+        ]
         return sum(terms[1:], start=terms[0])
 
-    taps = jnp.stack([tap(i, j) for i in range(size[0]) for j in range(size[1])])
-    return jax.lax.optimization_barrier(taps).sum((1, 2))
+    parts = [jnp.stack([added_rows(j, first) for first in range(0, rows, ROWS_AT_ONCE)]) for j in range(size[1])]
+    return jnp.stack([part.sum((0, 1, 2)) for part in jax.lax.optimization_barrier(parts)], axis=1)
 
 
 def _sums_row_after_row(

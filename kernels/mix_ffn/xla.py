@@ -8,6 +8,7 @@ from kernels.activations import silu
 from kernels.bias import add_bias
 from kernels.depthwise_conv import depthwise_conv2d
 from kernels.typing import Array, Float
+from kernels.written_once import written_once
 
 
 def mix_ffn(
@@ -15,5 +16,5 @@ def mix_ffn(
 ) -> Float[Array, "B H W F"]:
     """Same value as the reference; differentiable in forward and reverse mode; the result keeps ``x``'s dtype."""
     x = add_bias(depthwise_conv2d(silu(add_bias(x, bias)), kernel), depth_bias)
-    value, gate = jnp.split(x, 2, axis=-1)
+    value, gate = jnp.split(written_once(x), 2, axis=-1)
     return value * silu(gate)

@@ -42,7 +42,19 @@ def attend(
         scores = scores + bias.reshape(bias.shape[0], *own, *bias.shape[2:])
     if seen is not None:
         scores = jnp.where(seen[:, None], scores, jnp.finfo(work).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype).reshape(batch, shared, -1, keys)
+    weights = _softmax(scores).astype(value.dtype).reshape(batch, shared, -1, keys)
     out = jnp.einsum("bhmn,bhne->bhme", weights, value.swapaxes(1, 2))
     out = out.reshape(*pairs, -1).transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, -1)
     return zero_where_nothing_is_seen(out.astype(query.dtype), mask, causal, keys)
+
+
+@jax.custom_jvp
+def _softmax(scores: Float[Array, "... N"]) -> Float[Array, "... N"]:
+    """Over the last axis. A backward pass keeps the weights alone; of JAX's own rule, three arrays of their size."""
+    return jax.nn.softmax(scores, axis=-1)
+
+
+@_softmax.defjvp
+def _softmax_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    weights, (change,) = _softmax(*primals), tangents
+    return weights, weights * (change - (weights * change).sum(-1, keepdims=True))

@@ -19,6 +19,7 @@ from kernels.mix_ffn.api import IMPLEMENTATIONS
 from kernels.selection import DEFAULT, PLATFORMS, preferred
 from kernels.split_frames import all_frames, earlier_frames, later_frames, own_part
 from kernels.typing import Array, Float
+from kernels.written_once import written_once
 from sana_jax.errors import UserError
 from sana_jax.nn.activations import silu
 from sana_jax.nn.initializers import torch_uniform
@@ -59,7 +60,7 @@ def _gated_bottleneck(x: Float[Array, "B H W D"], hidden: int, dtype: Any) -> Fl
     if fused:
         gated = mix_ffn(*inverted, *depth())
     else:
-        value, gate = jnp.split(depth(silu(inverted)), 2, axis=-1)
+        value, gate = jnp.split(written_once(depth(silu(inverted))), 2, axis=-1)
         gated = value * silu(gate)
     return Linear(features, use_bias=False, dtype=dtype, kernel_init=torch_uniform(hidden), name="conv_point")(gated)
 

@@ -14,8 +14,10 @@ from kernels.depthwise_conv import depthwise_conv2d, reference
 from kernels.depthwise_conv.api import IMPLEMENTATIONS
 from tests.kernels.shapes import QUICK_COMPILE, feed_forward_shapes, relative_error
 
-# (batch, height, width, channels, kernel height, kernel width): odd sizes, pictures smaller than the kernel
+# (batch, height, width, channels, kernel height, kernel width): odd sizes, pictures smaller than the kernel; the
+# gradient of the kernel adds up to 8 rows at once, and more than 64 in a loop
 SHAPES = [(2, 7, 5, 13, 3, 3), (1, 9, 6, 7, 5, 5), (3, 1, 2, 4, 5, 5), (2, 4, 9, 3, 1, 3)]
+SHAPES += [(1, 19, 3, 5, 3, 3), (2, 66, 3, 2, 3, 3)]
 
 
 def draw(shape, dtype=jnp.float32, seed=0):
