@@ -82,7 +82,9 @@ def _sums_over_columns(
         return sum(terms[1:], start=terms[0])
 
     parts = [jnp.stack([added_rows(j, first) for first in range(0, rows, ROWS_AT_ONCE)]) for j in range(size[1])]
-    return jnp.stack([part.sum((0, 1, 2)) for part in jax.lax.optimization_barrier(parts)], axis=1)
+    of_pictures = [part.sum((0, 2)) for part in jax.lax.optimization_barrier(parts)]
+    # Pictures last and in one sum: over several devices it is one exchange, of the whole gradient.
+    return jnp.stack(of_pictures, axis=2).sum(0)
 
 
 def _sums_row_after_row(
